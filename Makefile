@@ -1,0 +1,37 @@
+# Needs only python3 (3.11+) with venv; everything else comes from the package index.
+# PYTHON=python3.12 make setup   picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+
+.PHONY: setup demo test test-all check clean-venv
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found %s" % sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[espeak,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/duplex run configs/pocket.yaml
+
+# At most 8 minutes on two cores, no network.
+test: setup
+	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+
+test-all: setup
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,240 @@
+"""The `duplex` command: parses and dispatches, nothing else.
+
+Exit codes: 0 done, 1 the work failed, 2 the request was wrong. What a command needs is
+imported inside it, so that `--help` and a run with nothing to do stay quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from duplex import __version__
+from duplex.config import Config, load_config
+from duplex.errors import EXIT_WORK_FAILED, DuplexError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Fine-tune full-duplex speech models to personas, and prove that it worked.\n\n"
+    "Start with: duplex run configs/pocket.yaml",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.")]
+RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in train.steps=20."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+RUNS = Path("runs")
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    first: Annotated[str | None, typer.Option("--from", help="First stage to run.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="Last stage to run.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Run this stage by itself.")] = None,
+    skip: Annotated[str, typer.Option("--skip", help="Stages to leave out, as in a,b.")] = "",
+    runner: Annotated[str, typer.Option("--runner", help="local.")] = "local",
+    retry_rejected: Annotated[bool, typer.Option(help="Try rejected records again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the pipeline, or go on where it stopped.
+
+    Example: duplex run configs/pocket.yaml --from tensors --set train.steps=20
+    """
+    from pipeline import commands
+
+    settings = _load(config, overrides)
+    commands.run(
+        settings, config, runs, overrides or [], first=first, last=last, only=only, skip=skip,
+        runner=runner, retry_rejected=retry_rejected, dry_run=dry_run, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def status(
+    config: ConfigPath, runs: RunsRoot = RUNS, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Show where each stage stands: done, stale, running, failed or missing.
+
+    Example: duplex status configs/pocket.yaml
+    """
+    from pipeline import commands
+
+    commands.status(_load(config, overrides), runs, as_json=as_json)
+
+
+@app.command()
+def doctor(
+    config: ConfigPath, runs: RunsRoot = RUNS, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Check machine, packages, data, secrets and disk for a config; estimate what it takes.
+
+    Example: duplex doctor configs/coffee.yaml
+    """
+    from pipeline import commands
+
+    commands.doctor(_load(config, overrides), runs, as_json=as_json)
+
+
+@app.command(name="import")
+def import_(
+    config: ConfigPath,
+    path: Annotated[Path | None, typer.Argument(metavar="PATH", help="What to bring in.")] = None,
+    stage: Annotated[str, typer.Option("--stage", help="dialogues, speech or tensors.")] = "",
+    forget: Annotated[bool, typer.Option("--forget", help="Undo: let the stage work.")] = False,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Use existing dialogues, recordings or tensors as a stage's output.
+
+    Example: duplex import configs/pocket.yaml --stage dialogues training.json
+    """
+    from pipeline import commands
+
+    commands.import_(
+        _load(config, overrides), runs, stage, path, forget=forget, as_json=as_json
+    )  # fmt: skip
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="pocket, a checkpoint folder, or a hub name.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder with adapter_model.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not exist.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    runs: RunsRoot = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into a base checkpoint by itself, with its certificate.
+
+    Example: duplex merge pocket runs/pocket/06-train-1a2b3c4d/adapter merged/
+    """
+    from pipeline import commands
+
+    commands.merge(base, adapter, out, dtype, runs, as_json=as_json)
+
+
+@app.command()
+def serve(
+    target: Annotated[str, typer.Argument(metavar="CONFIG|CHECKPOINT")],
+    host: Annotated[str | None, typer.Option(help="127.0.0.1 unless the config differs.")] = None,
+    port: Annotated[int | None, typer.Option(help="8998 unless the config differs.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="DUPLEX_TOKEN", help="Needed off loopback.")
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Serve the base model instead.")] = False,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+) -> None:
+    """Serve the merged model of a config, or any checkpoint folder, until interrupted.
+
+    Example: duplex serve configs/pocket.yaml
+    """
+    from pipeline import commands
+
+    commands.serve(target, host, port, token, base, runs, overrides or [])
+
+
+@app.command()
+def probe(
+    url: Annotated[str, typer.Argument(help="A page or chat URL with its text_prompt.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Take the tokenizer from here, not from the server.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(envvar="DUPLEX_TOKEN")] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait.")] = 60,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that a server fed the prompt in the URL to its model.
+
+    Example: duplex probe 'http://127.0.0.1:8998/?text_prompt=You%20are%20Marcus.'
+    """
+    from pipeline import commands
+
+    commands.probe(url, checkpoint, token, timeout_s, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    targets: Annotated[list[str], typer.Argument(metavar="CONFIG|URL...")],
+    against: Annotated[
+        str | None, typer.Option(help="The URL to compare with; `base` for a config.")
+    ] = None,
+    items: Annotated[str, typer.Option(help="Evaluation items.")] = "data/prompts/seeds.yaml",
+    out: Annotated[Path, typer.Option(help="Folder for the report on URLs.")] = Path("evaluation"),
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to served models with each prompt, and report base against merged.
+
+    Example: duplex evaluate configs/pocket.yaml
+    """
+    from pipeline import commands
+
+    commands.evaluate(targets, against, items, out, runs, overrides or [], as_json=as_json)
+
+
+@app.command()
+def clean(
+    config: ConfigPath,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show, remove nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove stage folders that the config no longer needs, largest first.
+
+    Example: duplex clean configs/pocket.yaml --dry-run
+    """
+    from pipeline import commands
+
+    commands.clean(_load(config, overrides), runs, dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    return load_config(path, overrides)
+
+
+def main() -> None:
+    """Entry point of the `duplex` script."""
+    try:
+        app()
+    except DuplexError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        from pipeline.runners.local import describe_os_error
+
+        print(describe_os_error(error), file=sys.stderr)
+        sys.exit(EXIT_WORK_FAILED)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

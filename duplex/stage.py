@@ -1,0 +1,149 @@
+"""What a stage is: its name, what it reads, and how its work is keyed.
+
+A `MapStage` makes records one task at a time; it can be killed, resumed and spread out.
+A `WholeStage` makes files from all of its inputs at once (train, merge, serve, evaluate).
+
+Keys are computed without importing torch. A record's key covers everything that decides
+its content; a folder's key covers everything that decides its set of records. Equal key
+means equal content, so a finished record is never made twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from duplex.config import Config
+from duplex.records import Record, canonical_json
+
+if TYPE_CHECKING:
+    from duplex.store import FileWriter, StageFolder
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of a MapStage. `sources` are the digests of what it is made from."""
+
+    id: str
+    sources: tuple[str, ...]
+    payload: Any = None
+
+
+@dataclass
+class StageContext:
+    """What a stage may know: the config and the finished stages that it declares."""
+
+    config: Config
+    runs_root: Path
+    inputs: dict[str, StageFolder] = field(default_factory=dict)
+    report: Callable[[str], None] = print
+
+    def records(self, stage: str, record_type: type[Record]) -> Iterator[Any]:
+        """Records of an input stage, sorted by id."""
+        return (r for r in self.inputs[stage].records() if isinstance(r, record_type))
+
+
+class Stage:
+    """Common ground of both kinds.
+
+    Class attributes:
+        name: as in the config and the folder.
+        number: place in the order, 1 to 9.
+        version: raised when the code makes other content from the same inputs.
+        reads: earlier stages whose manifests it reads.
+        set_only: keys of its section that choose *which* records there are, not what is in
+            one; they are left out of record keys, so asking for more makes only what is new.
+    """
+
+    name: ClassVar[str]
+    number: ClassVar[int]
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = ()
+    set_only: ClassVar[frozenset[str]] = frozenset()
+
+    def engine(self, config: Config) -> str:
+        """Id and revision of what does the work; part of every key."""
+        return ""
+
+    def files(self, config: Config) -> dict[str, str]:
+        """Outside files that decide the set of records: path -> sha256."""
+        return {}
+
+    def folder_key(self, config: Config, input_digests: dict[str, str]) -> str:
+        return _digest(
+            {
+                "stage": self.name,
+                "version": self.version,
+                "seed": config.seed,
+                "section": config.keyed(self.name),
+                "engine": self.engine(config),
+                "files": sorted(self.files(config).values()),
+                "inputs": {name: input_digests[name] for name in self.reads},
+            }
+        )
+
+    def record_key(self, config: Config, task: Task) -> str:
+        section = {k: v for k, v in config.keyed(self.name).items() if k not in self.set_only}
+        return _digest(
+            {
+                "stage": self.name,
+                "version": self.version,
+                "seed": config.seed,
+                "section": section,
+                "engine": self.engine(config),
+                "id": task.id,
+                "sources": list(task.sources),
+            }
+        )
+
+
+class MapStage(Stage):
+    def tasks(self, context: StageContext) -> list[Task]:
+        """All tasks, in any order; ids are unique. Must not import torch."""
+        raise NotImplementedError
+
+    def setup(self, context: StageContext) -> None:
+        """Load what `process` needs. Called once, only when there is work."""
+
+    def process(self, task: Task, seed: int, blobs: BlobSink) -> list[Record]:
+        """The records of one task.
+
+        Raises:
+            RecordError: this task cannot succeed; it is rejected, with the message.
+            TransientError: it may succeed next time; it stays undone.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what `setup` took: processes, above all. Called however the stage ends."""
+
+    def page(self, folder: StageFolder, context: StageContext) -> str | None:
+        """HTML to look at and listen to, written as `index.html`; None: no page."""
+        return None
+
+
+class WholeStage(Stage):
+    def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
+        """Do all of the work; files go through `writer`, the records are returned."""
+        raise NotImplementedError
+
+
+class BlobSink:
+    """Where `process` puts bytes that belong to its records."""
+
+    def put(self, content: bytes, suffix: str) -> str:
+        """Store `content` under its sha256 and return that."""
+        raise NotImplementedError
+
+
+def record_seed(run_seed: int, stage: str, record_id: str) -> int:
+    """Seed of one record: the same whatever the order, the runner or the resumes."""
+    material = f"{run_seed}\x00{stage}\x00{record_id}".encode()
+    return int.from_bytes(hashlib.sha256(material).digest()[:4], "big")
+
+
+def _digest(material: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(material).encode()).hexdigest()

@@ -1,0 +1,330 @@
+"""Run folders: what a stage finished, what it rejected, and the manifest that closes it.
+
+    runs/<config name>/04-speech-9f31c2ab/
+      ledger.jsonl      a line for each finished task, with its records: resume reads this
+      rejected.jsonl    task id, key, error class, message
+      blobs/            content-addressed: <sha256>.wav, <sha256>.pt
+      work/             what a whole stage keeps for its own resume (checkpoints)
+      parts/            the records, sorted by id; written when the stage is complete
+      manifest.json     written last: it exists exactly when the stage is complete
+
+A blob is durable before the ledger names it, and the ledger line before the manifest does,
+so a kill at any moment loses at most the task in flight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from duplex.errors import CorruptFileError
+from duplex.files import (
+    append_line,
+    atomic_path,
+    read_lines,
+    read_verified,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
+from duplex.records import Artifact, Record, canonical_json, parse_record
+from duplex.stage import BlobSink
+
+LEDGER, REJECTED, MANIFEST, FAILURE = (
+    "ledger.jsonl", "rejected.jsonl", "manifest.json", "failure.json",
+)  # fmt: skip
+KEY_DIGITS = 8
+RECORDS_PER_PART = 10_000
+HASHED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """A finished task: its records as JSON lines, and the blobs that they name."""
+
+    task_id: str
+    key: str
+    lines: tuple[str, ...]
+    blobs: tuple[str, ...]
+    seconds: float
+    adopted_from: str | None = None
+
+
+class StageFolder:
+    """One stage's folder. Created on the first write, so that looking leaves no trace."""
+
+    def __init__(self, path: Path, stage: str, key: str):
+        self.path = path
+        self.stage = stage
+        self.key = key
+
+    @classmethod
+    def of(cls, run_folder: Path, number: int, stage: str, key: str) -> StageFolder:
+        return cls(run_folder / f"{number:02d}-{stage}-{key[:KEY_DIGITS]}", stage, key)
+
+    @property
+    def work(self) -> Path:
+        return self.path / "work"
+
+    # -- the manifest
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or None while the stage is not complete.
+
+        Raises:
+            CorruptFileError: it is there and cannot be read.
+        """
+        path = self.path / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            value = json.loads(path.read_text())
+            if value["stage"] != self.stage or (self.key and value["key"] != self.key):
+                raise KeyError("stage and key")
+            _ = value["digest"], value["counts"], value["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptFileError(
+                f"{path}: must be this stage's manifest, cannot be read as one ({error}). "
+                "Remove it and run again: finished records are kept."
+            ) from None
+        return value
+
+    @property
+    def digest(self) -> str:
+        manifest = self.manifest()
+        assert manifest is not None, f"{self.path} is read as an input before it is complete"
+        return manifest["digest"]
+
+    def records(self) -> Iterator[Record]:
+        """The records of a complete stage, sorted by id.
+
+        Raises:
+            CorruptFileError: a part does not hold what the manifest says.
+        """
+        manifest = self.manifest()
+        assert manifest is not None, f"{self.path} is read before it is complete"
+        for file in manifest["files"]:
+            if not file["path"].startswith("parts/"):
+                continue
+            path = self.path / file["path"]
+            for line in read_verified(path, file["sha256"]).splitlines():
+                try:
+                    yield parse_record(json.loads(line))
+                except (ValueError, KeyError, ValidationError) as error:
+                    raise CorruptFileError(f"{path}: not a record of ours: {error}") from None
+
+    def read_blob(self, sha256: str, suffix: str) -> bytes:
+        """A blob's bytes, checked against its name."""
+        return read_verified(self.path / "blobs" / f"{sha256}{suffix}", sha256)
+
+    def artifact(self, artifact_id: str) -> Path:
+        """Path of a file that a whole stage made, by its record's id, checked.
+
+        By size always, by sha256 up to `HASHED_BYTES`: a 7B model's 15 GB take half a minute.
+
+        Raises:
+            CorruptFileError: no such record, or the file is gone or cut.
+        """
+        for record in self.records():
+            if isinstance(record, Artifact) and record.id == artifact_id:
+                path = self.path / record.path
+                size = path.stat().st_size if path.exists() else -1
+                if size != record.num_bytes:
+                    raise CorruptFileError(
+                        f"{path}: must have {record.num_bytes} bytes, found "
+                        f"{'nothing' if size < 0 else size}. Remove the stage folder and run again."
+                    )
+                if size <= HASHED_BYTES and sha256_file(path) != record.sha256:
+                    raise CorruptFileError(
+                        f"{path}: must have sha256 {record.sha256[:12]}…, found another: the file "
+                        "was changed or damaged. Remove the stage folder and run again."
+                    )
+                return path
+        raise CorruptFileError(f"{self.path}: holds no artifact {artifact_id}")
+
+    # -- the ledger
+
+    def ledger(self) -> dict[str, LedgerEntry]:
+        """Finished tasks by id; the last line of an id counts."""
+        entries: dict[str, LedgerEntry] = {}
+        for line in read_lines(self.path / LEDGER):
+            try:
+                entry = LedgerEntry(
+                    task_id=line["task"],
+                    key=line["key"],
+                    lines=tuple(canonical_json(record) for record in line["records"]),
+                    blobs=tuple(line["blobs"]),
+                    seconds=line["seconds"],
+                    adopted_from=line.get("adopted_from"),
+                )
+            except (KeyError, TypeError):
+                continue
+            entries[entry.task_id] = entry
+        return entries
+
+    def rejected(self) -> dict[str, dict[str, Any]]:
+        """Rejected tasks by id; the last line of an id counts."""
+        lines = (line for line in read_lines(self.path / REJECTED) if "task" in line)
+        return {line["task"]: line for line in lines}
+
+    def holds_blobs(self, entry: LedgerEntry) -> bool:
+        return all((self.path / "blobs" / name).exists() for name in entry.blobs)
+
+    def finish_task(self, entry: LedgerEntry) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        line: dict[str, Any] = {
+            "task": entry.task_id,
+            "key": entry.key,
+            "records": [json.loads(record) for record in entry.lines],
+            "blobs": list(entry.blobs),
+            "seconds": round(entry.seconds, 4),
+        }
+        if entry.adopted_from:
+            line["adopted_from"] = entry.adopted_from
+        append_line(self.path / LEDGER, canonical_json(line))
+
+    def reject_task(self, task_id: str, key: str, error: Exception) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        fault = {"task": task_id, "key": key, "error": type(error).__name__, "message": str(error)}
+        append_line(self.path / REJECTED, canonical_json(fault))
+
+    def adopt(self, donor: StageFolder, entry: LedgerEntry) -> None:
+        """Take over a finished task of another folder: blobs by hard link, then the line."""
+        for name in entry.blobs:
+            source, target = donor.path / "blobs" / name, self.path / "blobs" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                try:
+                    os.link(source, target)
+                except OSError:  # another file system
+                    with atomic_path(target) as temporary:
+                        shutil.copyfile(source, temporary)
+        self.finish_task(
+            LedgerEntry(
+                entry.task_id, entry.key, entry.lines, entry.blobs, entry.seconds,
+                adopted_from=donor.path.name,
+            )
+        )  # fmt: skip
+
+    # -- the end
+
+    def complete(
+        self,
+        lines: Iterable[str],
+        *,
+        files: list[dict[str, Any]],
+        counts: dict[str, int],
+        provenance: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Write parts and manifest. `files` are those of a whole stage, already in place."""
+        ordered = sorted(lines, key=lambda line: (json.loads(line)["id"], line))
+        parts = []
+        for index, start in enumerate(range(0, max(len(ordered), 1), RECORDS_PER_PART)):
+            content = "".join(f"{line}\n" for line in ordered[start : start + RECORDS_PER_PART])
+            name = f"parts/part-{index:05d}.jsonl"
+            write_atomic(self.path / name, content.encode())
+            parts.append(
+                {
+                    "path": name,
+                    "sha256": sha256_bytes(content.encode()),
+                    "bytes": len(content.encode()),
+                }
+            )
+        fixed = [file for file in files if file.pop("deterministic", True)]
+        digest = sha256_bytes(
+            canonical_json({"records": ordered, "files": fixed, "counts": counts}).encode()
+        )
+        manifest = {
+            "stage": self.stage,
+            "key": self.key,
+            "digest": digest,
+            "counts": counts,
+            "files": parts + files,
+            "provenance": provenance,
+        }
+        (self.path / FAILURE).unlink(missing_ok=True)
+        write_json(self.path / MANIFEST, manifest)
+        return manifest
+
+    def note_failure(self, message: str) -> None:
+        if self.path.is_dir():
+            write_json(self.path / FAILURE, {"message": message})
+
+    def failure(self) -> str | None:
+        path = self.path / FAILURE
+        try:
+            return str(json.loads(path.read_text())["message"]) if path.exists() else None
+        except (OSError, ValueError, KeyError):
+            return "failed, and its note of why cannot be read"
+
+
+class FolderBlobs(BlobSink):
+    """Blobs of one task in a stage folder; `names` are those put so far."""
+
+    def __init__(self, folder: StageFolder):
+        self._folder = folder
+        self.names: list[str] = []
+
+    def put(self, content: bytes, suffix: str) -> str:
+        sha256 = sha256_bytes(content)
+        name = f"{sha256}{suffix}"
+        path = self._folder.path / "blobs" / name
+        if not path.exists():
+            write_atomic(path, content)
+        self.names.append(name)
+        return sha256
+
+
+class FileWriter:
+    """How a whole stage hands in its files. `work` outlives a kill; the rest is made whole."""
+
+    def __init__(self, folder: StageFolder):
+        self.folder = folder
+        self.files: list[dict[str, Any]] = []
+        folder.work.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def work(self) -> Path:
+        return self.folder.work
+
+    def add(
+        self,
+        artifact_id: str,
+        source: Path,
+        name: str,
+        *,
+        facts: dict[str, Any] | None = None,
+        deterministic: bool = True,
+    ) -> Artifact:
+        """Move `source` (in `work`) to `name` in the stage folder and record it.
+
+        `deterministic=False` keeps the file out of the stage's digest: pages, timings.
+        """
+        target = self.folder.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size, sha256 = source.stat().st_size, sha256_file(source)
+        with atomic_path(target) as temporary:
+            source.replace(temporary)
+        self.files.append(
+            {"path": name, "sha256": sha256, "bytes": size, "deterministic": deterministic}
+        )
+        return Artifact(id=artifact_id, path=name, sha256=sha256, num_bytes=size, facts=facts or {})
+
+
+def folders_of(run_folder: Path, number: int, stage: str) -> list[StageFolder]:
+    """All folders of a stage in a run, newest first; their full keys are unknown."""
+    pattern = re.compile(rf"^{number:02d}-{re.escape(stage)}-[0-9a-f]{{{KEY_DIGITS}}}$")
+    if not run_folder.is_dir():
+        return []
+    found = [path for path in run_folder.iterdir() if path.is_dir() and pattern.match(path.name)]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [StageFolder(path, stage, "") for path in found]

@@ -1,0 +1,135 @@
+"""The 17 rows that Moshi reads, and the prompt that training and serving share.
+
+Row 0 is text, rows 1-8 the agent's Mimi codebooks, rows 9-16 the user's. Files hold
+*undelayed* codes; `LMModel.forward` applies the delays. Shapes: K = 17 rows, T frames.
+
+The prompt, in frames (PersonaPlex, FACTS of its inference code):
+
+    silence 6 · `<system> TEXT <system>` one token a frame · silence 6
+
+User rows carry the codec's 440 Hz sine all along, agent rows its silence.
+
+**Frame 0.** The streaming model never sees what is passed at its first call: position 0
+holds initial tokens in every row. The server passes prompt frame 0 there; a training
+tensor starts with prompt frame 1. Training frame i is server call i + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_ROWS = 17
+TEXT_ROW = 0
+AGENT_ROWS = slice(1, 9)
+USER_ROWS = slice(9, 17)
+CODEBOOKS = 8
+TEXT_EPAD = 0  # end of padding: a word starts in the next frame
+TEXT_PAD = 3
+ZERO_TOKEN = -1  # no input, no loss
+UNGENERATED = -2
+PROMPT_SILENCE_FRAMES = 6
+SYSTEM_TAG = "<system>"
+
+DELAYS = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class CodecTokens:
+    """What the codec in use makes of silence and of the sine, in its steady state: [8] each."""
+
+    silence: tuple[int, ...]
+    sine: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the server passes it, frame 0 included.
+
+    codes: int64 [17, P]; spans: (label, start, end) of each phase, in frames of `codes`.
+    """
+
+    codes: np.ndarray
+    spans: tuple[tuple[str, int, int], ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def num_frames(self) -> int:
+        return self.codes.shape[1]
+
+    def training_codes(self) -> np.ndarray:
+        """int64 [17, P - 1]: the prompt as a training tensor starts, without frame 0."""
+        return self.codes[:, 1:]
+
+    def training_spans(self) -> tuple[tuple[str, int, int], ...]:
+        return tuple((label, max(start - 1, 0), end - 1) for label, start, end in self.spans)
+
+
+def system_text(text: str) -> str:
+    """The text between its tags. The closing tag is `<system>` again, not `</system>`."""
+    return f"{SYSTEM_TAG} {text.strip()} {SYSTEM_TAG}"
+
+
+def build_prompt(tokens: list[int], codec: CodecTokens) -> Prompt:
+    """Lay a tokenized system text out in frames.
+
+    Args:
+        tokens: ids of `system_text(...)`; empty for a conversation without a system text.
+    """
+    lead = PROMPT_SILENCE_FRAMES
+    tail = PROMPT_SILENCE_FRAMES
+    num_frames = lead + len(tokens) + tail
+    codes = np.empty((NUM_ROWS, num_frames), dtype=np.int64)
+    codes[TEXT_ROW] = TEXT_PAD
+    codes[TEXT_ROW, lead : lead + len(tokens)] = tokens
+    codes[AGENT_ROWS] = np.asarray(codec.silence, dtype=np.int64)[:, None]
+    codes[USER_ROWS] = np.asarray(codec.sine, dtype=np.int64)[:, None]
+    spans = (
+        ("silence", 0, lead),
+        ("text", lead, lead + len(tokens)),
+        ("silence", lead + len(tokens), num_frames),
+    )
+    return Prompt(codes, spans, tuple(tokens))
+
+
+def apply_delays(codes: np.ndarray, audio_initial: int, text_initial: int) -> np.ndarray:
+    """What the model reads at each call when it is given `codes`: int64 [17, T + 1].
+
+    Position 0 holds initial tokens; row k of position p >= 1 holds `codes[k, p - 1 - delay]`,
+    or the initial token where that frame is before the start. Equal to the input of
+    `LMModel.forward_text` in `LMModel.forward`, which the contract test checks.
+    """
+    num_rows, num_frames = codes.shape
+    delayed = np.full((num_rows, num_frames + 1), audio_initial, dtype=np.int64)
+    delayed[TEXT_ROW] = text_initial
+    for row, delay in enumerate(DELAYS[:num_rows]):
+        delayed[row, 1 + delay :] = codes[row, : num_frames - delay]
+    return delayed
+
+
+def check_codes(codes: np.ndarray, *, card: int, text_card: int) -> list[str]:
+    """What is wrong with a training tensor; an empty list when nothing is.
+
+    Args:
+        codes: int64 [17, T].
+        card: codes of a codebook, 0 to card - 1 allowed.
+        text_card: ids of the tokenizer, 0 to text_card - 1 allowed.
+    """
+    faults = []
+    if codes.ndim != 2 or codes.shape[0] != NUM_ROWS:
+        return [f"the shape must be [{NUM_ROWS}, T], found {list(codes.shape)}"]
+    if codes.shape[1] == 0:
+        return ["there must be at least one frame, found none"]
+    text, audio = codes[TEXT_ROW], codes[1:]
+    for name, rows, limit in (("text", text[None], text_card), ("audio", audio, card)):
+        bad = (rows < 0) | (rows >= limit)
+        if bad.any():
+            row, frame = np.argwhere(bad)[0]
+            found = int(rows[row, frame])
+            row_name = "0" if name == "text" else str(row + 1)
+            faults.append(
+                f"{name} codes must be in [0, {limit}), found {found} in row {row_name}, "
+                f"frame {frame}"
+            )
+    return faults

@@ -1,0 +1,320 @@
+"""What the commands do, and how they show it. `duplex/cli.py` parses and calls these."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from rich.console import Console
+from rich.table import Table
+
+from duplex.config import Config, ModelSection, load_config
+from duplex.errors import (
+    EXIT_WORK_FAILED,
+    MissingInputError,
+    RequestError,
+    StageFailedError,
+)
+from duplex.records import Persona
+from pipeline import run as pipeline_run
+from pipeline.run import Selection, plan, run_folder_of
+
+STATE_COLOURS = {
+    "done": "green", "stale": "yellow", "running": "cyan", "failed": "red", "missing": "dim",
+    "ok": "green", "warn": "yellow", "fail": "red",
+}  # fmt: skip
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def run(
+    config: Config,
+    config_path: Path,
+    runs: Path,
+    overrides: list[str],
+    *,
+    first: str | None,
+    last: str | None,
+    only: str | None,
+    skip: str,
+    runner: str,
+    retry_rejected: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    if runner != "local":
+        raise RequestError(f"--runner must be local, found {runner}")
+    skipped = tuple(name.strip() for name in skip.split(",") if name.strip())
+    selection = Selection.of(first, last, only, skipped)
+    if dry_run:
+        pipeline_run.check_request(config)
+        show_plan(config, runs, selection, as_json=as_json)
+        return
+    report = (lambda line: print(line, file=sys.stderr)) if as_json else print
+    pipeline_run.run(
+        config, config_path, runs, selection,
+        overrides=overrides, retry_rejected=retry_rejected, report=lambda s: report(s, flush=True),
+    )  # fmt: skip
+    if as_json:
+        status(config, runs, as_json=True)
+    else:
+        show_end(config, config_path, runs)
+
+
+def show_plan(config: Config, runs: Path, selection: Selection, *, as_json: bool) -> None:
+    rows = []
+    blocked = False
+    for step in plan(config, runs):
+        selected = step.stage.name in selection.names
+        blocked = blocked or not step.done
+        if step.done:
+            action = "keep"
+        elif selected:
+            action = "run"
+        else:
+            action = "leave out"
+        rows.append({"name": step.stage.name, "action": action,
+                     "folder": step.folder.path.name if step.folder else None})  # fmt: skip
+    if as_json:
+        show_json({"stages": rows})
+        return
+    table = Table(box=None)
+    for column in ("stage", "action", "folder"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["name"], row["action"], row["folder"] or "(known when its inputs are)")
+    Console().print(table)
+
+
+def show_end(config: Config, config_path: Path, runs: Path) -> None:
+    """After a whole run: the report, how to serve, and a URL for each persona."""
+    steps = {step.stage.name: step for step in plan(config, runs)}
+    evaluated, personas = steps["evaluate"], steps["personas"]
+    if not evaluated.done or evaluated.folder is None:
+        return
+    print(f"\nReport:  {evaluated.folder.path / 'report.html'}")
+    print(
+        f"Serve:   duplex serve {config_path}" + (f" --runs {runs}" if str(runs) != "runs" else "")
+    )
+    if personas.folder is not None:
+        host, port = config.serve.runtime.host, config.serve.runtime.port
+        for name, url in persona_urls(personas.folder.records(), f"http://{host}:{port}"):
+            print(f"  {name:<20} {url}")
+
+
+def persona_urls(records: Any, base: str) -> list[tuple[str, str]]:
+    return [
+        (record.id, f"{base}/?text_prompt={quote(record.prompts[0], safe='')}")
+        for record in records
+        if isinstance(record, Persona)
+    ]
+
+
+def status(config: Config, runs: Path, *, as_json: bool) -> None:
+    from pipeline.status import stage_rows
+
+    rows = stage_rows(config, runs)
+    if as_json:
+        show_json({"run": str(run_folder_of(config, runs)), "stages": rows})
+        return
+    table = Table(box=None, title=str(run_folder_of(config, runs)), title_justify="left")
+    for column in ("", "stage", "state", "counts", "seconds", "folder"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        counts = ", ".join(f"{number} {name}" for name, number in row["counts"].items())
+        state = f"[{STATE_COLOURS[row['state']]}]{row['state']}[/]"
+        state += " (imported)" if row.get("imported") else ""
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        folder = Path(row["folder"]).name if row["folder"] else ""
+        table.add_row(str(row["number"]), row["name"], state, counts, seconds, folder)
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row["message"]:
+            console.print(f"{row['name']}: {row['message']}", markup=False)
+
+
+def doctor(config: Config, runs: Path, *, as_json: bool) -> None:
+    from pipeline.doctor import examine
+
+    checks = examine(config, runs)
+    failed = [check for check in checks if check["state"] == "fail"]
+    if as_json:
+        show_json({"ok": not failed, "checks": checks})
+    else:
+        table = Table(box=None)
+        for column in ("check", "state", "found"):
+            table.add_column(column, overflow="fold")
+        for check in checks:
+            colour = STATE_COLOURS[check["state"]]
+            table.add_row(check["check"], f"[{colour}]{check['state']}[/]", check["found"])
+        Console().print(table)
+    if failed:
+        sys.exit(EXIT_WORK_FAILED)
+
+
+def import_(
+    config: Config, runs: Path, stage: str, path: Path | None, *, forget: bool, as_json: bool
+) -> None:
+    from pipeline.imports import forget_import, import_stage
+
+    if forget:
+        gone = forget_import(config, runs, stage)
+        print(f"{stage}: " + ("the import is forgotten" if gone else "nothing was imported"))
+        return
+    if path is None:
+        raise RequestError("PATH must be given: the file or folder to import")
+    folder, imported = import_stage(config, runs, stage, path)
+    if as_json:
+        show_json({"folder": str(folder), "records": len(imported.records),
+                   "refused": dict(imported.refused), "notes": imported.notes})  # fmt: skip
+        return
+    print(f"{stage}: {len(imported.records)} records imported, {len(imported.refused)} refused")
+    for name, why in imported.refused[:10]:
+        print(f"  refused {name}: {why}")
+    for note in imported.notes[:10]:
+        print(f"  {note}")
+    print(f"in {folder}; `duplex run` uses it from now on")
+
+
+def merge(base: str, adapter: Path, out: Path, dtype: str, runs: Path, *, as_json: bool) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise RequestError(f"--dtype must be float32 or bfloat16, found {dtype}")
+    from pipeline.engines.checkpoint import resolve_checkpoint
+    from training.merge import merge_checkpoint
+
+    checkpoint = resolve_checkpoint(ModelSection(base=base), runs)
+    certificate = merge_checkpoint(checkpoint.folder, adapter, out, dtype)
+    if as_json:
+        show_json(certificate)
+    else:
+        print(f"{out}: merged; the certificate is {out / 'certificate.json'}")
+
+
+def serve(
+    target: str,
+    host: str | None,
+    port: int | None,
+    token: str | None,
+    base: bool,
+    runs: Path,
+    overrides: list[str],
+) -> None:
+    """Replaces this process by the server, so that signals reach it as they should."""
+    if Path(target).is_dir():
+        checkpoint, config = Path(target), None
+        host, port = host or "127.0.0.1", 8998 if port is None else port
+    else:
+        config = load_config(Path(target), overrides)
+        runtime = config.serve.runtime
+        host = host or runtime.host
+        port = runtime.port if port is None else port
+        token = token or runtime.token
+        checkpoint = _checkpoint_of(config, runs, base=base)
+        for name, url in persona_urls(_personas(config, runs), f"http://{host}:{port}"):
+            print(f"{name:<20} {url}")
+    device = config.serve.runtime.device if config else "auto"
+    command = [sys.executable, "-m", "pipeline.serving.app", str(checkpoint)]
+    command += ["--host", host, "--port", str(port), "--device", device]
+    environment = dict(os.environ)
+    if token:
+        environment["DUPLEX_TOKEN"] = token  # never on the command line, where others see it
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)
+
+
+def _checkpoint_of(config: Config, runs: Path, *, base: bool) -> Path:
+    from pipeline.engines.checkpoint import resolve_checkpoint
+
+    if base:
+        return resolve_checkpoint(config.model, runs).folder
+    steps = {step.stage.name: step for step in plan(config, runs)}
+    step = steps["merge"]
+    if not step.done or step.folder is None:
+        raise MissingInputError(
+            f"there must be a merged model under {run_folder_of(config, runs)}, found none for "
+            "this config. Run `duplex run CONFIG --to merge` first, or serve with --base."
+        )
+    return step.folder.path / "checkpoint"
+
+
+def _personas(config: Config, runs: Path) -> list[Any]:
+    step = plan(config, runs)[0]
+    return list(step.folder.records()) if step.done and step.folder else []
+
+
+def probe(
+    url: str, checkpoint: Path | None, token: str | None, timeout_s: float, *, as_json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from pipeline.engines.checkpoint import Checkpoint
+    from pipeline.serving.probe import probe_sync
+
+    tokenizer = None
+    if checkpoint is not None:
+        tokenizer = Checkpoint.open(checkpoint).files()["tokenizer"].read_bytes()
+    result = probe_sync(url, tokenizer=tokenizer, token=token, timeout_s=timeout_s)
+    if as_json:
+        show_json(asdict(result))
+    else:
+        for key, value in asdict(result).items():
+            print(f"{key:>16}: {value}")
+    if not result.proven:
+        sys.exit(EXIT_WORK_FAILED)
+
+
+def evaluate(
+    targets: list[str],
+    against: str | None,
+    items: str,
+    out: Path,
+    runs: Path,
+    overrides: list[str],
+    *,
+    as_json: bool,
+) -> None:
+    if len(targets) == 1 and not targets[0].startswith(("http://", "https://", "ws://", "wss://")):
+        if against not in (None, "base"):
+            raise RequestError("a config is evaluated --against base, found --against " + against)
+        path = Path(targets[0])
+        config = load_config(path, overrides)
+        run(
+            config, path, runs, overrides, first="evaluate", last=None, only=None, skip="",
+            runner="local", retry_rejected=False, dry_run=False, as_json=as_json,
+        )  # fmt: skip
+        return
+    from pipeline.evaluate import evaluate_to_folder
+
+    page = evaluate_to_folder(targets, against=against, items=items, out=out)
+    print(json.dumps({"report": str(page)}) if as_json else f"Report:  {page}")
+
+
+def clean(config: Config, runs: Path, *, dry_run: bool, yes: bool, as_json: bool) -> None:
+    from pipeline.clean import plan_removals, remove
+
+    removals = plan_removals(config, runs)
+    total = sum(removal.num_bytes for removal in removals)
+    if as_json:
+        folders = [{"path": r.path, "bytes": r.num_bytes} for r in removals]
+        show_json({"removed": not dry_run and yes, "bytes": total, "folders": folders})
+    else:
+        for removal in removals:
+            print(f"{removal.num_bytes / 1e6:10.1f} MB  {removal.path}")
+        print(f"{total / 1e6:10.1f} MB in {len(removals)} folders that this config does not need")
+    if dry_run or not removals:
+        return
+    if not yes:
+        if as_json or not sys.stdin.isatty():
+            raise RequestError("nothing was removed: say --yes to remove without being asked")
+        if input("Remove them? [y/N] ").strip().lower() != "y":
+            raise StageFailedError("nothing was removed")
+    remove(removals, config, runs)
+    if not as_json:
+        print("removed")

@@ -1,0 +1,190 @@
+"""`duplex doctor`: can this machine do what the config asks, and what will it take?
+
+Each check gives `ok`, `warn` or `fail` with what was found and what to do. Nothing is
+downloaded and torch is imported only to see the device.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from duplex.config import Config
+from duplex.datafiles import find_path
+from duplex.errors import DuplexError
+from pipeline.engines.checkpoint import model_identity
+from pipeline.run import STAGES
+
+GB = 1e9
+REQUIRED = ("torch", "moshi", "peft", "accelerate", "safetensors", "aiohttp", "sphn", "soundfile")
+# Parameters of the 7B models, counted on the meta device; bytes follow from the type.
+PARAMETERS_7B = {8: 7.688e9, 16: 8.371e9}
+HUB_DEP_Q = {"nvidia/personaplex-7b-v1": 16}
+LICENCES = {
+    "nvidia/personaplex-7b-v1": "NVIDIA Open Model License: accept it on the model's hub page",
+    "kyutai/moshiko-pytorch-bf16": "CC-BY-4.0",
+    "kyutai/moshika-pytorch-bf16": "CC-BY-4.0",
+}
+
+
+def examine(config: Config, runs_root: Path) -> list[dict[str, str]]:
+    """All checks, in the order of a person's questions."""
+    return [
+        _machine(),
+        *_packages(config),
+        *_data(config),
+        _model(config),
+        *_secrets(config),
+        *_device(config),
+        *_space(config, runs_root),
+        _estimate(config),
+    ]
+
+
+def _check(name: str, state: str, found: str) -> dict[str, str]:
+    return {"check": name, "state": state, "found": found}
+
+
+def _machine() -> dict[str, str]:
+    memory = psutil.virtual_memory()
+    return _check(
+        "machine",
+        "ok" if sys.version_info >= (3, 11) else "fail",
+        f"Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{memory.available / GB:.1f} of {memory.total / GB:.1f} GB memory free",
+    )
+
+
+def _packages(config: Config) -> list[dict[str, str]]:
+    needed = list(REQUIRED)
+    if "espeak" in (config.voices.engine, config.speech.engine):
+        needed.append("espeakng-loader")
+    if config.dialogues.writer == "openai":
+        needed.append("openai")
+    if config.train.runtime.wandb:
+        needed.append("wandb")
+    found, missing = [], []
+    for package in needed:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        hint = "run `make setup`, or `pip install -e '.[espeak]'` in the checkout"
+        return [_check("packages", "fail", f"missing {', '.join(missing)}: {hint}")]
+    return [_check("packages", "ok", ", ".join(found))]
+
+
+def _data(config: Config) -> list[dict[str, str]]:
+    faults = []
+    for stage in STAGES:
+        try:
+            stage.files(config)
+        except DuplexError as error:
+            faults.append(str(error))
+    if faults:
+        return [_check("data files", "fail", " ".join(faults))]
+    return [_check("data files", "ok", "personas, scenarios and evaluation items are valid")]
+
+
+def _model(config: Config) -> dict[str, str]:
+    identity = model_identity(config.model)
+    if config.model.base == "pocket":
+        return _check("model", "ok", "pocket: built here from a seed; random weights, no speech")
+    if identity.startswith("folder:"):
+        return _check("model", "ok", f"folder {find_path(config.model.base)}")
+    licence = LICENCES.get(config.model.base, "see its hub page")
+    pinned = config.model.revision is not None
+    advice = "" if pinned else "; pin model.revision, or a change upstream changes your run"
+    return _check("model", "ok" if pinned else "warn", f"{identity}, licence: {licence}{advice}")
+
+
+def _secrets(config: Config) -> list[dict[str, str]]:
+    checks = []
+    if model_identity(config.model).startswith("hub:"):
+        held = bool(os.environ.get("HF_TOKEN"))
+        text = "HF_TOKEN is set" if held else "HF_TOKEN is not set: gated models need it"
+        checks.append(_check("hub token", "ok" if held else "warn", text))
+    if config.dialogues.writer == "openai":
+        held = bool(config.dialogues.runtime.api_key)
+        text = "given" if held else "missing: set the variable that dialogues.runtime.api_key names"
+        checks.append(_check("LLM key", "ok" if held else "fail", text))
+    if config.serve.runtime.host not in ("127.0.0.1", "localhost", "::1"):
+        held = bool(config.serve.runtime.token)
+        text = "given" if held else "missing: a server off loopback needs serve.runtime.token"
+        checks.append(_check("server token", "ok" if held else "fail", text))
+    return checks
+
+
+def _device(config: Config) -> list[dict[str, str]]:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        need = _train_bytes(config)
+        fits = properties.total_memory > need
+        return [
+            _check(
+                "device",
+                "ok" if fits else "fail",
+                f"{properties.name}, {properties.total_memory / GB:.0f} GB; training needs about "
+                f"{need / GB:.1f} GB (computed)",
+            )
+        ]
+    if config.model.base == "pocket":
+        return [
+            _check("device", "ok", f"CPU, {torch.get_num_threads()} threads: enough for pocket")
+        ]
+    return [_check("device", "fail", "no CUDA device: a 7B model does not train on a CPU")]
+
+
+def _train_bytes(config: Config) -> float:
+    """Weights, adapter with gradients and two AdamW moments in fp32; activations not counted."""
+    if config.model.base == "pocket":
+        return 0.1 * GB
+    weights = PARAMETERS_7B[HUB_DEP_Q.get(config.model.base, 8)]
+    per_weight = 2 if config.train.dtype == "bfloat16" else 4
+    adapter = weights * 0.005 * config.train.lora.rank / 16
+    return weights * per_weight + adapter * 16
+
+
+def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
+    place = runs_root
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    need = 0.5 * GB
+    if config.model.base != "pocket":
+        weights = PARAMETERS_7B[HUB_DEP_Q.get(config.model.base, 8)] * 2
+        need = 2 * weights + 5 * GB  # base, merge, data
+    state = "ok" if free > need else "fail"
+    text = (
+        f"{free / GB:.1f} GB free at {place.resolve()}, about {need / GB:.1f} GB needed (computed)"
+    )
+    return [_check("disk", state, text + " (computed)")]
+
+
+def _estimate(config: Config) -> dict[str, str]:
+    try:
+        keys = STAGES[0].files(config)
+    except DuplexError:
+        return _check("estimate", "warn", "not possible before the data files are valid")
+    personas = sum(key.startswith("Persona:") for key in keys)
+    dialogues = personas * config.dialogues.per_persona
+    turns = (config.dialogues.min_turns + config.dialogues.max_turns) / 2
+    minutes = dialogues * turns * 3.5 / 60
+    paid = (
+        f"{dialogues} to {config.dialogues.llm}" if config.dialogues.writer == "openai" else "none"
+    )
+    return _check(
+        "estimate",
+        "ok",
+        f"{personas} personas, {dialogues} dialogues, about {minutes:.0f} minutes of speech "
+        f"(computed at 3.5 s a turn); paid calls: {paid}",
+    )

@@ -1,0 +1,168 @@
+"""Imports go downward only, and each heavy package has its one place."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The lower number is the deeper layer; a module imports its own layer or deeper ones.
+LAYERS = [
+    (0, ("duplex.frames", "duplex.errors", "duplex")),
+    (1, ("duplex.records", "duplex.config")),
+    (
+        2,
+        (
+            "duplex.alignment",
+            "duplex.streams",
+            "duplex.mixing",
+            "duplex.metrics",
+            "training.loss",
+            "training.lora",
+        ),
+    ),
+    (3, ("duplex.files", "duplex.lock", "duplex.datafiles", "duplex.stage", "duplex.store")),
+    (3, ("pipeline.runners",)),
+    (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
+    (
+        5,
+        tuple(
+            f"pipeline.{stage}"
+            for stage in (
+                "personas",
+                "dialogues",
+                "voices",
+                "speech",
+                "tensors",
+                "train",
+                "merge",
+                "serve",
+                "evaluate",
+            )
+        ),
+    ),  # fmt: skip
+    (6, ("pipeline", "duplex.cli")),
+]
+PURE = LAYERS[2][1]
+ONLY_IN = {"ray": "pipeline.runners.ray", "accelerate": "training.loop", "peft": "training"}
+
+
+def modules():
+    for top in ("duplex", "pipeline", "training"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), path
+
+
+def layer_of(name):
+    fitting = [
+        (len(prefix), layer)
+        for layer, prefixes in LAYERS
+        for prefix in prefixes
+        if name == prefix or name.startswith(prefix + ".")
+    ]
+    return max(fitting)[1] if fitting else None
+
+
+def is_main_guard(node):
+    return isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
+
+
+def imports_of(path):
+    """Imported module names, in functions too; the `__main__` guard and type checks apart."""
+    found = []
+    pending = list(ast.parse(path.read_text()).body)
+    while pending:
+        node = pending.pop()
+        if is_main_guard(node) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ):
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        pending += list(ast.iter_child_nodes(node))
+    return found
+
+
+def violations(named_paths):
+    known = {name for name, _ in modules()}
+    found = []
+    for name, path in named_paths:
+        for imported in imports_of(path):
+            if imported not in known or imported == name:
+                continue
+            if name == "duplex.cli" or layer_of(imported) <= layer_of(name):
+                stages = layer_of(name) == layer_of(imported) == 5
+                if not stages:
+                    continue
+            found.append(f"{name} imports {imported}")
+    return found
+
+
+def test_every_module_has_a_layer():
+    assert [name for name, _ in modules() if layer_of(name) is None] == []
+
+
+def test_imports_go_downward_and_stages_stay_apart():
+    assert violations(modules()) == []
+
+
+def test_an_upward_import_would_be_found(tmp_path):
+    planted = tmp_path / "planted.py"
+    planted.write_text("def f():\n    from pipeline.run import plan\n")
+    assert violations([("duplex.streams", planted)]) == [
+        "duplex.streams imports pipeline.run",
+    ]
+    planted.write_text("import pipeline.speech\n")
+    assert violations([("pipeline.voices", planted)]) == ["pipeline.voices imports pipeline.speech"]
+
+
+@pytest.mark.parametrize("package", sorted(ONLY_IN))
+def test_each_heavy_package_has_its_place(package):
+    users = {
+        name
+        for name, path in modules()
+        if any(i == package or i.startswith(package + ".") for i in imports_of(path))
+    }
+    place = ONLY_IN[package]
+    assert {name for name in users if name != place and not name.startswith(place + ".")} == set()
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_touch_no_file_clock_or_log(name):
+    path = dict(modules())[name]
+    banned = {
+        "os",
+        "io",
+        "pathlib",
+        "time",
+        "datetime",
+        "logging",
+        "random",
+        "subprocess",
+        "socket",
+    }
+    assert banned & {imported.split(".")[0] for imported in imports_of(path)} == set()
+
+
+def test_planning_imports_no_heavy_package():
+    code = (
+        "import sys, pipeline.run, pipeline.commands, duplex.cli;"
+        "print([m for m in ('torch', 'moshi', 'peft', 'datasets', 'matplotlib') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_file_is_longer_than_400_lines():
+    paths = [
+        p for top in ("duplex", "pipeline", "training", "tests") for p in (ROOT / top).rglob("*.py")
+    ]
+    assert [str(p) for p in paths if len(p.read_text().splitlines()) > 400] == []
