@@ -178,7 +178,9 @@ def finished_speech(folder: StageFolder) -> list[Speech]:
     from duplex.records import parse_record
 
     lines = (line for entry in folder.ledger().values() for line in entry.lines)
-    records = folder.records() if folder.manifest() else (parse_record(json.loads(x)) for x in lines)
+    records = (
+        folder.records() if folder.manifest() else (parse_record(json.loads(x)) for x in lines)
+    )
     return sorted((r for r in records if isinstance(r, Speech)), key=lambda r: r.id)
 
 

@@ -14,7 +14,7 @@ Each voice is proven by speaking a word: 10 ms.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from duplex.config import Config
@@ -121,11 +121,15 @@ def agent_tasks(traits: Iterable[tuple[str, VoiceTraits]]) -> list[Task]:
         while canonical_json(params := agent_params(persona_id, voice, attempt)) in taken:
             attempt += 1
         taken.add(canonical_json(params))
-        material = {"persona": persona_id, "voice": voice.model_dump(mode="json")}
+        material: dict[str, object] = {
+            "persona": persona_id,
+            "voice": voice.model_dump(mode="json"),
+        }
         # Only a voice that had to give way depends on more than its own persona.
-        source = _hash(material | ({"attempt": attempt} if attempt else {}))
+        if attempt:
+            material["attempt"] = attempt
         plan = VoicePlan("agent", persona_id, params)
-        tasks.append(Task(agent_voice_id(persona_id), (source.hexdigest(),), plan))
+        tasks.append(Task(agent_voice_id(persona_id), (_digest(material),), plan))
     return tasks
 
 
@@ -181,8 +185,8 @@ class _Draw:
         return low + offset
 
 
-def _hash(material: dict[str, object]) -> hashlib._Hash:
-    return hashlib.sha256(canonical_json(material).encode())
+def _digest(material: Mapping[str, object]) -> str:
+    return hashlib.sha256(canonical_json(material).encode()).hexdigest()
 
 
 if __name__ == "__main__":

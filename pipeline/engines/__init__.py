@@ -1,0 +1,1 @@
+"""What a stage talks to: writers of dialogues, speech engines, recognisers, codecs."""

@@ -1,0 +1,45 @@
+"""What every writer of dialogues offers, and what it returns.
+
+A writer's `revision` is part of the key of each record that it wrote, so it must change
+whenever the same seed would give other words. Keys are computed before any work is started:
+no writer imports torch, nor anything heavy, before `write` is called.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+from duplex.records import Persona, Scenario, Turn
+
+
+@dataclass(frozen=True)
+class WrittenDialogue:
+    """The words of a conversation. `mood` names the gap table that its pauses come from."""
+
+    turns: tuple[Turn, ...]
+    system_prompt: str
+    mood: str
+
+
+class DialogueWriter(Protocol):
+    @property
+    def revision(self) -> str: ...
+
+    def write(
+        self,
+        persona: Persona,
+        scenario: Scenario,
+        *,
+        seed: int,
+        min_turns: int,
+        max_turns: int,
+    ) -> WrittenDialogue:
+        """A dialogue of `min_turns` to `max_turns` turns; the same seed gives the same words."""
+        ...
+
+
+def draw_prompt(persona: Persona, rng: random.Random) -> str:
+    """One of the persona's paraphrases, so that no wording of the prompt is learnt by heart."""
+    return rng.choice(persona.prompts)

@@ -1,0 +1,232 @@
+"""Stage 9: what tuning changed. Base and merged model play the same conversations.
+
+Each item's prompt and the user's audio go to both servers with the same seed, in lock-step, so
+that a conversation comes back bit for bit on the same machine. The prompt that each model was
+fed is compared with our own tokenization. `report.json`, the recordings and the scores hold no
+wall-clock time; that is in `timings.json` and on the page.
+
+Cost: @@
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from duplex.config import Config, EvaluateSection
+from duplex.datafiles import find_path
+from duplex.errors import RequestError
+from duplex.files import read_lines, sha256_bytes, write_atomic
+from duplex.records import Record, Score, canonical_json
+from duplex.stage import StageContext, WholeStage
+from duplex.store import FileWriter
+from pipeline.engines import espeak
+from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
+from pipeline.evaluation.items import LEAD_IN_S, LOUDNESS_DBFS, load_items, speak_item
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.items import SpokenItem
+    from pipeline.evaluation.play import Played, PlaySettings
+
+USER_VOICE: dict[str, str | int | float] = {"voice": "en-us"}
+
+
+class EvaluateStage(WholeStage):
+    name = "evaluate"
+    number = 9
+    reads = ("train", "merge")
+
+    def engine(self, config: Config) -> str:
+        return f"{espeak.revision()}, {model_identity(config.model)}"
+
+    def files(self, config: Config) -> dict[str, str]:
+        """The items by the digest of their content: a comment in the YAML changes nothing.
+
+        Raises:
+            DataFileError: the file breaks its schema, or is not there.
+        """
+        items = load_items(find_path(config.evaluate.items))
+        content = canonical_json([item.model_dump(mode="json") for item in items])
+        return {config.evaluate.items: sha256_bytes(content.encode())}
+
+    def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
+        from pipeline.evaluation.report import page_files, recordings
+
+        config, section = context.config, context.config.evaluate
+        base = resolve_checkpoint(config.model, context.runs_root)
+        checkpoints = {
+            "base": base.folder,
+            "merged": context.inputs["merge"].path / "checkpoint",
+        }
+        spoken = speak_items(section)
+        settings = play_settings(section, base.files()["tokenizer"].read_bytes())
+        played, started_s = _play_checkpoints(checkpoints, spoken, settings, context)
+        about = {
+            "name": config.name,
+            "base": config.model.base,
+            "base_revision": config.model.revision,
+            "items": section.items,
+        }
+        training = list(read_lines(context.inputs["train"].artifact("metrics")))
+        fixed, loose = page_files(
+            played, started_s, about=about, protocol=_protocol(section, settings), training=training
+        )
+        audio = recordings(played)
+        records: list[Record] = [
+            _add(writer, name, content) for name, content in {**fixed, **audio}.items()
+        ]
+        for name, content in loose.items():
+            # Not among the records: their lines are in the digest, and these bytes differ.
+            _add(writer, name, content, deterministic=False)
+        return [*records, *_scores(played, audio)]
+
+
+def speak_items(section: EvaluateSection) -> list[SpokenItem]:
+    """The user's side of all items of the section; raises as `load_items`, `speak_item`."""
+    with espeak.EspeakEngine() as engine:
+        return [
+            speak_item(item, engine, USER_VOICE, seconds=section.seconds, answer_s=section.answer_s)
+            for item in load_items(find_path(section.items))
+        ]
+
+
+def play_settings(section: EvaluateSection, tokenizer: bytes | None) -> PlaySettings:
+    from pipeline.evaluation.play import PlaySettings
+
+    return PlaySettings(
+        seed=section.seed,
+        sampling=section.sampling,
+        tokenizer=tokenizer,
+        token=os.environ.get("DUPLEX_TOKEN"),
+        ready_timeout_s=section.runtime.start_timeout_s,
+    )
+
+
+def _play_checkpoints(
+    checkpoints: Mapping[str, Path],
+    spoken: Sequence[SpokenItem],
+    settings: PlaySettings,
+    context: StageContext,
+) -> tuple[list[Played], dict[str, float]]:
+    from pipeline.evaluation.play import evaluate_urls
+    from pipeline.serving.launch import running_server
+
+    runtime = context.config.evaluate.runtime
+    started_s: dict[str, float] = {}
+    played: list[Played] = []
+    for label, folder in checkpoints.items():
+        started = time.monotonic()
+        with running_server(
+            folder, device=runtime.device, timeout_s=runtime.start_timeout_s
+        ) as url:
+            started_s[label] = time.monotonic() - started
+            played += evaluate_urls({label: url}, spoken, settings, context.report)
+    return played, started_s
+
+
+def _protocol(section: EvaluateSection, settings: PlaySettings) -> dict[str, Any]:
+    """What a number of the report hangs on, besides the models."""
+    return {
+        "seed": settings.seed,
+        "sampling": settings.sampling.model_dump(),
+        "pace": "lock-step: a user frame goes out when the agent's frame before it has come",
+        "seconds": section.seconds,
+        "lead_in_s": LEAD_IN_S,
+        "answer_pause_s": section.answer_s,
+        "user_voice": f"{espeak.revision()}, {USER_VOICE['voice']}, {LOUDNESS_DBFS:g} dBFS RMS",
+        "codec": "24 kHz int16 PCM on the wire, format=pcm; the model's own codec behind it",
+        "prompt_proof": "against our own tokenization"
+        if settings.tokenizer
+        else "against the tokenizer that the server gave out",
+    }
+
+
+def _scores(played: Sequence[Played], audio: Mapping[str, bytes]) -> list[Score]:
+    from pipeline.evaluation.report import wav_name
+
+    return [
+        Score(
+            id=f"{measured.spoken.item.id}.{label}",
+            item_id=measured.spoken.item.id,
+            model=label,
+            prompt=measured.spoken.item.text_prompt,
+            prompt_proven=measured.proof.proven,
+            transcript=measured.conversation.transcript,
+            metrics=measured.metrics(),
+            audio=sha256_bytes(audio[wav_name(measured)]),
+        )
+        for label, model in zip(("base", "merged"), played, strict=True)
+        for measured in model.conversations
+    ]
+
+
+def _add(writer: FileWriter, name: str, content: bytes, deterministic: bool = True) -> Record:
+    source = writer.work / "unfinished"
+    source.write_bytes(content)
+    return writer.add(Path(name).name, source, name, deterministic=deterministic)
+
+
+# -- servers that are up already
+
+
+def evaluate_to_folder(
+    targets: Sequence[str], *, against: str | None, items: str, out: Path
+) -> Path:
+    """Evaluate running servers; write report.json, report.html and the recordings to `out`.
+
+    Args:
+        targets: URLs of servers; `against`, if given, is the one that they are compared with.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        RequestError: no URL where one must be.
+        DataFileError: the items.
+        ServerError: a server cannot be reached, or broke a conversation.
+    """
+    from pipeline.evaluation.play import evaluate_urls
+    from pipeline.evaluation.report import page_files, recordings
+
+    urls = name_urls([*([against] if against else []), *targets])
+    section = EvaluateSection(items=items)
+    spoken = speak_items(section)
+    settings = play_settings(section, tokenizer=None)
+    played = evaluate_urls(urls, spoken, settings)
+    about = {"name": " and ".join(urls), "items": items}
+    fixed, loose = page_files(
+        played, {}, about=about, protocol=_protocol(section, settings), training=[]
+    )
+    for name, content in {**fixed, **loose, **recordings(played)}.items():
+        write_atomic(out / name, content)
+    return out / "report.html"
+
+
+def name_urls(urls: Sequence[str]) -> dict[str, str]:
+    """A short name for each server: its host and port, as a file name may hold them.
+
+    Raises:
+        RequestError: not the URL of a server.
+    """
+    named: dict[str, str] = {}
+    for url in urls:
+        netloc = urlsplit(url).netloc
+        if not netloc:
+            raise RequestError(
+                f"a server to evaluate must be given as http://host:port or ws://…, found {url}"
+            )
+        name = re.sub(r"[^a-z0-9.-]+", "-", netloc.rpartition("@")[2].lower()).strip("-.")
+        count = sum(other == name or other.startswith(f"{name}-again") for other in named)
+        named[f"{name}-again{count}" if count else name] = url
+    return named
+
+
+if __name__ == "__main__":
+    from pipeline.run import stage_main
+
+    stage_main("evaluate")

@@ -1,0 +1,153 @@
+"""What the models are asked: prompts, and the user's side of each conversation as audio.
+
+    items:
+      - id: angry-marcus-order
+        persona_type: angry
+        text_prompt: You are Marcus, …
+        first_speaker: user
+        user_turns: ["Hi, what can I get you?", …]
+        facts: [{key: name, value: Marcus, says: [Marcus]}]
+
+The user's audio is made once and played to every model, so that what differs between two
+conversations is the model. A turn is kept only if its answer pause still fits: a turn without
+time to answer it would count as unanswered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from pydantic import Field, model_validator
+
+from duplex.datafiles import read_yaml, validate
+from duplex.errors import DataFileError, RequestError, WorkError
+from duplex.frames import FRAME_S, FRAME_SAMPLES, frames_covering_samples, frames_covering_seconds
+from duplex.records import Fact, Frozen, PersonaType, Role, Slug, Text
+
+if TYPE_CHECKING:  # planning a run reads the items, and needs no numpy for it
+    import numpy as np
+
+    from duplex.metrics import Segment
+
+LEAD_IN_S = 0.32  # as in the training data
+LOUDNESS_DBFS = -24.0  # RMS of each turn, as in the training data
+
+
+class EvaluationItem(Frozen):
+    """One conversation to hold: the prompt, what the user says, and what may be recalled."""
+
+    # A score's id is the item's with a model's name behind it, and a slug too.
+    id: Annotated[Slug, Field(max_length=80)]
+    persona_type: PersonaType
+    text_prompt: Text
+    first_speaker: Role = "user"
+    user_turns: tuple[Text, ...] = Field(min_length=1)
+    facts: tuple[Fact, ...] = ()
+
+
+class ItemsFile(Frozen):
+    items: tuple[EvaluationItem, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ids_differ(self) -> ItemsFile:
+        ids = [item.id for item in self.items]
+        doubled = sorted({key for key in ids if ids.count(key) > 1})
+        if doubled:
+            raise ValueError(f"each item needs an id of its own, found twice: {', '.join(doubled)}")
+        return self
+
+
+class SpeechEngine(Protocol):
+    """What is needed of a speech engine: `samples`, float32 [S] at 24 kHz, of its utterance."""
+
+    def synthesize(self, text: str, params: dict[str, str | int | float]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class SpokenItem:
+    """An item with the user's audio: float32 [S], whole frames.
+
+    turns: the frames in which each kept turn is heard; `dropped` counts those left out.
+    """
+
+    item: EvaluationItem
+    samples: np.ndarray
+    turns: tuple[Segment, ...]
+    dropped: int
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.samples) // FRAME_SAMPLES
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.item.user_turns[: len(self.turns)]
+
+
+def load_items(path: Path) -> tuple[EvaluationItem, ...]:
+    """The items of a YAML file, in its order.
+
+    Raises:
+        DataFileError: no file, not YAML, or it breaks the schema; all faults at once.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise DataFileError(f"{path}: must hold a mapping with `items`, found {type(raw).__name__}")
+    return validate(ItemsFile, raw, path).items
+
+
+def speak_item(
+    item: EvaluationItem,
+    engine: SpeechEngine,
+    params: dict[str, str | int | float],
+    *,
+    seconds: float,
+    answer_s: float,
+) -> SpokenItem:
+    """The user's side: lead-in, then each turn and a pause of `answer_s`, `seconds` in all.
+
+    When the agent speaks first, the lead-in is a pause of `answer_s` too. Turns whose pause
+    would end after `seconds` are left out, with all that follow; the rest is silence.
+
+    Raises:
+        RequestError: not even the first turn fits.
+        WorkError: the engine made no audible speech of a turn.
+    """
+    import numpy as np
+
+    from duplex.metrics import Segment, segments, speech_activity
+    from duplex.mixing import normalize_loudness
+
+    num_frames = frames_covering_seconds(seconds)
+    pause = frames_covering_seconds(answer_s)
+    cursor = frames_covering_seconds(LEAD_IN_S)
+    if item.first_speaker == "agent":
+        cursor = max(cursor, pause)
+    samples = np.zeros(num_frames * FRAME_SAMPLES, dtype=np.float32)
+    turns: list[Segment] = []
+    for text in item.user_turns:
+        try:
+            speech = normalize_loudness(engine.synthesize(text, params).samples, LOUDNESS_DBFS)
+        except ValueError as error:
+            raise WorkError(f"{item.id}: the turn {text!r} must be audible: {error}") from None
+        heard = segments(speech_activity(speech))
+        if not heard:
+            raise WorkError(f"{item.id}: the turn {text!r} must be audible, found no speech.")
+        # What an engine leaves silent before and after would count as time to answer.
+        speech = speech[heard[0].start * FRAME_SAMPLES : heard[-1].end * FRAME_SAMPLES]
+        length = frames_covering_samples(len(speech))
+        if cursor + length + pause > num_frames:
+            if not turns:
+                needed = (cursor + length + pause) * FRAME_S
+                raise RequestError(
+                    f"evaluate.seconds must hold the first turn of {item.id} and its answer "
+                    f"({needed:.2f} s), found {seconds:g}. Raise it, or shorten the turn."
+                )
+            break
+        start = cursor * FRAME_SAMPLES
+        samples[start : start + len(speech)] = speech
+        turns.append(Segment(cursor, cursor + length))
+        cursor += length + pause
+    return SpokenItem(item, samples, tuple(turns), len(item.user_turns) - len(turns))

@@ -1,0 +1,157 @@
+"""Plays the items to one server after another and measures each conversation.
+
+Every model gets the same audio, prompt, seed and sampling. The first item is played twice:
+only if its audio comes back bit for bit may a difference between two models be put down to
+the models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import numpy as np
+import sentencepiece
+
+from duplex.config import SamplingSection
+from duplex.errors import ServerError
+from pipeline.evaluation.client import Conversation, converse
+from pipeline.evaluation.items import SpokenItem
+from pipeline.evaluation.scoring import Measured, measure, prove_prompt
+from pipeline.serving import wire
+
+
+@dataclass(frozen=True)
+class PlaySettings:
+    """How a conversation is held. `tokenizer`: SentencePiece model; None takes the server's,
+    and then a prompt's proof rests on the server's own tokenizer."""
+
+    seed: int = 0
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    lockstep: bool = True
+    tokenizer: bytes | None = None
+    token: str | None = None
+    ready_timeout_s: float = 120
+    frame_timeout_s: float = 30
+
+
+@dataclass(frozen=True)
+class Played:
+    """All conversations with one model. repeats: whether one item, played again, came back
+    bit for bit; None when that was not tried (real time)."""
+
+    label: str
+    info: dict[str, Any]
+    conversations: tuple[Measured, ...]
+    repeats: bool | None
+    wall_s: float
+
+    @property
+    def model_digest(self) -> str | None:
+        """As the server said it in its conversations; None when it did not, or said several."""
+        said = {(m.conversation.prompt or {}).get("model_digest") for m in self.conversations}
+        only = said.pop() if len(said) == 1 else None
+        return only if isinstance(only, str) else None
+
+
+def evaluate_urls(
+    urls: Mapping[str, str],
+    items: Sequence[SpokenItem],
+    settings: PlaySettings,
+    report: Callable[[str], None] = print,
+) -> list[Played]:
+    """Play `items` to each server, one after the other.
+
+    Args:
+        urls: label -> address of a server, its page or its socket.
+
+    Raises:
+        ServerError: a server cannot be reached, or a conversation broke; names its item.
+    """
+    return [asyncio.run(play(label, url, items, settings, report)) for label, url in urls.items()]
+
+
+async def play(
+    label: str,
+    url: str,
+    items: Sequence[SpokenItem],
+    settings: PlaySettings,
+    report: Callable[[str], None] = print,
+) -> Played:
+    """Play `items` to one server; raises as `evaluate_urls` does."""
+    started = time.perf_counter()
+    info, served_tokenizer = await _describe(url, settings)
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    tokenizer.LoadFromSerializedProto(settings.tokenizer or served_tokenizer)
+    measured: list[Measured] = []
+    for spoken in items:
+        conversation = await _converse(url, spoken, settings)
+        tokens = wire.prompt_tokens(tokenizer, spoken.item.text_prompt)
+        proof = prove_prompt(conversation.prompt, wire.prompt_digest(tokens), len(tokens))
+        measured.append(measure(spoken, label, conversation, proof))
+        frame_ms = 1000 * float(np.median(conversation.wall.frame_s))
+        proven = "prompt proven" if proof.proven else f"PROMPT NOT PROVEN: {proof.note}"
+        report(f"{label} {spoken.item.id}: {frame_ms:.0f} ms a frame, {proven}")
+    repeats = None
+    if settings.lockstep and measured:
+        again = await _converse(url, items[0], settings)
+        repeats = same_answer(again, measured[0].conversation)
+    wall_s = time.perf_counter() - started
+    return Played(label, info, tuple(measured), repeats, wall_s)
+
+
+def same_answer(one: Conversation, other: Conversation) -> bool:
+    return one.text == other.text and np.array_equal(one.agent, other.agent)
+
+
+async def _converse(url: str, spoken: SpokenItem, settings: PlaySettings) -> Conversation:
+    try:
+        return await converse(
+            url,
+            spoken.samples,
+            text_prompt=spoken.item.text_prompt,
+            seed=settings.seed,
+            sampling=settings.sampling,
+            lockstep=settings.lockstep,
+            token=settings.token,
+            ready_timeout_s=settings.ready_timeout_s,
+            frame_timeout_s=settings.frame_timeout_s,
+        )
+    except ServerError as error:
+        raise ServerError(f"{spoken.item.id}: {error}") from None
+
+
+async def _describe(url: str, settings: PlaySettings) -> tuple[dict[str, Any], bytes]:
+    """The server's own description, and its tokenizer where we have none."""
+    base = wire.base_url(url)
+    token = settings.token or dict(wire.query_pairs(url)).get("token")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    timeout = aiohttp.ClientTimeout(total=settings.ready_timeout_s)
+    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+
+        async def get(path: str) -> bytes:
+            address = base + path
+            try:
+                async with session.get(address) as response:
+                    if response.status != 200:
+                        raise ServerError(
+                            f"{address}: must answer with 200, found {response.status}. "
+                            "Is this a duplex server, and is the token right?"
+                        )
+                    return await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise ServerError(
+                    f"{address}: must be reachable: {error or type(error).__name__}. "
+                    "Is `duplex serve` running there?"
+                ) from None
+
+        try:
+            info = dict(json.loads(await get("/api/info")))
+        except (ValueError, TypeError) as error:
+            raise ServerError(f"{base}/api/info: must be a JSON object: {error}") from None
+        return info, b"" if settings.tokenizer else await get("/api/tokenizer")

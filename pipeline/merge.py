@@ -1,0 +1,96 @@
+"""Stage 7: base + adapter -> a checkpoint of its own, which the stock moshi loads too.
+
+The work and its proofs are in `training/merge.py`; here are where the parts come from and
+where they go. The stage's folder `checkpoint/` is complete: config.json, weights, codec and
+tokenizer (hard links where the file system allows), and certificate.json.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from duplex.config import Config
+from duplex.errors import CorruptFileError
+from duplex.files import sha256_file
+from duplex.records import Artifact, Record
+from duplex.stage import StageContext, WholeStage
+from duplex.store import FileWriter
+from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
+
+FOLDER = "checkpoint"
+# Artifact id -> file of the merged folder.
+FILES = {
+    "weights": "model.safetensors",
+    "config": "config.json",
+    "codec": "mimi.safetensors",
+    "codec-config": "mimi_config.json",
+    "tokenizer": "tokenizer.model",
+    "certificate": "certificate.json",
+}
+
+
+class MergeStage(WholeStage):
+    name = "merge"
+    number = 7
+    reads = ("train",)
+
+    def engine(self, config: Config) -> str:
+        return model_identity(config.model)
+
+    def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
+        """
+        Raises:
+            CorruptFileError: the adapter is not the one that training recorded.
+            MergeError: adapter and base do not fit, or the result is not base + adapter.
+        """
+        checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
+        adapter = context.inputs["train"].artifact("adapter")
+        check_digest(context, "adapter", adapter)
+
+        # PEFT looks for optional kernels, and bitsandbytes complains of them on every import.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        from training.merge import merge_checkpoint
+
+        merged = writer.work / FOLDER
+        shutil.rmtree(merged, ignore_errors=True)  # of an attempt that was killed
+        certificate = merge_checkpoint(
+            checkpoint.folder, adapter.parent, merged, context.config.merge.dtype
+        )
+        modules = certificate.pop("modules")
+        logits = certificate["logits"]
+        context.report(
+            f"merged: {len(modules)} of {certificate['modules_targeted']} modules changed; logits "
+            f"differ from the unmerged model's by {logits['error']:.1e} (allowed "
+            f"{logits['tolerance']:.0e}), from the base's by {logits['effect']:.1e}"
+        )
+        return [
+            writer.add(
+                artifact_id,
+                merged / name,
+                f"{FOLDER}/{name}",
+                facts=certificate if artifact_id == "weights" else None,
+            )
+            for artifact_id, name in FILES.items()
+            if (merged / name).exists()
+        ]
+
+
+def check_digest(context: StageContext, artifact_id: str, path: Path) -> None:
+    """
+    Raises:
+        CorruptFileError: the file has changed since training recorded it.
+    """
+    for record in context.records("train", Artifact):
+        if record.id == artifact_id and sha256_file(path) != record.sha256:
+            raise CorruptFileError(
+                f"{path}: must be the file that training recorded ({record.sha256[:12]}…), but it "
+                "was changed or damaged. Remove the train stage folder and run again."
+            )
+
+
+if __name__ == "__main__":
+    from pipeline.run import stage_main
+
+    stage_main("merge")

@@ -1,0 +1,257 @@
+"""Stage 6: LoRA training on the tensors, with proof that every adapter takes part.
+
+Reads all clips, checks that they were made with this model's codec and tokenizer, puts the
+adapters in, proves on the first batch that each of them is alive (`training/lora.py`), and
+trains (`training/loop.py`). Checkpoints in `work/` outlive a kill; what the stage hands in
+is the adapter as PEFT reads it, the metrics and a page of curves.
+
+    adapter/adapter_model.safetensors, adapter/adapter_config.json
+    metrics.jsonl      one line a step and a validation; the same bytes on every run
+    timing.jsonl       seconds and frames/s, of killed attempts too
+    index.html         curves
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from duplex.config import Config
+from duplex.errors import RequestError
+from duplex.files import sha256_bytes, write_atomic
+from duplex.records import Record, TensorClip, canonical_json
+from duplex.stage import StageContext, WholeStage, record_seed
+from duplex.store import FileWriter
+from pipeline.engines.checkpoint import Checkpoint, model_identity, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from training.batches import Clip
+    from training.loop import StepReport, TrainResult
+    from training.lora import GroupCount
+
+PAGE = "index.html"
+
+
+class TrainStage(WholeStage):
+    name = "train"
+    number = 6
+    reads = ("tensors",)
+
+    def engine(self, config: Config) -> str:
+        return model_identity(config.model)
+
+    def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
+        """
+        Raises:
+            CorruptFileError: a tensor file that is damaged or not what its record says.
+            RequestError: clips of another codec or tokenizer, or none to train on.
+            DeadAdapterError: an adapter that would get no gradient; nothing was trained.
+            WorkError: a loss that is not finite; the last checkpoint is kept.
+        """
+        checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
+        records: list[TensorClip] = list(context.records("tensors", TensorClip))
+        check_origin(records, checkpoint)
+        clips = _read_clips(context, records, checkpoint)
+
+        # PEFT looks for optional kernels, and bitsandbytes complains of them on every import.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        import torch
+
+        from training.loop import Trainer
+        from training.lora import add_adapters, count_trainable, target_modules
+
+        config, section = context.config, context.config.train
+        base_sha256 = checkpoint.digest("moshi")
+        model = checkpoint.load_lm(dtype=getattr(torch, section.dtype))
+        targets = target_modules(model, section.lora.targets)
+        add_adapters(model, section.lora, targets, record_seed(config.seed, "train", "adapters"))
+        counts = count_trainable(model, targets)
+        _describe(context, model, counts, clips)
+        trainer = Trainer(
+            model,
+            targets,
+            section,
+            seed=config.seed,
+            train_clips=clips["train"],
+            valid_clips=clips["valid"],
+            work=writer.work,
+            identity=_identity(context, records, base_sha256, self.version),
+            name=config.name,
+        )
+        with _progress(section.steps) as on_step:
+            result = trainer.run(on_step, context.report)
+        context.report(f"trained at {result.frames_per_s:.0f} frames/s")
+        facts = {
+            "rank": section.lora.rank,
+            "alpha": section.lora.alpha,
+            "trainable_parameters": sum(count.parameters for count in counts.values()),
+            "adapted_modules": {group: count.modules for group, count in counts.items()},
+            "alive_modules": result.live,
+            "base_sha256": base_sha256,
+            "steps": section.steps,
+            **validation_facts(result.log),
+        }
+        return _hand_in(context, writer, model, targets, facts, result)
+
+
+def check_origin(records: list[TensorClip], checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        RequestError: a clip was made with another codec or tokenizer than this model's.
+    """
+    for role in ("codec", "tokenizer"):
+        expected = checkpoint.digest(role)
+        found = [(record.id, getattr(record, f"{role}_digest")) for record in records]
+        foreign = [(name, digest) for name, digest in found if digest != expected]
+        if foreign:
+            raise RequestError(
+                f"clips must be made with the {role} of the model that is trained, "
+                f"{expected[:12]}…; found {len(foreign)} of {len(records)} made with another "
+                f"(first {foreign[0][0]}: {foreign[0][1][:12]}…). "
+                "Make the tensors again with this model.base, or train the model they belong to."
+            )
+
+
+def validation_facts(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """First and last validation: the loss, and each stream's likelihood in nats."""
+    lines = [line for line in log if line["kind"] == "valid"]
+    if not lines:
+        return {}
+    return {
+        f"valid_{when}": {
+            "loss": line["loss"],
+            **{name: value for name, value in line["streams"].items() if value is not None},
+        }
+        for when, line in (("initial", lines[0]), ("final", lines[-1]))
+    }
+
+
+def _read_clips(
+    context: StageContext, records: list[TensorClip], checkpoint: Checkpoint
+) -> dict[str, list[Clip]]:
+    from training.batches import read_clips
+
+    return {
+        split: read_clips(
+            context.inputs["tensors"],
+            [record for record in records if record.split == split],
+            crop_frames=context.config.train.crop_frames,
+            card=checkpoint.config["card"],
+            text_card=checkpoint.config["text_card"],
+        )
+        for split in ("train", "valid")
+    }
+
+
+def _identity(
+    context: StageContext, records: list[TensorClip], base_sha256: str, version: int
+) -> str:
+    """Digest of all that decides a run: a checkpoint of another run is not gone on from."""
+    identity = {
+        "base": base_sha256,
+        "clips": [record.digest for record in records],
+        "seed": context.config.seed,
+        "section": context.config.keyed("train"),
+        "version": version,
+    }
+    return sha256_bytes(canonical_json(identity).encode())
+
+
+def _describe(
+    context: StageContext,
+    model: Any,
+    counts: dict[str, GroupCount],
+    clips: dict[str, list[Clip]],
+) -> None:
+    """Say what trains, and on what."""
+    for group, count in counts.items():
+        context.report(
+            f"  {group:<9} {count.modules:4d} modules {count.parameters:12,d} parameters"
+        )
+    trained = sum(count.parameters for count in counts.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    modules = sum(count.modules for count in counts.values())
+    context.report(
+        f"  training  {modules:4d} modules {trained:12,d} parameters "
+        f"({trained / (total - trained):.1%} of the base's {total - trained:,d})"
+    )
+    for split, chosen in clips.items():
+        frames = sum(clip.num_frames for clip in chosen)
+        context.report(f"  {split}: {len(chosen)} clips, {frames:,d} frames")
+    if not clips["valid"]:
+        context.report("  no clip is held out: there will be no validation")
+
+
+def _hand_in(
+    context: StageContext,
+    writer: FileWriter,
+    model: Any,
+    targets: dict[str, list[str]],
+    facts: dict[str, Any],
+    result: TrainResult,
+) -> list[Record]:
+    """Write adapter and page into `work`, and move all files to their places."""
+    from training.adapter import CONFIG, WEIGHTS, write_adapter
+    from training.curves import curves_page
+    from training.loop import METRICS, TIMING
+    from training.lora import adapter_state, lora_config
+
+    adapter = writer.work / "adapter"
+    config = lora_config(context.config.train.lora, targets).to_dict()
+    write_adapter(adapter, adapter_state(model), config, facts["base_sha256"])
+    summary = {
+        "model": context.config.model.base,
+        "adapters": ", ".join(f"{n} {group}" for group, n in facts["adapted_modules"].items()),
+        "trainable parameters": f"{facts['trainable_parameters']:,d}",
+        "steps": str(facts["steps"]),
+        "training speed": f"{result.frames_per_s:.0f} frames/s",
+    }
+    page = curves_page(f"{context.config.name}: training", summary, result.log)
+    write_atomic(writer.work / PAGE, page.encode())
+    records: list[Record] = [
+        writer.add("adapter", adapter / WEIGHTS, f"adapter/{WEIGHTS}", facts=facts),
+        writer.add("adapter-config", adapter / CONFIG, f"adapter/{CONFIG}"),
+        writer.add("metrics", writer.work / METRICS, METRICS),
+    ]
+    # Their bytes differ from run to run, so they get no record: records make the digest.
+    writer.add("timing", writer.work / TIMING, TIMING, deterministic=False)
+    writer.add("page", writer.work / PAGE, PAGE, deterministic=False)
+    return records
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
+    """A bar on stderr with loss and frames/s."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} frames/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("train", total=steps, loss=float("nan"), speed=0.0)
+
+        def on_step(report: StepReport) -> None:
+            progress.update(
+                task, completed=report.step, loss=report.loss, speed=report.frames_per_s
+            )
+
+        yield on_step
+
+
+if __name__ == "__main__":
+    from pipeline.run import stage_main
+
+    stage_main("train")

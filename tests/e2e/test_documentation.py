@@ -1,0 +1,221 @@
+"""The commands that the documents show are run as they stand there; shipped configs too."""
+
+import json
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.conftest import ROOT, SMALL, environment, make_workplace
+
+README = (ROOT / "README.md").read_text()
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def shell_lines(text):
+    for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.splitlines():
+            command = line.split(" #")[0].strip()
+            if command:
+                yield command
+
+
+DUPLEX = [line for line in shell_lines(README) if line.startswith("duplex ")]
+# `serve` stays up: it has a test of its own below, with the probe that belongs to it.
+ENDING = [line for line in DUPLEX if line.split()[1] not in ("serve", "probe")]
+
+
+@pytest.fixture(scope="module")
+def checkout(finished, tmp_path_factory):
+    """A folder in which the README's paths mean the small finished run."""
+    folder = tmp_path_factory.mktemp("checkout")
+    place = finished.copy_to(folder)
+    (folder / "configs").mkdir()
+    config = yaml.safe_load(place.config.read_text()) | {"name": "pocket"}
+    (folder / "configs" / "pocket.yaml").write_text(yaml.safe_dump(config))
+    shutil.copy(ROOT / "configs" / "coffee.yaml", folder / "configs")
+    place.run_folder.rename(place.runs / "pocket")
+    dialogue = {
+        "conversation_id": "Mine 1", "persona_id": "angry-marcus", "persona_name": "Marcus",
+        "scenario": "rush hour", "system_prompt": "You are Marcus.", "mood": "angry",
+        "turns": [{"role": "user", "text": "Hi."}, {"role": "agent", "text": "Coffee."}],
+    }  # fmt: skip
+    (folder / "mine.json").write_text(json.dumps([dialogue]))
+    return folder
+
+
+def run(command, folder):
+    arguments = [part for word in shlex.split(command)[1:] for part in expand(word, folder)]
+    return subprocess.run(
+        [sys.executable, "-m", "duplex.cli", *arguments],
+        cwd=folder, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def expand(word, folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.glob(word)) if "*" in word else [word]
+
+
+@pytest.mark.parametrize("command", ENDING)
+def test_readme_command(checkout, command, monkeypatch):
+    if " import " in command:
+        before = (checkout / "runs").parent / "kept"
+        shutil.copytree(checkout, before, symlinks=True)
+        checkout = before  # an import changes what later commands would see
+    if "--set" in command:
+        command += " --to tensors"  # the change itself is trained in test_pipeline
+    result = run(command, checkout)
+    expected = 1 if "doctor configs/coffee.yaml" in command and not has_gpu() else 0
+    assert result.returncode == expected, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def has_gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def test_readme_serve_and_probe(checkout):
+    serve = next(line for line in DUPLEX if line.split()[1] == "serve")
+    probe = next(line for line in DUPLEX if line.split()[1] == "probe")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "duplex.cli", *shlex.split(serve)[1:], "--port", str(port)],
+        cwd=checkout, env=environment(), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ready")
+        result = run(probe.replace(":8998", f":{port}"), checkout)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert re.search(r"proven: True", result.stdout)
+    finally:
+        process.terminate()
+        printed = process.communicate(timeout=30)[0]
+    assert f"http://127.0.0.1:{port}/?text_prompt=You%20are" in printed
+    assert process.returncode == 0
+
+
+def wait_for(url):
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url) as answer:
+                assert answer.status == 200
+                return
+        except OSError:
+            assert time.monotonic() < deadline, f"nothing answers at {url}"
+            time.sleep(0.2)
+
+
+def test_readme_names_only_files_that_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"`((?:\w+/)+[\w.]+\.\w+)`", README)
+    named = {link for link in links if not link.startswith(("runs/", "configs/yours"))}
+    assert [link for link in sorted(named) if not (ROOT / link).exists()] == []
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert f"\n{target}:" in makefile
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_can_be_planned_and_examined(name, tmp_path):
+    path = str(ROOT / "configs" / name)
+    for command in (["run", path, "--dry-run", "--json"], ["doctor", path, "--json"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "duplex.cli", *command, "--runs", str(tmp_path / "runs")],
+            cwd=tmp_path, env=environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode in (0, 1), result.stderr
+        json.loads(result.stdout)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["pocket.yaml", "pocket-full.yaml"])
+def test_every_config_that_runs_here_writes_its_tensors(name, tmp_path):
+    """The data stages of the shipped file itself, with fewer dialogues."""
+    only = "personas.only=[friendly-june, nervous-mei]"
+    result = subprocess.run(
+        [sys.executable, "-m", "duplex.cli", "run", str(ROOT / "configs" / name),
+         "--to", "tensors", "--set", only, "--set", "dialogues.per_persona=1"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "5 tensors: done (2 tasks, 2 records, 0 rejected)" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pocket.yaml", "pocket-full.yaml"])
+def test_every_config_that_runs_here_runs_to_its_report(name, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "duplex.cli", "run", str(ROOT / "configs" / name)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=3000,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = re.search(r"Report: +(\S+)", result.stdout)
+    assert report and (tmp_path / report[1]).is_file()
+
+
+def test_start_script_runs_resumes_and_serves(tmp_path):
+    """runpod/start.sh with the small config: doctor, run, serve; twice, the second resumes."""
+    workplace = make_workplace(tmp_path / "pod")
+    config = SMALL | {
+        "personas": SMALL["personas"] | {"folder": str(workplace.folder / "personas")}
+    }
+    workplace.config.write_text(yaml.safe_dump(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    settings = {
+        "DUPLEX_CONFIG": str(workplace.config), "DUPLEX_RUNS": str(workplace.runs),
+        "DUPLEX_HOST": "127.0.0.1", "DUPLEX_PORT": port,
+    }  # fmt: skip
+    if not (ROOT / ".venv" / "bin" / "duplex").exists():
+        pytest.skip("start.sh uses the checkout's own .venv, which `make setup` makes")
+    script = [str(ROOT / "runpod" / "start.sh")]
+    for _ in range(2):
+        log = (tmp_path / "log").open("w+")
+        process = subprocess.Popen(
+            script, env=environment() | settings, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            wait_for_start(process, f"http://127.0.0.1:{port}/ready", log)
+        finally:
+            process.terminate()
+            process.wait(30)
+    log.seek(0)
+    assert log.read().count(": done (") == 9
+
+
+def wait_for_start(process, url, log):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            log.seek(0)
+            pytest.fail(f"start.sh ended with {process.returncode}:\n{log.read()}")
+        try:
+            with urllib.request.urlopen(url):
+                return
+        except OSError:
+            time.sleep(0.3)
+    pytest.fail("start.sh did not serve in time")
+
+
+def test_start_script_refuses_to_serve_the_world_without_a_token(tmp_path):
+    settings = {"DUPLEX_RUNS": str(tmp_path), "DUPLEX_TOKEN": ""}
+    result = subprocess.run(
+        [str(ROOT / "runpod" / "start.sh")], env=environment() | settings,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "DUPLEX_TOKEN must be set" in result.stderr or "must be there" in result.stderr
+    assert list(Path(tmp_path).iterdir()) == []

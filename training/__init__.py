@@ -1,0 +1,1 @@
+"""Training: loss, adapters, batches, the loop, and the merge."""

@@ -1,0 +1,148 @@
+"""Training clips: read and checked once, cut, padded into batches, in an order made of hashes.
+
+Each step's batch follows from (seed, step) alone: clips are ordered anew for each epoch by
+sha256 of seed, epoch and clip id, and step s takes the next `batch_size` of that endless
+row. So a resumed run needs its step number and nothing else, and a batch may span two epochs.
+
+A clip is cut at its end, from frame 0 on, so that its prompt is always there. Prompt frames
+carry no loss. Nor does a code whose delayed place lies beyond the clip: without it the loss
+of a padded batch would not be that of its clips one by one.
+
+Clips are kept as int16: an hour of dialogue is 45 000 frames, 1.5 MB.
+Legend: B clips, K = 17 rows, T frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from duplex.errors import CorruptFileError, RequestError
+from duplex.records import TensorClip
+from duplex.store import StageFolder
+from duplex.streams import DELAYS, NUM_ROWS, ZERO_TOKEN, check_codes
+from training.loss import MASK_ROWS
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A training example. codes: int16 [17, T], undelayed; frames before `prompt_frames` are
+    its prompt."""
+
+    id: str
+    codes: np.ndarray
+    prompt_frames: int
+
+    @property
+    def num_frames(self) -> int:
+        return self.codes.shape[1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """codes: int64 [B, 17, T], -1 after a clip's end; loss_mask: bool [B, 9, T];
+    num_frames: frames without the padding."""
+
+    codes: torch.Tensor
+    loss_mask: torch.Tensor
+    num_frames: int
+
+
+def read_clips(
+    folder: StageFolder,
+    records: Iterable[TensorClip],
+    *,
+    crop_frames: int,
+    card: int,
+    text_card: int,
+) -> list[Clip]:
+    """All clips of `records`, each checked against its digest, its record and the vocabulary.
+
+    Raises:
+        CorruptFileError: a file that is gone, damaged or holds something else; names it.
+        RequestError: clips of which `crop_frames` leaves the prompt alone.
+    """
+    clips = [_read_clip(folder, record, crop_frames, card, text_card) for record in records]
+    hidden = [clip for clip in clips if clip.prompt_frames >= clip.num_frames]
+    if hidden:
+        longest = max(clip.prompt_frames for clip in hidden)
+        raise RequestError(
+            f"a training clip must have frames after its prompt, found none in {len(hidden)} of "
+            f"{len(clips)} (first {hidden[0].id}) when cut to {crop_frames} frames. "
+            f"Raise train.crop_frames well above {longest}, the longest such prompt."
+        )
+    return clips
+
+
+def _read_clip(
+    folder: StageFolder, record: TensorClip, crop_frames: int, card: int, text_card: int
+) -> Clip:
+    content = folder.read_blob(record.tensor, ".pt")
+    name = f"{folder.path / 'blobs' / record.tensor}.pt (clip {record.id})"
+    try:
+        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise CorruptFileError(
+            f"{name}: must be a tensor file, cannot be read as one: "
+            f"{(str(error) or type(error).__name__).splitlines()[0][:200]}. "
+            "Remove the tensors stage folder and run again."
+        ) from None
+    faults = _describe_faults(tensor, record, card, text_card)
+    if faults:
+        raise CorruptFileError(
+            f"{name}: {'; '.join(faults)}. Remove the tensors stage folder and run again."
+        )
+    dtype = np.int16 if max(card, text_card) <= np.iinfo(np.int16).max else np.int64
+    codes = np.ascontiguousarray(tensor.numpy()[:, :crop_frames].astype(dtype))
+    return Clip(record.id, codes, max((span.end for span in record.prompt), default=0))
+
+
+def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: int) -> list[str]:
+    if not isinstance(tensor, torch.Tensor):
+        return [f"it must hold one bare tensor, found {type(tensor).__name__}"]
+    if tensor.dtype not in (torch.int64, torch.int16):
+        return [f"its dtype must be int64 or int16, found {tensor.dtype}"]
+    faults = check_codes(tensor.numpy(), card=card, text_card=text_card)
+    if not faults and tensor.shape[1] != record.num_frames:
+        faults = [f"its record says {record.num_frames} frames, found {tensor.shape[1]}"]
+    return faults
+
+
+def make_batch(clips: Sequence[Clip]) -> Batch:
+    """Clips side by side, padded with -1 (no input, no loss) at the right."""
+    longest = max(clip.num_frames for clip in clips)
+    codes = torch.full((len(clips), NUM_ROWS, longest), ZERO_TOKEN, dtype=torch.int64)
+    loss_mask = torch.zeros((len(clips), MASK_ROWS, longest), dtype=torch.bool)
+    for row, clip in enumerate(clips):
+        codes[row, :, : clip.num_frames] = torch.from_numpy(clip.codes.astype(np.int64))
+        for stream in range(MASK_ROWS):
+            # The code of frame t stands at place t + delay, which must lie within the clip.
+            loss_mask[row, stream, clip.prompt_frames : clip.num_frames - DELAYS[stream]] = True
+    return Batch(codes, loss_mask, sum(clip.num_frames for clip in clips))
+
+
+def batch_of_step(clips: Sequence[Clip], seed: int, step: int, batch_size: int) -> list[Clip]:
+    """The clips of step `step` (from 0): the same whenever and however often it is asked."""
+    orders: dict[int, list[Clip]] = {}
+    chosen = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, len(clips))
+        if epoch not in orders:
+            orders[epoch] = epoch_order(clips, seed, epoch)
+        chosen.append(orders[epoch][place])
+    return chosen
+
+
+def epoch_order(clips: Sequence[Clip], seed: int, epoch: int) -> list[Clip]:
+    """Each clip once, in an order that no library version can change."""
+
+    def rank(clip: Clip) -> bytes:
+        return hashlib.sha256(f"{seed}\0{epoch}\0{clip.id}".encode()).digest()
+
+    return sorted(clips, key=rank)
