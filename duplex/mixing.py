@@ -6,7 +6,7 @@ answers the user, from `gap_other` else. One number is drawn for every turn, use
 fixing one turn's gap moves the later turns and redraws none. A negative gap overlaps.
 Everything outside of the turns is digital silence.
 
-Cost: linear in the samples; 1.5 ms for a minute of conversation.
+Cost: linear in the samples; 2 ms for a minute of conversation.
 Source: gaps in 80 ms frames and speech at -24 are the predecessor's (FACTS, section 4), which
 measured LUFS; RMS needs neither its filter nor its gate.
 """

@@ -235,8 +235,7 @@ class Trainer:
         raise WorkError(
             f"{what} must be finite, found {value} at step {step}, on the clips "
             f"{', '.join(clip.id for clip in clips)}. The last checkpoint is kept in "
-            f"{self._work / CHECKPOINTS}. Lower train.learning_rate, or look at these clips with "
-            "`duplex inspect`."
+            f"{self._work / CHECKPOINTS}. Lower train.learning_rate, or leave these clips out."
         )
 
     # -- what a kill must not lose

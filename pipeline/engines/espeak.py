@@ -9,9 +9,9 @@ Its WORD events give the sample at which a word starts, its phoneme events where
 - It ends where the next one starts, or at the pause before that; the last one ends with the
   last audible sample.
 
-Cost: 390 seconds of speech a second of CPU time, resampling included (one EPYC core);
-10 ms of it are the worker's fork. Same text and parameters, same samples, bit for bit,
-whatever was spoken before.
+Cost: 390 seconds of speech a second of CPU time, 10 ms an utterance, fork and resampling
+included (one EPYC core). Same text and parameters, same samples, bit for bit, whatever was
+spoken before and by whichever worker.
 Source: espeak-ng's `speak_lib.h`; its words on `espeak_EVENT`.
 """
 

@@ -73,8 +73,12 @@ class ScriptedWriter:
         return load_grammar(self._grammar_dir)
 
     @cached_property
+    def _digest(self) -> str:
+        return digest_grammar(self._grammar_dir)
+
+    @property
     def revision(self) -> str:
-        return f"scripted-{VERSION}:{digest_grammar(self._grammar_dir)[:12]}"
+        return f"scripted-{VERSION}:{self._digest[:12]}"
 
     def write(
         self,

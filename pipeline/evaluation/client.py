@@ -32,6 +32,10 @@ CLOSE_TIMEOUT_S = 2.0  # for the close that follows an error message
 _FRAME_BYTES = FRAME_SAMPLES * 2
 
 
+class BusyError(ServerError):
+    """All slots of the server are taken."""
+
+
 @dataclass(frozen=True)
 class Wall:
     """Wall-clock times: never part of a score.
@@ -84,8 +88,8 @@ async def converse(
         sampling: None leaves the server's defaults.
 
     Raises:
-        ServerError: it cannot be reached, refuses, reports an error, takes too long, closes
-            before the end, or does not keep to the wire format.
+        ServerError: it cannot be reached, refuses (`BusyError`: for want of a slot), reports
+            an error, takes too long, closes before the end, or does not keep to the format.
     """
     target = _target(url, text_prompt, seed, sampling)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -195,6 +199,8 @@ class _Line:
         """Take in one message; returns its kind."""
         message = await self.socket.receive()
         if message.type != aiohttp.WSMsgType.BINARY:
+            if self.socket.close_code == wire.CLOSE_BUSY:
+                raise BusyError(f"{self.where}: has no free slot (close code 1013): try later.")
             raise ServerError(self._ended(message))
         if not message.data:
             return -1  # a message without a kind says nothing
@@ -216,7 +222,7 @@ class _Line:
                 while not self.socket.closed:
                     await self.socket.receive()
         if self.socket.close_code == wire.CLOSE_BUSY:
-            raise ServerError(f"{self.where}: has no free slot ({reason}): try later.")
+            raise BusyError(f"{self.where}: has no free slot ({reason}): try later.")
         raise ServerError(f"{self.where}: reported an error {self._progress()}: {reason}")
 
     def _hear(self, payload: bytes) -> None:
@@ -241,8 +247,6 @@ class _Line:
         if message.type == aiohttp.WSMsgType.ERROR:
             return f"{self.where}: the connection broke {self._progress()}: {message.data}"
         code = self.socket.close_code
-        if code == wire.CLOSE_BUSY:
-            return f"{self.where}: must have a free slot, all are taken (code {code}). Try later."
         reason = message.extra if isinstance(message.extra, str) and message.extra else "no reason"
         return f"{self.where}: closed the conversation {self._progress()} (code {code}, {reason})."
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 from pydantic import Field, model_validator
 
 from duplex.datafiles import read_yaml, validate
-from duplex.errors import DataFileError, RequestError, WorkError
-from duplex.frames import FRAME_S, FRAME_SAMPLES, frames_covering_samples, frames_covering_seconds
+from duplex.errors import DataFileError, WorkError
+from duplex.frames import FRAME_SAMPLES, frames_covering_samples, frames_covering_seconds
 from duplex.records import Fact, Frozen, PersonaType, Role, Slug, Text
 
 if TYPE_CHECKING:  # planning a run reads the items, and needs no numpy for it
@@ -109,10 +109,10 @@ def speak_item(
     """The user's side: lead-in, then each turn and a pause of `answer_s`, `seconds` in all.
 
     When the agent speaks first, the lead-in is a pause of `answer_s` too. Turns whose pause
-    would end after `seconds` are left out, with all that follow; the rest is silence.
+    would end after `seconds` are left out, with all that follow; the rest is silence. The
+    report says how many, and there may be no turn left.
 
     Raises:
-        RequestError: not even the first turn fits.
         WorkError: the engine made no audible speech of a turn.
     """
     import numpy as np
@@ -139,12 +139,6 @@ def speak_item(
         speech = speech[heard[0].start * FRAME_SAMPLES : heard[-1].end * FRAME_SAMPLES]
         length = frames_covering_samples(len(speech))
         if cursor + length + pause > num_frames:
-            if not turns:
-                needed = (cursor + length + pause) * FRAME_S
-                raise RequestError(
-                    f"evaluate.seconds must hold the first turn of {item.id} and its answer "
-                    f"({needed:.2f} s), found {seconds:g}. Raise it, or shorten the turn."
-                )
             break
         start = cursor * FRAME_SAMPLES
         samples[start : start + len(speech)] = speech

@@ -20,10 +20,12 @@ import sentencepiece
 
 from duplex.config import SamplingSection
 from duplex.errors import ServerError
-from pipeline.evaluation.client import Conversation, converse
+from pipeline.evaluation.client import BusyError, Conversation, converse
 from pipeline.evaluation.items import SpokenItem
 from pipeline.evaluation.scoring import Measured, measure, prove_prompt
 from pipeline.serving import wire
+
+BUSY_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class PlaySettings:
     token: str | None = None
     ready_timeout_s: float = 120
     frame_timeout_s: float = 30
+    busy_timeout_s: float = 5
 
 
 @dataclass(frozen=True)
@@ -110,20 +113,27 @@ def same_answer(one: Conversation, other: Conversation) -> bool:
 
 
 async def _converse(url: str, spoken: SpokenItem, settings: PlaySettings) -> Conversation:
-    try:
-        return await converse(
-            url,
-            spoken.samples,
-            text_prompt=spoken.item.text_prompt,
-            seed=settings.seed,
-            sampling=settings.sampling,
-            lockstep=settings.lockstep,
-            token=settings.token,
-            ready_timeout_s=settings.ready_timeout_s,
-            frame_timeout_s=settings.frame_timeout_s,
-        )
-    except ServerError as error:
-        raise ServerError(f"{spoken.item.id}: {error}") from None
+    deadline_s = time.monotonic() + settings.busy_timeout_s
+    while True:
+        try:
+            return await converse(
+                url,
+                spoken.samples,
+                text_prompt=spoken.item.text_prompt,
+                seed=settings.seed,
+                sampling=settings.sampling,
+                lockstep=settings.lockstep,
+                token=settings.token,
+                ready_timeout_s=settings.ready_timeout_s,
+                frame_timeout_s=settings.frame_timeout_s,
+            )
+        except BusyError as error:
+            # A server takes a moment to free the slot of the conversation before.
+            if time.monotonic() > deadline_s:
+                raise ServerError(f"{spoken.item.id}: {error}") from None
+            await asyncio.sleep(BUSY_POLL_S)
+        except ServerError as error:
+            raise ServerError(f"{spoken.item.id}: {error}") from None
 
 
 async def _describe(url: str, settings: PlaySettings) -> tuple[dict[str, Any], bytes]:

@@ -28,7 +28,10 @@ from duplex.stage import MapStage, StageContext, Task, WholeStage, record_seed
 from duplex.store import FileWriter, FolderBlobs, LedgerEntry, StageFolder, folders_of
 
 TRANSIENT_LIMIT = 5  # transient failures in a row after which a stage gives up for now
-RECORDED_PACKAGES = ("torch", "moshi", "peft", "safetensors", "numpy", "duplex-workbench")
+RECORDED_PACKAGES = (
+    "torch", "moshi", "peft", "safetensors", "numpy", "soxr", "soundfile", "espeakng-loader",
+    "duplex-workbench",
+)  # fmt: skip
 
 
 def execute(

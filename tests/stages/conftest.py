@@ -131,3 +131,11 @@ def write_tiny_checkpoint(folder: Path, *, lm_seed: int = 7, **lm_changes: objec
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder that loads through `pipeline.engines.checkpoint` in a second."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_speaker(tiny_checkpoint: Path) -> Any:
+    """The tiny checkpoint, loaded for conversations; `begin` resets whatever was before."""
+    from pipeline.serving.conversation import Speaker
+
+    return Speaker.load(tiny_checkpoint, "cpu")

@@ -27,9 +27,9 @@ GREEDY = SamplingSection(text_temperature=0, audio_temperature=0)
 SAMPLED = SamplingSection()
 
 
-@pytest.fixture(scope="module")
-def speaker(tiny_checkpoint):
-    return Speaker.load(tiny_checkpoint, "cpu")
+@pytest.fixture
+def speaker(tiny_speaker):
+    return tiny_speaker
 
 
 @pytest.fixture(scope="module")

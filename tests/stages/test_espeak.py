@@ -148,6 +148,11 @@ def test_any_text_is_spoken_or_refused(engine, text):
     assert np.abs(utterance.samples).max() > 0
 
 
+def test_characters_without_utf8_and_nul_cut_nothing(engine):
+    utterance = engine.synthesize("one\x00two\ud800three four", VOICE)
+    assert [word.text for word in utterance.words] == ["one", "two", "three", "four"]
+
+
 @pytest.mark.parametrize("text", ["", "...", " — ", "?!", "a" * 20_000])
 def test_a_text_without_speech_is_refused(engine, text):
     with pytest.raises(RecordError, match=r"word to say|at most"):
@@ -201,8 +206,10 @@ def test_closing_ends_the_worker_and_a_closed_engine_starts_another():
     engine.synthesize("One.", VOICE)
     pid = engine.worker_pid
     assert pid is not None and not gone(pid, within_s=0.1)
+    worker = engine._worker
     engine.close()
     assert gone(pid)
+    assert worker is not None and worker.returncode == 0, "it ends by itself, it is not killed"
     engine.synthesize("Two.", VOICE)
     assert engine.worker_pid != pid
     engine.close()

@@ -192,7 +192,7 @@ def test_a_busy_or_failing_endpoint_is_transient_and_not_asked_again(
 
 
 def test_an_endpoint_that_is_too_slow_is_transient(serve: Any) -> None:
-    with pytest.raises(TransientError, match="within 0.2 s") as caught:
+    with pytest.raises(TransientError, match=r"within 0\.2 s") as caught:
         write(writer(serve((200, reply(GOOD)), delay_s=1.0), timeout_s=0.2))
     assert_secret(caught.value)
 
@@ -200,7 +200,7 @@ def test_an_endpoint_that_is_too_slow_is_transient(serve: Any) -> None:
 def test_an_endpoint_that_is_not_there_is_transient(serve: Any) -> None:
     endpoint = serve((200, reply(GOOD)))
     endpoint.close()
-    with pytest.raises(TransientError, match="127.0.0.1") as caught:
+    with pytest.raises(TransientError, match=r"127\.0\.0\.1") as caught:
         write(writer(endpoint))
     assert_secret(caught.value)
 
@@ -218,7 +218,7 @@ def test_a_refused_key_or_model_is_a_wrong_request(serve: Any, status: int) -> N
 
 def test_a_request_that_the_endpoint_cannot_serve_rejects_the_record(serve: Any) -> None:
     endpoint = serve((400, json.dumps({"error": {"message": "content filter"}})))
-    with pytest.raises(RecordError, match="400.*content filter"):
+    with pytest.raises(RecordError, match=r"400.*content filter"):
         write(writer(endpoint))
 
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import aiohttp
 import pytest
@@ -17,25 +18,20 @@ from yarl import URL
 from duplex.config import Config
 from duplex.datafiles import CHECKOUT, load_personas
 from duplex.errors import ServerError
-from duplex.records import record_line
+from duplex.records import Proof, record_line
 from duplex.stage import StageContext
 from duplex.store import FileWriter, StageFolder
 from pipeline.serve import ServeStage
 from pipeline.serving import wire
-from pipeline.serving.conversation import Speaker
+from pipeline.serving.app import _Redacting
 from pipeline.serving.launch import running_server
-from pipeline.serving.probe import probe, probe_sync
+from pipeline.serving.probe import ProbeResult, probe, probe_sync
 from pipeline.serving.wire import Kind
-from tests.stages.test_server import PROMPT, in_loop
+from tests.stages.serving_helpers import PROMPT, in_loop
 
 SECRET = "s&cret-☕-42"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
 SERVER = (sys.executable, "-m", "pipeline.serving.app")
-
-
-@pytest.fixture(scope="module")
-def speaker(tiny_checkpoint):
-    return Speaker.load(tiny_checkpoint, "cpu")
 
 
 def command(checkpoint, *options):
@@ -78,6 +74,11 @@ def _wait_for_url(server, ready_file, log):
     return json.loads(ready_file.read_text())["url"]
 
 
+def close_input(server):
+    assert server.stdin is not None
+    server.stdin.close()
+
+
 def is_alive(pid):
     try:
         os.kill(pid, 0)
@@ -86,7 +87,7 @@ def is_alive(pid):
     return True
 
 
-def test_only_its_own_page_may_talk_to_a_server_without_token(speaker):
+def test_only_its_own_page_may_talk_to_a_server_without_token(tiny_speaker):
     async def talk(url):
         statuses = []
         async with aiohttp.ClientSession() as session:
@@ -97,10 +98,10 @@ def test_only_its_own_page_may_talk_to_a_server_without_token(speaker):
                 await session.ws_connect(wire.chat_url(url), origin="https://evil.example")
         return statuses
 
-    assert in_loop(speaker, talk) == [403, 200]
+    assert in_loop(tiny_speaker, talk) == [403, 200]
 
 
-def test_a_token_is_asked_for_everywhere_but_by_health_checks(speaker):
+def test_a_token_is_asked_for_everywhere_but_by_health_checks(tiny_speaker):
     async def talk(url):
         found = {}
         async with aiohttp.ClientSession() as session:
@@ -117,7 +118,7 @@ def test_a_token_is_asked_for_everywhere_but_by_health_checks(speaker):
             await probe(url, prompt=PROMPT, token="wrong")
         return found
 
-    found = in_loop(speaker, talk, token="s&cret")
+    found = in_loop(tiny_speaker, talk, token="s&cret")
     assert found.pop("bearer") == 200
     assert found.pop("/api/chat?token=s%26cret") == 400  # let in, but not a WebSocket
     for target, status in found.items():
@@ -166,6 +167,12 @@ def test_a_token_off_loopback_is_required_checked_and_never_logged(tiny_checkpoi
         assert SECRET not in text and wire.quote(SECRET) not in text and "cret-" not in text
 
 
+def test_what_is_logged_has_the_token_blanked():
+    text = f"GET /?token={wire.quote(SECRET)} by {SECRET}"
+    record = logging.LogRecord("n", logging.INFO, "", 0, text, None, None)
+    assert _Redacting(SECRET).format(record).endswith("GET /?token=… by …")
+
+
 def test_a_taken_port_is_said_with_its_number_and_exits_1(tiny_checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
@@ -181,14 +188,14 @@ def test_a_taken_port_is_said_with_its_number_and_exits_1(tiny_checkpoint):
 def test_it_ends_with_its_standard_input(tiny_checkpoint, tmp_path):
     with process(tiny_checkpoint, tmp_path, "--die-with-stdin") as (server, url, _):
         assert probe_sync(url, prompt="Hello.").proven
-        server.stdin.close()
+        close_input(server)
         assert server.wait(10) == 0
 
 
 def test_it_ends_with_its_standard_input_while_it_loads(tiny_checkpoint, tmp_path):
     with process(tiny_checkpoint, tmp_path, "--die-with-stdin", wait=False) as (server, _, log):
         time.sleep(1.0)
-        server.stdin.close()
+        close_input(server)
         assert server.wait(10) == 0, log.read_text()
 
 
@@ -207,14 +214,6 @@ def test_a_signal_ends_a_conversation_in_progress_and_exits_0(tiny_checkpoint, t
         assert asyncio.run(talk()) == 1001
         assert server.wait(10) == 0
         assert "Traceback" not in log.read_text()
-
-
-def test_running_server_leaves_nothing_behind(tiny_checkpoint, monkeypatch):
-    monkeypatch.setenv("DUPLEX_TOKEN", "the user's own server's")
-    with running_server(tiny_checkpoint, device="cpu", timeout_s=60) as url:
-        assert probe_sync(url, prompt=PROMPT).proven
-    with pytest.raises(ServerError, match="must answer"):
-        probe_sync(url, prompt=PROMPT)
 
 
 def test_the_server_of_a_killed_process_ends_too(tiny_checkpoint):
@@ -289,11 +288,33 @@ def stage_context(tmp_path, checkpoint):
     return StageContext(config, tmp_path, inputs, report=lambda _: None), personas
 
 
-def test_the_stage_proves_one_prompt_of_each_persona(tiny_checkpoint, tmp_path):
+def test_the_stage_proves_one_prompt_of_each_persona_and_leaves_no_server(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("DUPLEX_TOKEN", "of a server of the user's own")
     context, personas = stage_context(tmp_path, tiny_checkpoint)
+    urls = []
+    monkeypatch.setattr(
+        "pipeline.serving.probe.probe_sync",
+        lambda url, **options: urls.append(url) or probe_sync(url, **options),
+    )
     writer = FileWriter(StageFolder(tmp_path / "08-serve-00000000", "serve", ""))
-    proofs = ServeStage().run(context, writer)
+    proofs = [p for p in ServeStage().run(context, writer) if isinstance(p, Proof)]
     assert [proof.id for proof in proofs] == [persona.id for persona in personas]
     for proof, persona in zip(proofs, personas, strict=True):
         assert proof.proven and proof.prompt == persona.prompts[0].strip()
         assert proof.served_digest == proof.expected_digest and proof.num_tokens > 0
+    with pytest.raises(ServerError, match="must answer"):
+        probe_sync(urls[0])
+
+
+def test_a_prompt_that_is_not_proven_fails_the_stage(tiny_checkpoint, tmp_path, monkeypatch):
+    context, personas = stage_context(tmp_path, tiny_checkpoint)
+    unproven = ProbeResult("u", "s", "p", False, "no 04 message", expected_digest="0" * 64)
+    monkeypatch.setattr("pipeline.serving.probe.probe_sync", lambda *_, **__: unproven)
+    monkeypatch.setattr(
+        "pipeline.serving.launch.running_server", lambda *_, **__: nullcontext("http://h:1")
+    )
+    writer = FileWriter(StageFolder(tmp_path / "08-serve-00000000", "serve", ""))
+    with pytest.raises(ServerError, match=f"{personas[0].id}.*no 04 message"):
+        ServeStage().run(context, writer)

@@ -1,6 +1,7 @@
 """Voices and speech: one voice a persona, apart from the users', and a WAV of both channels."""
 
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pipeline.runners.local import execute
 from pipeline.speech import SpeechStage, choose_user_voice
 from pipeline.voices import (
     PERSONA_VARIANTS,
+    PITCH_SPREAD,
+    RATE_SPREAD,
     USER_VARIANTS,
     VoicesStage,
     agent_tasks,
@@ -107,11 +110,8 @@ def test_each_persona_has_one_voice_also_an_imported_one(tmp_path):
         "agent-angry-ann", "agent-friendly-bob", "agent-imported-cleo",
         "user-00", "user-01", "user-02",
     ]  # fmt: skip
-    assert [voice.persona_id for voice in voices[:3]] == [
-        "angry-ann",
-        "friendly-bob",
-        "imported-cleo",
-    ]
+    known = ["angry-ann", "friendly-bob", "imported-cleo"]
+    assert [voice.persona_id for voice in voices[:3]] == known
     assert {voice.role for voice in voices[3:]} == {"user"}
     assert_all_differ([voice.params for voice in voices])
 
@@ -128,6 +128,10 @@ def test_shipped_personas_have_voices_of_their_own_that_espeak_can_speak(tmp_pat
     voices = list(folder.records())
     assert len(voices) == len(personas) + 64
     assert_all_differ([voice.params for voice in voices])
+    agents = [voice.params for voice in voices if voice.role == "agent"]
+    for one, other in itertools.combinations(agents, 2):
+        alike = one["voice"] == other["voice"] and one["variant"] == other["variant"]
+        assert not alike or abs(one["pitch"] - other["pitch"]) >= 4, "two personas sound the same"
     # None of the shipped ones had to give way: each follows from its own id and traits.
     for one in personas:
         assert agent_tasks([(one.id, one.voice)])[0].payload.params in [v.params for v in voices]
@@ -138,8 +142,8 @@ def test_voices_follow_their_traits():
     params = agent_tasks([("p", young)])[0].payload.params
     assert params["voice"] == "en-gb"
     assert params["variant"] in PERSONA_VARIANTS["female", "young"]
-    assert abs(params["pitch"] - 62) <= 2
-    assert abs(params["rate_wpm"] - 195) <= 4
+    assert abs(params["pitch"] - 62) <= PITCH_SPREAD
+    assert abs(params["rate_wpm"] - 195) <= RATE_SPREAD
     for pitch in (0, 99):
         low = agent_tasks([("p", VoiceTraits(gender="male", pitch=pitch))])[0].payload.params
         assert 0 <= low["pitch"] <= 99
@@ -303,14 +307,8 @@ class Blobs(BlobSink):
 
 
 def attempt(context, dialogues, root):
-    context = StageContext(
-        context.config,
-        root,
-        {
-            "dialogues": complete(root, 2, "dialogues", dialogues),
-            "voices": context.inputs["voices"],
-        },
-    )
+    inputs = context.inputs | {"dialogues": complete(root, 2, "dialogues", dialogues)}
+    context = StageContext(context.config, root, inputs)
     stage, blobs = SpeechStage(), Blobs()
     (task,) = stage.tasks(context)
     stage.setup(context)
@@ -338,10 +336,7 @@ def test_a_persona_without_a_voice_rejects_its_dialogue(spoken, tmp_path):
 
 def test_without_user_voices_the_request_is_wrong(spoken, tmp_path):
     context, _ = spoken
-    inputs = {
-        "dialogues": context.inputs["dialogues"],
-        "voices": complete(tmp_path, 3, "voices", []),
-    }
+    inputs = context.inputs | {"voices": complete(tmp_path, 3, "voices", [])}
     with pytest.raises(MissingInputError, match="at least one voice with role user"):
         SpeechStage().tasks(StageContext(context.config, tmp_path, inputs))
 
