@@ -7,17 +7,14 @@ tokenizer (hard links where the file system allows), and certificate.json.
 
 from __future__ import annotations
 
-import logging
 import shutil
-from pathlib import Path
 
 from duplex.config import Config
-from duplex.errors import CorruptFileError
-from duplex.files import sha256_file
-from duplex.records import Artifact, Record
+from duplex.records import Record
 from duplex.stage import StageContext, WholeStage
 from duplex.store import FileWriter
 from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
+from training.process import prepare_process
 
 FOLDER = "checkpoint"
 # Artifact id -> file of the merged folder.
@@ -45,12 +42,10 @@ class MergeStage(WholeStage):
             CorruptFileError: the adapter is not the one that training recorded.
             MergeError: adapter and base do not fit, or the result is not base + adapter.
         """
+        prepare_process()
         checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
         adapter = context.inputs["train"].artifact("adapter")
-        check_digest(context, "adapter", adapter)
 
-        # PEFT looks for optional kernels, and bitsandbytes complains of them on every import.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         from training.merge import merge_checkpoint
 
         merged = writer.work / FOLDER
@@ -75,19 +70,6 @@ class MergeStage(WholeStage):
             for artifact_id, name in FILES.items()
             if (merged / name).exists()
         ]
-
-
-def check_digest(context: StageContext, artifact_id: str, path: Path) -> None:
-    """
-    Raises:
-        CorruptFileError: the file has changed since training recorded it.
-    """
-    for record in context.records("train", Artifact):
-        if record.id == artifact_id and sha256_file(path) != record.sha256:
-            raise CorruptFileError(
-                f"{path}: must be the file that training recorded ({record.sha256[:12]}…), but it "
-                "was changed or damaged. Remove the train stage folder and run again."
-            )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ is the adapter as PEFT reads it, the metrics and a page of curves.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from duplex.records import Record, TensorClip, canonical_json
 from duplex.stage import StageContext, WholeStage, record_seed
 from duplex.store import FileWriter
 from pipeline.engines.checkpoint import Checkpoint, model_identity, resolve_checkpoint
+from training.process import prepare_process
 
 if TYPE_CHECKING:
     from training.batches import Clip
@@ -50,13 +50,12 @@ class TrainStage(WholeStage):
             DeadAdapterError: an adapter that would get no gradient; nothing was trained.
             WorkError: a loss that is not finite; the last checkpoint is kept.
         """
+        prepare_process()
         checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
         records: list[TensorClip] = list(context.records("tensors", TensorClip))
         check_origin(records, checkpoint)
         clips = _read_clips(context, records, checkpoint)
 
-        # PEFT looks for optional kernels, and bitsandbytes complains of them on every import.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         import torch
 
         from training.loop import Trainer
@@ -82,7 +81,8 @@ class TrainStage(WholeStage):
         )
         with _progress(section.steps) as on_step:
             result = trainer.run(on_step, context.report)
-        context.report(f"trained at {result.frames_per_s:.0f} frames/s")
+        if result.frames_per_s:
+            context.report(f"trained at {result.frames_per_s:.0f} frames/s")
         facts = {
             "rank": section.lora.rank,
             "alpha": section.lora.alpha,

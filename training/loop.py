@@ -95,6 +95,7 @@ class Trainer:
         self._accelerator = Accelerator(
             cpu=_wants_cpu(section.runtime.device), mixed_precision="no"
         )
+        model.to(self._accelerator.device)
         self._parameters = adapter_parameters(model)
         self._adam = torch.optim.AdamW(
             list(self._parameters.values()),
@@ -126,7 +127,7 @@ class Trainer:
             if start:
                 report(f"going on from the checkpoint of step {start}")
             wandb_run = self._start_wandb(start)
-            if not start and not self._log:
+            if not start:
                 self._validate(0, wandb_run)
             for step in range(start, section.steps):
                 done = step + 1
@@ -144,13 +145,14 @@ class Trainer:
 
     def _preflight(self) -> dict[str, int]:
         started = time.monotonic()
-        batch = self._to_device(self._batch(0))
+        clips = self._clips_of(0)
+        batch = self._to_device(make_batch(clips))
         torch.manual_seed(record_seed(self._seed, "train", "preflight"))
         self._model.train()
 
         def compute_loss() -> torch.Tensor:
             loss = workbench_loss(self._forward(batch), self._section.loss)
-            self._check_finite("the loss of the preflight pass", loss.item(), 0)
+            self._check_finite("the loss of the preflight pass", loss.item(), 0, clips)
             return loss
 
         live = liveness(
@@ -162,7 +164,8 @@ class Trainer:
     def _train_step(self, step: int, wandb_run: Any) -> StepReport:
         """Update number `step` + 1."""
         started = time.monotonic()
-        batch = self._to_device(self._batch(step))
+        clips = self._clips_of(step)
+        batch = self._to_device(make_batch(clips))
         torch.manual_seed(record_seed(self._seed, "train", f"step-{step}"))
         rate = learning_rate(step, self._section)
         for group in self._adam.param_groups:
@@ -171,11 +174,11 @@ class Trainer:
         sums = self._forward(batch)
         loss = workbench_loss(sums, self._section.loss)
         value = loss.item()
-        self._check_finite("the loss", value, step + 1)
+        self._check_finite("the loss", value, step + 1, clips)
         self._accelerator.backward(loss)
         norm = self._accelerator.clip_grad_norm_(self._parameters.values(), self._section.clip_norm)
         assert norm is not None, "one process without FSDP always has a norm"
-        self._check_finite("the gradient norm", float(norm), step + 1)
+        self._check_finite("the gradient norm", float(norm), step + 1, clips)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         seconds = time.monotonic() - started
@@ -210,6 +213,7 @@ class Trainer:
                 frames += batch.num_frames
         assert total is not None
         loss = workbench_loss(total, self._section.loss).item()
+        self._check_finite("the validation loss", loss, step, self._valid_clips)
         line = {"kind": "valid", "step": step, "loss": loss, "streams": stream_means(total)}
         self._note(line, wandb_run)
         self._note_time(step, "valid", frames, time.monotonic() - started)
@@ -217,25 +221,21 @@ class Trainer:
     def _forward(self, batch: Batch) -> StreamSums:
         return stream_sums(self._model(batch.codes), batch.codes, batch.loss_mask)
 
-    def _batch(self, step: int) -> Batch:
-        return make_batch(
-            batch_of_step(self._train_clips, self._seed, step, self._section.batch_size)
-        )
+    def _clips_of(self, step: int) -> list[Clip]:
+        return batch_of_step(self._train_clips, self._seed, step, self._section.batch_size)
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self._accelerator.device
         return Batch(batch.codes.to(device), batch.loss_mask.to(device), batch.num_frames)
 
-    def _check_finite(self, what: str, value: float, step: int) -> None:
+    def _check_finite(self, what: str, value: float, step: int, clips: Sequence[Clip]) -> None:
         if math.isfinite(value):
             return
-        clips = batch_of_step(
-            self._train_clips, self._seed, max(step - 1, 0), self._section.batch_size
-        )
+        names = ", ".join(clip.id for clip in clips[:8])
         raise WorkError(
-            f"{what} must be finite, found {value} at step {step}, on the clips "
-            f"{', '.join(clip.id for clip in clips)}. The last checkpoint is kept in "
-            f"{self._work / CHECKPOINTS}. Lower train.learning_rate, or leave these clips out."
+            f"{what} must be finite, found {value} at step {step}, on the clips {names}. "
+            f"The last checkpoint is kept in {self._work / CHECKPOINTS}. "
+            "Lower train.learning_rate, or look at these clips with `duplex inspect`."
         )
 
     # -- what a kill must not lose

@@ -3,7 +3,7 @@
 A plan is a row of segments: exchanges with those of their beats that are used. It is grown or
 trimmed exchange by exchange at random until it has the drawn number of turns, and drawn again
 when it got stuck. Beats of one role in a row become one turn, so turns always alternate.
-Cost: a plan of 25 turns is found in about a millisecond.
+Cost: about 1.3 ms for 8 to 10 turns, 0.6 ms for 25, on one core.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from pipeline.serving import wire
 from pipeline.serving.wire import Kind
 
 CLOSE_TIMEOUT_S = 2.0  # for the close that follows an error message
+SURPLUS_WAIT_S = 0.1  # for frames that nobody asked for
 _FRAME_BYTES = FRAME_SAMPLES * 2
 
 
@@ -118,11 +119,13 @@ async def converse(
                 await _lockstep(line, frames, frame_timeout_s)
             else:
                 await _paced(line, frames, frame_timeout_s)
+            total_s = time.perf_counter() - started
+            await line.finish()
     return Conversation(
         agent=np.concatenate([np.zeros(0, np.float32), *line.agent]),
         text=tuple(line.text),
         metadata=tuple(line.metadata),
-        wall=Wall(ready_s, time.perf_counter() - started, tuple(line.frame_s)),
+        wall=Wall(ready_s, total_s, tuple(line.frame_s)),
     )
 
 
@@ -186,11 +189,24 @@ class _Line:
                 pass
         answered = len(self.agent) - 1
         if answered >= len(self._sent):
-            raise ServerError(
-                f"{self.where}: must send one frame for each frame it gets, found frame {answered} "
-                f"before frame {answered} was sent."
-            )
+            raise self._too_many()
         self.frame_s.append(time.perf_counter() - self._sent[answered])
+
+    async def finish(self) -> None:
+        """See that no frame comes after the last: then each would answer an earlier one."""
+        answered = len(self.agent)
+        with suppress(TimeoutError, ServerError):  # it may close now: all is answered
+            async with asyncio.timeout(SURPLUS_WAIT_S):
+                while not self.socket.closed and len(self.agent) == answered:
+                    await self._next()
+        if len(self.agent) != answered:
+            raise self._too_many()
+
+    def _too_many(self) -> ServerError:
+        return ServerError(
+            f"{self.where}: must send one frame for each frame that it gets, found "
+            f"{len(self.agent)} for {len(self._sent)}."
+        )
 
     def _limit(self, timeout_s: float, what: str) -> _Limit:
         return _Limit(timeout_s, f"{self.where}: must {what} within {timeout_s:g} s, did not.")

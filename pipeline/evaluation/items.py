@@ -117,7 +117,7 @@ def speak_item(
     """
     import numpy as np
 
-    from duplex.metrics import Segment, segments, speech_activity
+    from duplex.metrics import Segment
     from duplex.mixing import normalize_loudness
 
     num_frames = frames_covering_seconds(seconds)
@@ -128,15 +128,10 @@ def speak_item(
     samples = np.zeros(num_frames * FRAME_SAMPLES, dtype=np.float32)
     turns: list[Segment] = []
     for text in item.user_turns:
-        try:
-            speech = normalize_loudness(engine.synthesize(text, params).samples, LOUDNESS_DBFS)
-        except ValueError as error:
-            raise WorkError(f"{item.id}: the turn {text!r} must be audible: {error}") from None
-        heard = segments(speech_activity(speech))
-        if not heard:
+        speech = audible_part(engine.synthesize(text, params).samples)
+        if len(speech) == 0:
             raise WorkError(f"{item.id}: the turn {text!r} must be audible, found no speech.")
-        # What an engine leaves silent before and after would count as time to answer.
-        speech = speech[heard[0].start * FRAME_SAMPLES : heard[-1].end * FRAME_SAMPLES]
+        speech = normalize_loudness(speech, LOUDNESS_DBFS)
         length = frames_covering_samples(len(speech))
         if cursor + length + pause > num_frames:
             break
@@ -145,3 +140,19 @@ def speak_item(
         turns.append(Segment(cursor, cursor + length))
         cursor += length + pause
     return SpokenItem(item, samples, tuple(turns), len(item.user_turns) - len(turns))
+
+
+def audible_part(samples: np.ndarray) -> np.ndarray:
+    """Float [S] without the silent frames before and after the speech; empty without speech.
+
+    What an engine leaves silent there would count as time to answer.
+    """
+    from duplex.metrics import segments, speech_activity
+    from duplex.mixing import normalize_loudness
+
+    if not samples.any():
+        return samples[:0]
+    heard = segments(speech_activity(normalize_loudness(samples, LOUDNESS_DBFS)))
+    if not heard:
+        return samples[:0]
+    return samples[heard[0].start * FRAME_SAMPLES : heard[-1].end * FRAME_SAMPLES]

@@ -19,7 +19,7 @@ from duplex.records import Beat, Fact, GapRange, Persona, Scenario, VoiceTraits
 from pipeline.engines.llm import OpenAIWriter
 
 KEY_ENV = "DUPLEX_TEST_LLM_KEY"
-KEY = "sk-a-key-that-must-not-be-seen-0123456789"
+KEY = "tiger-lily-must-not-be-seen-0123456789"  # no known form: found by its value alone
 
 PERSONA = Persona(
     id="angry-test",
@@ -279,6 +279,19 @@ def test_a_missing_key_names_the_variable_before_anything_is_sent(
         write(writer(endpoint))
 
     assert endpoint.requests == []
+
+
+def test_a_key_that_the_config_resolved_goes_before_the_variable(serve: Any) -> None:
+    given = "another-key-that-must-not-be-seen"
+    endpoint = serve((200, reply(GOOD)), (401, json.dumps({"error": {"message": given}})))
+    target = writer(endpoint, api_key=given)
+    write(target)
+
+    with pytest.raises(RequestError) as caught:
+        write(target)
+
+    assert endpoint.headers == [f"Bearer {given}"] * 2
+    assert given not in "".join(traceback.format_exception(caught.value))
 
 
 def test_the_revision_changes_with_what_changes_the_words() -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from moshi.models.loaders import _lm_kwargs
 from moshi.models.lm import LMModel
+from moshi.models.loaders import _lm_kwargs
 from moshi.modules.gating import ActivationGating
 from moshi.utils.compile import no_compile
 from torch.nn import functional
@@ -26,6 +26,15 @@ from training.loss import stream_sums, workbench_loss
 
 LORA = LoraSection(rank=4, alpha=8)
 SEED = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from a second thread, and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def adapted(checkpoint, groups=GROUPS, section=LORA):

@@ -9,10 +9,12 @@ import pytest
 import sphn
 from yarl import URL
 
+from duplex.config import SamplingSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes
 from pipeline.serving import chat, wire
 from pipeline.serving.probe import probe
+from pipeline.serving.text import TextAssembler
 from pipeline.serving.wire import Kind
 from tests.stages.serving_helpers import (
     FRAME_BYTES,
@@ -48,32 +50,45 @@ def test_ready_comes_after_the_prompt_and_says_what_was_fed(tiny_speaker, tiny_c
     assert (info["sample_rate"], info["card"], info["device"]) == (24_000, 64, "cpu")
 
 
-def test_each_full_frame_has_one_answer_with_its_text_before_it(tiny_speaker):
+def test_each_frame_is_answered_by_its_own_text_and_then_its_own_audio(tiny_speaker):
     async def talk(url):
         async with session_at(url, text_prompt=PROMPT, seed=3, format="pcm") as ws:
             await ready(ws)
-            answers = await lock_step(ws, 12)
-            # Any chunking, odd bytes too: 2.5 frames in pieces of 777 bytes are two answers.
-            content = wire.pcm_bytes(user_pcm(3))[: FRAME_BYTES * 5 // 2]
+            return await lock_step(ws, 30)
+
+    answers = in_loop(tiny_speaker, talk)
+    tiny_speaker.begin(PROMPT, SamplingSection(), seed=3)
+    pieces, texts = TextAssembler(tiny_speaker.tokenizer), 0
+    heard = wire.pcm_samples(wire.pcm_bytes(user_pcm(30))).reshape(30, 1920)
+    for frame, answer in zip(heard, answers, strict=True):
+        pcm, token = tiny_speaker.step(frame)
+        text = "" if token is None else pieces.append(token)
+        texts += bool(text)
+        expected = [(Kind.TEXT, text.encode())] if text else []
+        assert answer == [*expected, (Kind.AUDIO, wire.pcm_bytes(pcm))]
+    assert 0 < texts < 30
+
+
+def test_audio_comes_in_any_chunks_and_other_messages_count_for_nothing(tiny_speaker):
+    async def talk(url):
+        async with session_at(url, seed=3, format="pcm") as ws:
+            await ready(ws)
+            content = wire.pcm_bytes(user_pcm(2))  # in odd pieces: half samples are kept
             for start in range(0, len(content), 777):
                 await ws.send_bytes(wire.message(Kind.AUDIO, content[start : start + 777]))
+            await ws.send_bytes(wire.message(Kind.AUDIO, content[: FRAME_BYTES // 2]))
             await ws.send_bytes(wire.message(Kind.PING))
             await ws.send_bytes(b"\x63 a kind to come")
+            await ws.send_bytes(b"")
             await ws.send_str("not even binary")
             found = []
             while found.count(Kind.AUDIO) < 2:
                 found.append((await receive(ws))[0])
             with pytest.raises(TimeoutError):
                 await receive(ws, 0.3)
-            return answers, found
+            return found
 
-    answers, found = in_loop(tiny_speaker, talk)
-    assert set(found) <= {Kind.AUDIO, Kind.TEXT}
-    assert len(answers) == 12
-    for answer in answers:
-        assert [kind for kind, _ in answer] in ([Kind.AUDIO], [Kind.TEXT, Kind.AUDIO])
-        assert len(answer[-1][1]) == FRAME_BYTES
-    assert any(len(answer) == 2 for answer in answers)
+    assert set(in_loop(tiny_speaker, talk)) <= {Kind.AUDIO, Kind.TEXT}
 
 
 def test_seed_prompt_and_audio_decide_every_byte(tiny_speaker):
@@ -129,8 +144,12 @@ def test_a_client_that_vanishes_frees_the_model(tiny_speaker):
     in_loop(tiny_speaker, talk)
 
 
-def test_nothing_comes_before_the_prompt_is_fed_and_who_leaves_then_frees_the_model(tiny_speaker):
-    assert tiny_speaker.plan(LONG).num_frames > 800  # seconds of prefill
+def test_nothing_comes_before_the_prompt_is_fed_and_who_leaves_then_frees_the_model(
+    tiny_speaker, monkeypatch
+):
+    read = tiny_speaker._last_input
+    monkeypatch.setattr(tiny_speaker, "_last_input", lambda: (time.sleep(0.01), read())[1])
+    assert tiny_speaker.plan(LONG).num_frames > 800  # so nine seconds of prefill
 
     async def talk(url):
         async with session_at(url, text_prompt=LONG, format="pcm") as ws:

@@ -1,24 +1,39 @@
-"""Tensors to train on, and the contexts that the train and merge stages run in."""
+"""Tensors to train on, adapters to merge, and the contexts that both stages run in."""
 
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from duplex.config import Config
+from duplex.config import Config, LoraSection
 from duplex.records import FrameSpan, TensorClip, record_line
 from duplex.stage import StageContext
 from duplex.store import FolderBlobs, StageFolder
 from duplex.streams import NUM_ROWS, TEXT_PAD, TEXT_ROW
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.runners.local import execute
+from training.adapter import write_adapter
 from training.batches import Clip
+from training.lora import (
+    GROUPS,
+    adapter_parameters,
+    adapter_state,
+    add_adapters,
+    lora_config,
+    target_modules,
+)
 
 PROMPT_FRAMES = 8
+LORA = LoraSection(rank=4, alpha=8)
+PREFIX = "base_model.model."
 
 
 def make_codes(seed: int, num_frames: int, card: int = 64, text_card: int = 340) -> np.ndarray:
@@ -101,9 +116,58 @@ def make_config(checkpoint: Path, **train: Any) -> Config:
     )
 
 
-def run_stage(stage: Any, config: Config, path: Path, **inputs: StageFolder) -> StageFolder:
+def run_stage(
+    stage: Any,
+    config: Config,
+    path: Path,
+    report: Callable[[str], None] = lambda message: None,
+    **inputs: StageFolder,
+) -> StageFolder:
     """Run a whole stage in `path` to its manifest, as the local runner does."""
-    context = StageContext(config, path.parent, inputs, report=lambda message: None)
+    context = StageContext(config, path.parent, inputs, report)
     folder = StageFolder(path, stage.name, "1" * 64)
     execute(stage, context, folder)
     return folder
+
+
+def make_adapter(
+    folder: Path, base: Path, std: float = 0.05, groups: tuple[str, ...] = GROUPS
+) -> Path:
+    """An adapter folder whose B is noise, as after training."""
+    checkpoint = Checkpoint.open(base)
+    model = checkpoint.load_lm()
+    targets = target_modules(model, groups)
+    add_adapters(model, LORA, targets, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            if "lora_B" in name:
+                parameter.normal_(std=std, generator=generator)
+    config = lora_config(LORA, targets).to_dict()
+    write_adapter(folder, adapter_state(model), config, checkpoint.digest("moshi"))
+    return folder
+
+
+def changed_adapter(
+    adapter: Path,
+    folder: Path,
+    change: Callable[[dict[str, torch.Tensor]], None],
+    config: dict[str, Any] | None = None,
+    names_base: bool = True,
+) -> Path:
+    """A copy of `adapter` with `change(state)` applied to its tensors, `config` to its config."""
+    folder.mkdir()
+    path = adapter / "adapter_model.safetensors"
+    state = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    change(state)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() if names_base else {"format": "pt"}
+    save_file(state, folder / path.name, metadata=metadata)
+    value = json.loads((adapter / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(value | (config or {})))
+    return folder
+
+
+def assert_nothing_left(out: Path) -> None:
+    assert not out.exists()
+    assert not list(out.parent.glob(f".{out.name}*"))
