@@ -14,9 +14,9 @@ measured LUFS; RMS needs neither its filter nor its gate.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from duplex.frames import (
     frames_to_seconds,
 )
 from duplex.records import GapRange, Role, SpokenTurn, Word
+
+if TYPE_CHECKING:
+    import random
 
 CHANNELS: tuple[Role, Role] = ("agent", "user")  # rows of the timeline; left and right of a WAV
 PEAK_LIMIT = 0.99

@@ -264,6 +264,7 @@ def test_longest_common_subsequence_agrees_with_trying_all(a, b):
         ("What can I get you today?", "a latte", False),
         ("yes", "yes please", False),  # short and not equal
         ("So one large latte, is that right?", "one large latte with oat milk please", False),
+        ("one two three four", "one two three", False),  # three words are too few to tell
         ("What can I get you?", "", False),
         ("", "", False),
         ("", "I will have a latte", False),
@@ -295,6 +296,7 @@ def test_facts_are_said_in_whole_words_whatever_the_case():
     assert not says_any("black tea, large coffee", ["black coffee"])
     assert says_any("five bucks", ["five dollars", "five bucks"])
     assert not says_any("", ["Marcus"])
+    assert not says_any("", ["…"])
     assert not says_any("anything", ["…"])  # a wording without a word says nothing
 
 
