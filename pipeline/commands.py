@@ -56,10 +56,14 @@ def run(
         pipeline_run.check_request(config)
         show_plan(config, runs, selection, as_json=as_json)
         return
-    report = (lambda line: print(line, file=sys.stderr)) if as_json else print
+    stream = sys.stderr if as_json else sys.stdout
+
+    def report(line: str) -> None:
+        print(line, file=stream, flush=True)
+
     pipeline_run.run(
         config, config_path, runs, selection,
-        overrides=overrides, retry_rejected=retry_rejected, report=lambda s: report(s, flush=True),
+        overrides=overrides, retry_rejected=retry_rejected, report=report,
     )  # fmt: skip
     if as_json:
         status(config, runs, as_json=True)

@@ -62,7 +62,7 @@ def _machine() -> dict[str, str]:
 
 
 def _packages(config: Config) -> list[dict[str, str]]:
-    needed = list(REQUIRED)
+    needed: list[str] = list(REQUIRED)
     if "espeak" in (config.voices.engine, config.speech.engine):
         needed.append("espeakng-loader")
     if config.dialogues.writer == "openai":

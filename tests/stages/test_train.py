@@ -213,7 +213,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_too(tmp_path):
     ]
     assert latest_checkpoint(tmp_path, "mine").step == 6
     damaged = tmp_path / "step-00000006.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     state = latest_checkpoint(tmp_path, "mine")
     assert state.step == 4 and state.log == ["{}"] and state.tensors["a"].tolist() == [4, 4]
     assert not damaged.exists()

@@ -64,9 +64,9 @@ def test_overrides_are_yaml_and_are_checked_like_the_file(tmp_path):
     path = write_yaml(tmp_path / "c.yaml", {"name": "c"})
     config = load_config(path, ["train.steps=7", "personas.only=[a, b]", "model.base=x/y"])
     assert (config.train.steps, config.personas.only, config.model.base) == (7, ("a", "b"), "x/y")
-    with pytest.raises(ConfigError, match="must read section.key=value"):
+    with pytest.raises(ConfigError, match=r"must read section\.key=value"):
         load_config(path, ["train.steps"])
-    with pytest.raises(ConfigError, match="name must be a section"):
+    with pytest.raises(ConfigError, match=r"name must be a section"):
         load_config(path, ["name.steps=1"])
 
 
