@@ -222,6 +222,8 @@ def _start_stage(
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--retry-rejected"] if retry_rejected else []
     environment = os.environ | {LOCK_FD_VARIABLE: str(lock.descriptor)}
+    # OpenMP threads that spin while they wait starve each other once anything else runs here.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )

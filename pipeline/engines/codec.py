@@ -28,12 +28,14 @@ def encode(mimi: MimiModel, channels: np.ndarray) -> np.ndarray:
         int64 [C, 8, T].
     """
     import torch
+    from moshi.utils.compile import no_compile
 
     num_frames = frames_covering_samples(channels.shape[1])
     padded = np.zeros((channels.shape[0], num_frames * FRAME_SAMPLES), dtype=np.float32)
     padded[:, : channels.shape[1]] = channels
     device = next(mimi.parameters()).device
-    with torch.no_grad():
+    # Without this the library compiles on first use: dear for one pass, and it needs a compiler.
+    with torch.no_grad(), no_compile():
         codes = mimi.encode(torch.from_numpy(padded)[:, None].to(device))
     return codes[:, :CODEBOOKS].cpu().numpy().astype(np.int64)
 

@@ -19,7 +19,6 @@ out before it.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -154,13 +153,7 @@ def _parse_sampling(
     given: dict[str, str], defaults: SamplingSection, faults: list[str]
 ) -> SamplingSection:
     values: dict[str, Any] = defaults.model_dump()
-    for key in SAMPLING_KEYS:
-        if key not in given:
-            continue
-        values[key] = given[key]
-        if key.endswith("temperature") and not _is_finite(given[key]):
-            faults.append(f"{key} must be a number, found {given[key]!r}")
-            values[key] = 0.0
+    values |= {key: given[key] for key in SAMPLING_KEYS if key in given}
     try:
         return SamplingSection.model_validate(values)
     except ValidationError as error:
@@ -168,13 +161,6 @@ def _parse_sampling(
             key = str(fault["loc"][0])
             faults.append(f"{key}: {fault['msg']}, found {given.get(key)!r}")
         return defaults
-
-
-def _is_finite(value: str) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
 
 
 # -- URLs

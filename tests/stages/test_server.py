@@ -76,7 +76,7 @@ def test_audio_comes_in_any_chunks_and_other_messages_count_for_nothing(tiny_spe
             content = wire.pcm_bytes(user_pcm(2))  # in odd pieces: half samples are kept
             for start in range(0, len(content), 777):
                 await ws.send_bytes(wire.message(Kind.AUDIO, content[start : start + 777]))
-            await ws.send_bytes(wire.message(Kind.AUDIO, content[: FRAME_BYTES // 2]))
+            await ws.send_bytes(wire.message(Kind.AUDIO, content[:4]))  # the next frame's start
             await ws.send_bytes(wire.message(Kind.PING))
             await ws.send_bytes(b"\x63 a kind to come")
             await ws.send_bytes(b"")
@@ -89,6 +89,18 @@ def test_audio_comes_in_any_chunks_and_other_messages_count_for_nothing(tiny_spe
             return found
 
     assert set(in_loop(tiny_speaker, talk)) <= {Kind.AUDIO, Kind.TEXT}
+
+
+def test_what_is_said_before_ready_is_not_part_of_the_conversation(tiny_speaker):
+    async def talk(url):
+        async with session_at(url, text_prompt=PROMPT, format="pcm") as ws:
+            await ws.send_bytes(wire.message(Kind.AUDIO, bytes(FRAME_BYTES)))
+            await ready(ws)
+            with pytest.raises(TimeoutError):
+                await receive(ws, 0.3)
+            return await lock_step(ws, 2)
+
+    assert len(in_loop(tiny_speaker, talk)) == 2
 
 
 def test_seed_prompt_and_audio_decide_every_byte(tiny_speaker):

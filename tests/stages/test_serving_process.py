@@ -47,7 +47,7 @@ def command(checkpoint, *options):
 
 
 @contextmanager
-def process(checkpoint, tmp_path, *options, wait=True, **environment):
+def process(checkpoint, tmp_path, *options, **environment):
     """A server process, its URL (once it is up) and its log; killed at the end if it lives."""
     ready_file, log = tmp_path / "ready.json", tmp_path / "log"
     with log.open("wb") as output:
@@ -59,8 +59,7 @@ def process(checkpoint, tmp_path, *options, wait=True, **environment):
             env=ENVIRONMENT | environment,
         )
     try:
-        url = _wait_for_url(server, ready_file, log) if wait else ""
-        yield server, url, log
+        yield server, _wait_for_url(server, ready_file, log), log
     finally:
         server.kill()
         server.wait()
@@ -192,11 +191,22 @@ def test_it_ends_with_its_standard_input(tiny_checkpoint, tmp_path):
         assert server.wait(10) == 0
 
 
-def test_it_ends_with_its_standard_input_while_it_loads(tiny_checkpoint, tmp_path):
-    with process(tiny_checkpoint, tmp_path, "--die-with-stdin", wait=False) as (server, _, log):
-        time.sleep(1.0)
+def test_it_ends_with_its_standard_input_while_it_loads(tiny_checkpoint):
+    code = (
+        "import sys, time\nfrom pipeline.serving import app\n"
+        "app._load = lambda *_: print('loading', flush=True) or time.sleep(60)\n"
+        f"sys.exit(app.main([{str(tiny_checkpoint)!r}, '--port', '0', '--die-with-stdin']))"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
+    )
+    try:
+        assert server.stdout is not None and b"loading" in server.stdout.readline()
         close_input(server)
-        assert server.wait(10) == 0, log.read_text()
+        assert server.wait(5) == 0
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_a_signal_ends_a_conversation_in_progress_and_exits_0(tiny_checkpoint, tmp_path):
@@ -310,7 +320,7 @@ def test_the_stage_proves_one_prompt_of_each_persona_and_leaves_no_server(
 
 def test_a_prompt_that_is_not_proven_fails_the_stage(tiny_checkpoint, tmp_path, monkeypatch):
     context, personas = stage_context(tmp_path, tiny_checkpoint)
-    unproven = ProbeResult("u", "s", "p", False, "no 04 message", expected_digest="0" * 64)
+    unproven = ProbeResult("u", "s", "p", False, "no 04 message", "0" * 64, "0" * 64)
     monkeypatch.setattr("pipeline.serving.probe.probe_sync", lambda *_, **__: unproven)
     monkeypatch.setattr(
         "pipeline.serving.launch.running_server", lambda *_, **__: nullcontext("http://h:1")

@@ -123,6 +123,16 @@ def test_what_is_no_server_is_refused(url):
         wire.chat_url(url)
 
 
+def test_a_prompt_is_tokenized_between_its_tags_and_an_empty_one_is_nothing():
+    class Letters:
+        def encode(self, text):
+            return [ord(letter) for letter in text]
+
+    found = wire.prompt_tokens(Letters(), " Be kind. ")
+    assert "".join(map(chr, found)) == "<system> Be kind. <system>"
+    assert wire.prompt_tokens(Letters(), " \n") == []
+
+
 def test_digest_is_of_int32_little_endian_ids():
     expected = hashlib.sha256(struct.pack("<3i", 5, 70000, -1)).hexdigest()
     assert wire.prompt_digest([5, 70000, -1]) == expected
