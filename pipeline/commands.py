@@ -226,6 +226,8 @@ def serve(
     device = config.serve.runtime.device if config else "auto"
     command = [sys.executable, "-m", "pipeline.serving.app", str(checkpoint)]
     command += ["--host", host, "--port", str(port), "--device", device]
+    if config:
+        command += ["--sampling", config.serve.sampling.model_dump_json()]
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     if token:
         environment["DUPLEX_TOKEN"] = token  # never on the command line, where others see it

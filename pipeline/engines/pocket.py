@@ -28,11 +28,12 @@ from duplex.streams import CODEBOOKS, DELAYS, TEXT_PAD
 if TYPE_CHECKING:
     import torch
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 SEED = 1234
 CORPUS = CHECKOUT / "data" / "pocket" / "corpus.txt"
 CARD = 512
 TEXT_CARD = 1000
+TARGET_RMS = 0.1  # loudness of random codes, of a full scale of 1
 
 LM_CONFIG: dict[str, Any] = {
     "dim": 192,
@@ -144,29 +145,34 @@ def pocket_folder(models_root: Path) -> Path:
     return folder
 
 
-def write_checkpoint(folder: Path) -> None:
-    """Write all files of a pocket checkpoint into an empty folder."""
-    import torch
+def write_checkpoint(
+    folder: Path,
+    *,
+    lm_config: dict[str, Any] = LM_CONFIG,
+    mimi_config: dict[str, Any] = MIMI_CONFIG,
+    corpus: str | None = None,
+    lm_seed: int = SEED,
+) -> None:
+    """Write all files of a checkpoint of random weights into an empty folder."""
     from safetensors.torch import save_file
 
-    lm = build_lm(LM_CONFIG, SEED)
-    mimi = build_mimi(MIMI_CONFIG, SEED)
+    corpus = CORPUS.read_text(encoding="utf-8") if corpus is None else corpus
+    lm = build_lm(lm_config, lm_seed)
+    mimi = build_mimi(mimi_config, SEED)
     save_file(_plain(lm.state_dict()), folder / "model.safetensors")
     save_file(_plain(mimi.state_dict()), folder / "mimi.safetensors")
-    (folder / "mimi_config.json").write_text(json.dumps(MIMI_CONFIG, indent=2))
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(CORPUS.read_text(), TEXT_CARD))
+    (folder / "mimi_config.json").write_text(json.dumps(mimi_config, indent=2))
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(corpus, lm_config["text_card"]))
     config = {
-        **LM_CONFIG,
+        **lm_config,
         "model_type": "moshi",
         "moshi_name": "model.safetensors",
         "mimi_name": "mimi.safetensors",
         "mimi_config_name": "mimi_config.json",
         "tokenizer_name": "tokenizer.model",
-        "model_id": {"sig": recipe_digest()[:8], "epoch": 0},
+        "model_id": {"sig": "pocket", "epoch": 0},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    del lm, mimi
-    assert torch.is_grad_enabled()
 
 
 def build_lm(config: dict[str, Any], seed: int) -> Any:
@@ -191,8 +197,9 @@ def build_mimi(config: dict[str, Any], seed: int) -> Any:
     """A `MimiModel` whose codebooks fit its own latents: the package's k-means on noise."""
     import torch
     from moshi.models.loaders import get_mimi
+    from moshi.utils.compile import no_compile
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), no_compile():
         torch.manual_seed(seed)
         mimi = get_mimi(None, config, num_codebooks=config["quantizer"]["n_q"])
         latents = mimi.encode_to_latent(_seeded_sounds(seed), quantize=False)
@@ -200,7 +207,38 @@ def build_mimi(config: dict[str, Any], seed: int) -> Any:
         # Each training forward starts one more codebook, on the residual of those before it.
         for _ in range(config["quantizer"]["n_q"]):
             mimi.quantizer(latents, mimi.frame_rate)
-    return mimi.eval()
+        mimi.eval()
+        _give_voice(mimi, seed)
+    return mimi
+
+
+def _give_voice(mimi: Any, seed: int) -> None:
+    """Draw the decoder anew so that other codes are other sounds.
+
+    As the library initialises it, a random decoder's biases drown its input: replacing every
+    semantic code moves the waveform by 3e-6, a tenth of an int16 step. Here it is 0.2 of 1.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    convolutions = [
+        module
+        for part in (mimi.upsample, mimi.decoder)
+        for module in part.modules()
+        if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d)
+    ]
+    for convolution in convolutions:
+        reach = convolution.kernel_size[0] / convolution.stride[0]
+        if isinstance(convolution, torch.nn.Conv1d):
+            fan_in = convolution.weight[0].numel()
+        else:
+            fan_in = reach * (convolution.weight.shape[0] if convolution.groups == 1 else 1)
+        convolution.weight.normal_(std=math.sqrt(2 / fan_in), generator=generator)
+        if convolution.bias is not None:
+            convolution.bias.zero_()
+    codes = torch.randint(0, mimi.cardinality, (1, CODEBOOKS, 50), generator=generator)
+    loudness = mimi.decode(codes).square().mean().sqrt()
+    convolutions[-1].weight.mul_(TARGET_RMS / loudness)
 
 
 def _seeded_sounds(seed: int) -> torch.Tensor:

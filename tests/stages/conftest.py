@@ -8,8 +8,6 @@ are random: it says nothing, but every path through it is the path of the 7B mod
 from __future__ import annotations
 
 import copy
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -69,61 +67,16 @@ TINY_CORPUS = "\n".join(
 )
 
 
-def _give_voice(mimi: Any, seed: int) -> None:
-    """Draw the decoder anew so that other codes are other sounds.
-
-    As the library initialises it, a random decoder's biases drown its input: replacing every
-    semantic code moves the waveform by 3e-6, a tenth of an int16 step. Here it is 1e-2.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    convs = [
-        module
-        for part in (mimi.upsample, mimi.decoder)
-        for module in part.modules()
-        if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d)
-    ]
-    with torch.no_grad():
-        for conv in convs:
-            reach = conv.kernel_size[0] / conv.stride[0]
-            if isinstance(conv, torch.nn.Conv1d):
-                fan_in = conv.weight[0].numel()
-            else:
-                fan_in = reach * (conv.weight.shape[0] if conv.groups == 1 else 1)
-            conv.weight.normal_(std=math.sqrt(2 / fan_in), generator=generator)
-            if conv.bias is not None:
-                conv.bias.zero_()
-        codes = torch.randint(0, mimi.cardinality, (1, 8, 50), generator=generator)
-        convs[-1].weight.mul_(0.1 / mimi.decode(codes).square().mean().sqrt())
-
-
 def write_tiny_checkpoint(folder: Path, *, lm_seed: int = 7, **lm_changes: object) -> Path:
     """Write a tiny checkpoint into `folder`; `lm_changes` overrides keys of the LM's config."""
-    from safetensors.torch import save_file
-
-    lm_config = {**TINY_LM_CONFIG, **lm_changes}
-    mimi_config = _tiny_mimi_config()
     folder.mkdir(parents=True, exist_ok=True)
-    lm = pocket.build_lm(lm_config, lm_seed)
-    mimi = pocket.build_mimi(mimi_config, pocket.SEED)
-    _give_voice(mimi, pocket.SEED)
-    for model, name in ((lm, "model.safetensors"), (mimi, "mimi.safetensors")):
-        state = {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}
-        save_file(state, folder / name)
-    (folder / "mimi_config.json").write_text(json.dumps(mimi_config))
-    tokenizer = pocket.train_tokenizer(TINY_CORPUS, TINY_TEXT_CARD)
-    (folder / "tokenizer.model").write_bytes(tokenizer)
-    config = {
-        **lm_config,
-        "model_type": "moshi",
-        "moshi_name": "model.safetensors",
-        "mimi_name": "mimi.safetensors",
-        "mimi_config_name": "mimi_config.json",
-        "tokenizer_name": "tokenizer.model",
-        "model_id": {"sig": "00000000", "epoch": 0},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    pocket.write_checkpoint(
+        folder,
+        lm_config={**TINY_LM_CONFIG, **lm_changes},
+        mimi_config=_tiny_mimi_config(),
+        corpus=TINY_CORPUS,
+        lm_seed=lm_seed,
+    )
     return folder
 
 
