@@ -47,10 +47,11 @@ def tiny_tokenizer() -> bytes:
 
 @dataclass
 class Plan:
-    """What the server does. `seen` and `pending` are what it noticed.
+    """What the server does. `seen`: the queries that came.
 
     echo: the user's audio comes back, this many frames later.
     says: frame -> text sent before that frame's audio.
+    watchful: it hangs up on a client that sends before it was answered.
     break_at: from this frame on, `breakage` is done instead of an answer.
     """
 
@@ -66,8 +67,8 @@ class Plan:
     breakage: str = "close"
     refuse: str | None = None
     busy_for: int = 0
+    watchful: bool = False
     seen: list[dict[str, str]] = field(default_factory=list)
-    unasked: int = 0
 
 
 class PlantedServer:
@@ -133,9 +134,9 @@ class PlantedServer:
             if message.type != web.WSMsgType.BINARY:
                 return
             assert message.data[0] == Kind.AUDIO
-            if heard and await self._more_waits(ws):
-                plan.unasked += 1
             heard.append(message.data[1:])
+            if plan.watchful and await self._more_comes(ws):
+                return
             frame = len(heard) - 1
             if plan.break_at is not None and frame >= plan.break_at:
                 if await self._break(ws):
@@ -145,10 +146,13 @@ class PlantedServer:
                 await ws.send_bytes(wire.message(Kind.TEXT, plan.says[frame].encode()))
             await ws.send_bytes(wire.message(Kind.AUDIO, self._answer(heard)))
 
-    async def _more_waits(self, ws: web.WebSocketResponse) -> bool:
-        """Whether a further frame came although this one is not answered."""
-        await asyncio.sleep(0)
-        return bool(ws._reader._buffer)  # type: ignore[union-attr]
+    async def _more_comes(self, ws: web.WebSocketResponse) -> bool:
+        """Whether a further frame is sent although this one is not answered."""
+        try:
+            await ws.receive(timeout=0.05)
+        except TimeoutError:
+            return False
+        return True
 
     def _answer(self, heard: list[bytes]) -> bytes:
         plan, frame = self.plan, len(heard) - 1

@@ -100,7 +100,7 @@ def test_the_shipped_items_are_valid_and_their_prompts_hold_their_facts():
 
 
 def test_lockstep_gives_back_what_was_played_frame_for_frame(plan):
-    plan.echo, plan.says = 0, {0: "Hel", 2: "lo "}
+    plan.echo, plan.watchful, plan.says = 0, True, {0: "Hel", 2: "lo "}
     user = np.linspace(-1, 1, 3 * FRAME_SAMPLES + 5)
     with planted(plan) as url:
         found = asyncio.run(
@@ -113,7 +113,6 @@ def test_lockstep_gives_back_what_was_played_frame_for_frame(plan):
     assert found.agent[: len(user)] == pytest.approx(user, abs=1e-4)
     assert found.text == ((0, "Hel"), (2, "lo "))
     assert found.transcript == "Hello"
-    assert plan.unasked == 0
     asked = plan.seen[0]
     assert asked["text_prompt"] == "a & b + c?"
     assert (asked["seed"], asked["format"], asked["text_topk"]) == ("7", "pcm", "3")
