@@ -21,9 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/duplex run configs/pocket.yaml
 
-# At most 8 minutes on two cores, no network.
+# At most 8 minutes on two cores, no network. Two workers; tests/conftest.py keeps what shares
+# a fixture together.
 test: setup
-	$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m 'not slow and not gpu'
 
 test-all: setup
 	$(BIN)/python -m pytest -q -m 'not gpu'

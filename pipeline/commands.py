@@ -191,6 +191,9 @@ def merge(base: str, adapter: Path, out: Path, dtype: str, runs: Path, *, as_jso
     if dtype not in ("float32", "bfloat16"):
         raise RequestError(f"--dtype must be float32 or bfloat16, found {dtype}")
     from pipeline.engines.checkpoint import resolve_checkpoint
+    from training.process import prepare_process
+
+    prepare_process()
     from training.merge import merge_checkpoint
 
     checkpoint = resolve_checkpoint(ModelSection(base=base), runs)

@@ -150,7 +150,7 @@ def test_every_config_that_runs_here_writes_its_tensors(name, tmp_path):
         cwd=tmp_path, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "5 tensors: done (2 tasks, 2 records, 0 rejected)" in result.stdout
+    assert "5 tensors: done (2 records, 0 rejected, 2 tasks)" in result.stdout
 
 
 @pytest.mark.slow
@@ -165,9 +165,20 @@ def test_every_config_that_runs_here_runs_to_its_report(name, tmp_path):
     assert report and (tmp_path / report[1]).is_file()
 
 
-def test_start_script_runs_resumes_and_serves(tmp_path):
-    """runpod/start.sh with the small config: doctor, run, serve; twice, the second resumes."""
+def test_start_script_resumes_and_serves(workplace):
+    """runpod/start.sh on a volume that has the run already: doctor, resume, serve."""
+    assert start_script_log(workplace).count(": done (") == 9
+
+
+@pytest.mark.slow
+def test_start_script_runs_from_nothing_and_serves(tmp_path):
     workplace = make_workplace(tmp_path / "pod")
+    assert start_script_log(workplace).count(": running …") == 9
+    assert start_script_log(workplace).count(": running …") == 0
+
+
+def start_script_log(workplace):
+    """What start.sh prints until it serves; it is stopped then."""
     config = SMALL | {
         "personas": SMALL["personas"] | {"folder": str(workplace.folder / "personas")}
     }
@@ -181,19 +192,18 @@ def test_start_script_runs_resumes_and_serves(tmp_path):
     }  # fmt: skip
     if not (ROOT / ".venv" / "bin" / "duplex").exists():
         pytest.skip("start.sh uses the checkout's own .venv, which `make setup` makes")
-    script = [str(ROOT / "runpod" / "start.sh")]
-    for _ in range(2):
-        log = (tmp_path / "log").open("w+")
+    with (workplace.folder / "log").open("w+") as log:
         process = subprocess.Popen(
-            script, env=environment() | settings, stdout=log, stderr=subprocess.STDOUT
-        )
+            [str(ROOT / "runpod" / "start.sh")],
+            env=environment() | settings, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         try:
             wait_for_start(process, f"http://127.0.0.1:{port}/ready", log)
         finally:
             process.terminate()
             process.wait(30)
-    log.seek(0)
-    assert log.read().count(": done (") == 9
+        log.seek(0)
+        return log.read()
 
 
 def wait_for_start(process, url, log):

@@ -297,5 +297,6 @@ def test_words_are_put_together_and_belong_to_the_turn_they_begin_in():
     text = [(0, " He"), (1, "llo"), (5, " my"), (6, "self "), (7, "and"), (9, "\nyou"), (9, "  ")]
     assert timed_words(text) == [(0, "Hello"), (5, "myself"), (7, "and"), (9, "you")]
     assert split_replies(text, [1, 6]) == ("Hello", ("myself", "and you"))
+    assert split_replies([(4, "on"), (5, " the edge")], [5]) == ("on", ("the edge",))
     assert split_replies([], [1, 6]) == ("", ("", ""))
     assert split_replies(text, []) == ("Hello myself and you", ())

@@ -80,7 +80,9 @@ def hostile():
         spoken(item_id="angry-bob", seconds=2, first_speaker="agent"),
     ]
     plans = {
-        "base": Plan(tokenizer=tiny_tokenizer(), says={3: HOSTILE, 30: HOSTILE}, proves=False),
+        "base": Plan(
+            tokenizer=tiny_tokenizer(), says={3: HOSTILE, 30: f" {HOSTILE}"}, proves=False
+        ),
         "merged": Plan(
             tokenizer=tiny_tokenizer(), echo=2, digest="<b>digest", model_digest=HOSTILE
         ),
