@@ -25,7 +25,7 @@ demo: setup
 # At most 8 minutes on two cores, no network. Two workers; tests/conftest.py keeps what shares
 # a fixture together.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu'
 
 test-all: setup
 	$(BIN)/python -m pytest -q -m 'not gpu'

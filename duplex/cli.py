@@ -173,8 +173,12 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="The URL to compare with; `base` for a config.")
     ] = None,
-    items: Annotated[str, typer.Option(help="Evaluation items.")] = "data/prompts/seeds.yaml",
-    out: Annotated[Path, typer.Option(help="Folder for the report on URLs.")] = Path("evaluation"),
+    items: Annotated[
+        str | None, typer.Option(help="Items for URLs; data/prompts/seeds.yaml if not given.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Report folder for URLs; evaluation/ if not given.")
+    ] = None,
     runs: RunsRoot = RUNS,
     overrides: Overrides = None,
     as_json: AsJson = False,

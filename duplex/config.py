@@ -29,6 +29,7 @@ from duplex.errors import ConfigError
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
+Device = Literal["auto", "cpu", "cuda"]
 ProfileName = Literal["workbench"]
 
 # A profile sets a group of defaults; a key that the YAML names wins over it.
@@ -74,6 +75,7 @@ class PersonasSection(StageSection):
 
 class DialoguesRuntime(Runtime):
     api_key: str | None = Field(default=None, repr=False, description="write ${OPENAI_API_KEY}")
+    base_url: str | None = Field(default=None, description="where the model is served")
     timeout_s: float = Field(default=120, gt=0)
 
 
@@ -82,7 +84,6 @@ class DialoguesSection(StageSection):
     per_persona: int = Field(default=4, ge=1, le=1000)
     min_turns: int = Field(default=15, ge=2)
     max_turns: int = Field(default=25, ge=2)
-    base_url: str | None = None
     llm: str | None = Field(default=None, description="model name at the endpoint")
     temperature: float = Field(default=0.8, ge=0, le=2)
     runtime: DialoguesRuntime = DialoguesRuntime()
@@ -138,7 +139,7 @@ class LossSection(Section):
 
 
 class TrainRuntime(Runtime):
-    device: str = "auto"
+    device: Device = "auto"
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints")
     wandb: bool = False
 
@@ -174,7 +175,7 @@ class SamplingSection(Section):
 class ServeRuntime(Runtime):
     host: str = "127.0.0.1"
     port: int = Field(default=8998, ge=0, le=65535, description="0: any free port")
-    device: str = "auto"
+    device: Device = "auto"
     token: str | None = Field(default=None, repr=False, description="write ${DUPLEX_TOKEN}")
     start_timeout_s: float = Field(default=600, gt=0)
 
@@ -185,13 +186,13 @@ class ServeSection(StageSection):
 
 
 class EvaluateRuntime(Runtime):
-    device: str = "auto"
+    device: Device = "auto"
     start_timeout_s: float = Field(default=600, gt=0)
 
 
 class EvaluateSection(StageSection):
     items: str = "data/prompts/seeds.yaml"
-    seconds: float = Field(default=12, gt=1, le=240, description="length of each conversation")
+    seconds: float = Field(default=24, gt=1, le=240, description="length of each conversation")
     answer_s: float = Field(default=2.4, ge=0, le=30, description="pause left after each user turn")
     seed: int = 0
     sampling: SamplingSection = SamplingSection()

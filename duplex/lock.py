@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
 from duplex.errors import LockedError
@@ -38,7 +39,7 @@ class RunLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_soon(descriptor)
         except BlockingIOError:
             holder = describe_holder(self._path)
             os.close(descriptor)
@@ -56,6 +57,16 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
         self._descriptor = None
+
+
+def _lock_soon(descriptor: int) -> None:
+    """Lock within half a second: `is_locked` takes the lock for a moment to look."""
+    for _ in range(10):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def inherited_lock() -> bool:

@@ -179,6 +179,11 @@ class StageFolder:
     def holds_blobs(self, entry: LedgerEntry) -> bool:
         return all((self.path / "blobs" / name).exists() for name in entry.blobs)
 
+    def blobs_are_whole(self, entry: LedgerEntry) -> bool:
+        """Whether each blob holds what its name says; reads them all."""
+        paths = (self.path / "blobs" / name for name in entry.blobs)
+        return all(sha256_file(path) == path.name.partition(".")[0] for path in paths)
+
     def finish_task(self, entry: LedgerEntry) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         line: dict[str, Any] = {
@@ -216,6 +221,10 @@ class StageFolder:
         )  # fmt: skip
 
     # -- the end
+
+    def reopen(self) -> None:
+        """Take the manifest back before anything beneath it changes."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
 
     def complete(
         self,

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
-from duplex.config import Config, ModelSection, load_config
+from duplex.config import Config, EvaluateSection, ModelSection, load_config
 from duplex.errors import (
     EXIT_WORK_FAILED,
     MissingInputError,
@@ -73,16 +73,21 @@ def run(
 
 def show_plan(config: Config, runs: Path, selection: Selection, *, as_json: bool) -> None:
     rows = []
-    blocked = False
+    absent: set[str] = set()
     for step in plan(config, runs):
-        selected = step.stage.name in selection.names
-        blocked = blocked or not step.done
+        needed = absent & set(step.stage.reads)
         if step.done:
             action = "keep"
-        elif selected:
-            action = "run"
-        else:
+        elif step.stage.name not in selection.names:
             action = "leave out"
+            absent.add(step.stage.name)
+        elif needed:
+            raise MissingInputError(
+                f"{step.stage.name} reads the output of {', '.join(sorted(needed))}, which is left "
+                f"out and not complete in {run_folder_of(config, runs)}."
+            )
+        else:
+            action = "run"
         rows.append({"name": step.stage.name, "action": action,
                      "folder": step.folder.path.name if step.folder else None})  # fmt: skip
     if as_json:
@@ -250,7 +255,7 @@ def _checkpoint_of(config: Config, runs: Path, *, base: bool) -> Path:
             f"there must be a merged model under {run_folder_of(config, runs)}, found none for "
             "this config. Run `duplex run CONFIG --to merge` first, or serve with --base."
         )
-    return step.folder.path / "checkpoint"
+    return step.folder.artifact("weights").parent
 
 
 def _personas(config: Config, runs: Path) -> list[Any]:
@@ -282,8 +287,8 @@ def probe(
 def evaluate(
     targets: list[str],
     against: str | None,
-    items: str,
-    out: Path,
+    items: str | None,
+    out: Path | None,
     runs: Path,
     overrides: list[str],
     *,
@@ -292,6 +297,10 @@ def evaluate(
     if len(targets) == 1 and not targets[0].startswith(("http://", "https://", "ws://", "wss://")):
         if against not in (None, "base"):
             raise RequestError("a config is evaluated --against base, found --against " + against)
+        if items or out:
+            raise RequestError(
+                "--items and --out are for URLs; a config has evaluate.items, and its run folder"
+            )
         path = Path(targets[0])
         config = load_config(path, overrides)
         run(
@@ -301,7 +310,12 @@ def evaluate(
         return
     from pipeline.evaluate import evaluate_to_folder
 
-    page = evaluate_to_folder(targets, against=against, items=items, out=out)
+    page = evaluate_to_folder(
+        targets,
+        against=against,
+        items=items or EvaluateSection().items,
+        out=out or Path("evaluation"),
+    )
     print(json.dumps({"report": str(page)}) if as_json else f"Report:  {page}")
 
 

@@ -98,7 +98,7 @@ def _writer(config: Config, *, check: bool) -> DialogueWriter:
             "for a local server without keys)."
         )
     return OpenAIWriter(
-        base_url=section.base_url,
+        base_url=section.runtime.base_url,
         model=section.llm or "",
         temperature=section.temperature,
         api_key=section.runtime.api_key or "",

@@ -99,6 +99,13 @@ def _model(config: Config) -> dict[str, str]:
         return _check("model", "ok", "pocket: built here from a seed; random weights, no speech")
     if identity.startswith("folder:"):
         return _check("model", "ok", f"folder {find_path(config.model.base)}")
+    if HUB_DEP_Q.get(config.model.base, 8) != 8:
+        return _check(
+            "model",
+            "fail",
+            f"{config.model.base} has 16 depth steps: it can be trained on, but serve and evaluate "
+            "take 8. Use `--to merge`, or kyutai/moshiko-pytorch-bf16, until it can be converted",
+        )
     licence = LICENCES.get(config.model.base, "see its hub page")
     pinned = config.model.revision is not None
     advice = "" if pinned else "; pin model.revision, or a change upstream changes your run"
@@ -167,7 +174,7 @@ def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
     text = (
         f"{free / GB:.1f} GB free at {place.resolve()}, about {need / GB:.1f} GB needed (computed)"
     )
-    return [_check("disk", state, text + " (computed)")]
+    return [_check("disk", state, text)]
 
 
 def _estimate(config: Config) -> dict[str, str]:

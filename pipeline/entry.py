@@ -15,7 +15,14 @@ from duplex.config import load_config
 from duplex.errors import EXIT_DONE, EXIT_WORK_FAILED, DuplexError
 from duplex.lock import RunLock, inherited_lock
 from duplex.store import StageFolder
-from pipeline.run import STAGE_NAMES, check_request, context_for, plan, run_folder_of
+from pipeline.run import (
+    STAGE_NAMES,
+    check_request,
+    context_for,
+    has_rejects_to_retry,
+    plan,
+    run_folder_of,
+)
 from pipeline.runners.local import describe_os_error, execute
 
 
@@ -39,7 +46,7 @@ def main(name: str, arguments: list[str] | None = None) -> int:
             context = context_for(step, steps, config, options.runs)
             folder = step.folder
             assert folder is not None, "a step whose inputs are complete has a key"
-            if step.done and not options.retry_rejected:
+            if step.done and not has_rejects_to_retry(step, options.retry_rejected):
                 return EXIT_DONE
             execute(step.stage, context, folder, retry_rejected=options.retry_rejected)
     except DuplexError as error:

@@ -49,6 +49,7 @@ from duplex.streams import TEXT_PAD, TEXT_ROW, USER_ROWS, ZERO_TOKEN, check_code
 from pipeline.run import IMPORTS_FOLDER, run_folder_of, stage_named
 from pipeline.runners.local import describe_environment
 
+IMPORTABLE = ("dialogues", "speech", "tensors")
 MAX_TURN_PAUSE_S = 1.0  # a longer pause between a speaker's words ends the turn
 
 
@@ -76,8 +77,8 @@ def import_stage(
         "speech": read_speech,
         "tensors": read_tensors,
     }
-    if stage_name not in readers:
-        raise RequestError(f"--stage must be one of {', '.join(readers)}; found {stage_name}")
+    if stage_name not in IMPORTABLE:
+        raise RequestError(f"--stage must be one of {', '.join(IMPORTABLE)}; found {stage_name}")
     if not path.exists():
         raise RequestError(f"{path}: must exist, found nothing there")
     imported = readers[stage_name](path, config, runs_root)
@@ -114,6 +115,8 @@ def import_stage(
 
 def forget_import(config: Config, runs_root: Path, stage_name: str) -> bool:
     """Let the stage do its own work again; the imported folder stays until `duplex clean`."""
+    if stage_name not in IMPORTABLE:
+        raise RequestError(f"--stage must be one of {', '.join(IMPORTABLE)}; found {stage_name}")
     run_folder = run_folder_of(config, runs_root)
     pointer = run_folder / IMPORTS_FOLDER / f"{stage_name}.json"
     if not pointer.exists():
@@ -151,6 +154,8 @@ def _json_values(path: Path) -> Iterator[dict[str, Any]]:
         raise RequestError(f"{path}: must be JSON or JSON lines in UTF-8: {error}") from None
     if isinstance(values, dict):
         values = next((v for v in values.values() if isinstance(v, list)), [values])
+    if not isinstance(values, list):
+        raise RequestError(f"{path}: must hold a list of records, found {values!r:.80}")
     for value in values:
         if not isinstance(value, dict):
             raise RequestError(f"{path}: each record must be an object, found {value!r:.80}")
@@ -192,8 +197,8 @@ def read_speech(path: Path, config: Config, runs_root: Path) -> Imported:
         name = str(entry.get("path", f"record {index}"))
         try:
             _read_recording(path.parent, entry, imported)
-        except (DuplexError, ValidationError, KeyError, TypeError, ValueError, OSError) as error:
-            imported.refused.append((name, str(error)))
+        except (DuplexError, ValidationError, LookupError, TypeError, ValueError, OSError) as error:
+            imported.refused.append((name, str(error) or type(error).__name__))
     _refuse_doubles(imported)
     return imported
 
@@ -266,6 +271,9 @@ def read_tensors(path: Path, config: Config, runs_root: Path) -> Imported:
     checkpoint = resolve_checkpoint(config.model, runs_root)
     digests = checkpoint.digest("codec"), checkpoint.digest("tokenizer")
     imported = Imported()
+    imported.notes.append(
+        "a bare .pt does not say which codec and tokenizer made it: taken as those of model.base"
+    )
     for file in files:
         try:
             _read_tensor(file, checkpoint.config, digests, imported)
@@ -285,7 +293,8 @@ def _read_tensor(
     except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecordError(f"must be a tensor saved by torch.save: {reason[:200]}") from None
-    if not isinstance(tensor, torch.Tensor) or tensor.is_floating_point():
+    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    if not dense or tensor.is_floating_point() or tensor.is_complex():
         raise RecordError(f"must hold one integer tensor, found {type(tensor).__name__}")
     codes = tensor.to(torch.int64).numpy().copy()
     silent = 0

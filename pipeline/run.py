@@ -25,6 +25,7 @@ from duplex.lock import LOCK_FD_VARIABLE, RunLock
 from duplex.stage import MapStage, StageContext, WholeStage
 from duplex.store import StageFolder
 from pipeline.dialogues import DialoguesStage
+from pipeline.engines.checkpoint import check_base
 from pipeline.evaluate import EvaluateStage
 from pipeline.merge import MergeStage
 from pipeline.personas import PersonasStage
@@ -120,13 +121,28 @@ def plan(config: Config, runs_root: Path) -> list[Step]:
 
 
 def imported_folder(run_folder: Path, stage: MapStage | WholeStage) -> StageFolder | None:
-    """The folder that `duplex import` put in place of this stage's own work."""
+    """The folder that `duplex import` put in place of this stage's own work.
+
+    Raises:
+        MissingInputError: what was imported is gone. The stage's own work must not take its
+            place unasked.
+    """
     pointer = run_folder / IMPORTS_FOLDER / f"{stage.name}.json"
     if not pointer.exists():
         return None
-    name, key = (json.loads(pointer.read_text())[field] for field in ("folder", "key"))
-    folder = StageFolder(run_folder / Path(name).name, stage.name, key)
-    return folder if folder.manifest() is not None else None
+    try:
+        name, key = (json.loads(pointer.read_text())[field] for field in ("folder", "key"))
+        folder = StageFolder(run_folder / Path(name).name, stage.name, key)
+        complete = folder.manifest() is not None
+    except (ValueError, KeyError, TypeError):
+        complete, folder = False, None
+    if folder is None or not complete:
+        raise MissingInputError(
+            f"{pointer} says that {stage.name} was imported, but its folder is gone or damaged. "
+            f"Import it again, or let the stage do its own work: "
+            f"`duplex import CONFIG --stage {stage.name} --forget`."
+        )
+    return folder
 
 
 def context_for(step: Step, steps: list[Step], config: Config, runs_root: Path) -> StageContext:
@@ -172,8 +188,7 @@ def run(
         for name in selection.names:
             steps = plan(config, runs_root)
             step = steps[STAGE_NAMES.index(name)]
-            if step.done and not retry_rejected:
-                assert step.folder is not None
+            if step.done and not has_rejects_to_retry(step, retry_rejected):
                 report(describe_step(step))
                 continue
             context_for(step, steps, config, runs_root)
@@ -192,10 +207,30 @@ def run(
     return plan(config, runs_root)
 
 
+def has_rejects_to_retry(step: Step, retry_rejected: bool) -> bool:
+    """Whether a complete stage is done again for `--retry-rejected`: its own work, with rejects."""
+    if not retry_rejected or step.imported or not isinstance(step.stage, MapStage):
+        return False
+    assert step.folder is not None
+    manifest = step.folder.manifest()
+    return manifest is not None and manifest["counts"].get("rejected", 0) > 0
+
+
 def check_request(config: Config) -> None:
-    """Faults in what the first stages read, found before anything is written."""
+    """Faults that can be seen before anything is written: files, base model, keys.
+
+    Raises:
+        RequestError: what is wrong, and what to do.
+    """
     for stage in STAGES:
         stage.files(config)
+    check_base(config.model)
+    if config.dialogues.writer == "openai" and not config.dialogues.runtime.api_key:
+        raise RequestError(
+            "dialogues.runtime.api_key must be given for writer: openai, found nothing. Write "
+            "api_key: ${OPENAI_API_KEY} in the config and set that variable (any word will do "
+            "for a local server without keys)."
+        )
 
 
 def describe_step(step: Step) -> str:

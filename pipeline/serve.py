@@ -35,7 +35,7 @@ class ServeStage(WholeStage):
         from pipeline.serving.wire import chat_url
 
         section = context.config.serve
-        folder = context.inputs["merge"].path / "checkpoint"
+        folder = context.inputs["merge"].artifact("weights").parent
         tokenizer = Checkpoint.open(folder).files()["tokenizer"].read_bytes()
         sampling = section.sampling.model_dump()
         personas = list(context.records("personas", Persona))

@@ -60,7 +60,7 @@ class SpeechStage(MapStage):
         if not users:
             raise MissingInputError(
                 "the speech stage needs at least one voice with role user, found none in "
-                f"{context.inputs['voices'].path}. Run again with --from voices."
+                f"{context.inputs['voices'].path}. Raise voices.user_voices."
             )
         tasks = []
         for dialogue in context.records("dialogues", Dialogue):

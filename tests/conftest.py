@@ -3,6 +3,8 @@
 import os
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported anywhere: two workers with two threads each would starve each other.
 os.environ |= {
@@ -13,9 +15,13 @@ os.environ |= {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Grouped(LoadScopeScheduling):
     """One group for the end-to-end tests, which share a finished run; else one a module."""
-    for item in items:
-        module = item.nodeid.split("::")[0]
-        group = "e2e" if "/e2e/" in module else module
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.split("::")[0]
+        return "e2e" if "/e2e/" in module else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Grouped:
+    return Grouped(config, log)

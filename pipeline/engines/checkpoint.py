@@ -183,6 +183,20 @@ def model_identity(model: ModelSection) -> str:
     return f"hub:{model.base}@{model.revision or 'main'}"
 
 
+def check_base(model: ModelSection) -> None:
+    """
+    Raises:
+        MissingInputError: `base` can be neither `pocket`, a folder that is there, nor a hub name.
+    """
+    if model.base == "pocket" or find_path(model.base).is_dir():
+        return
+    if model.base.count("/") != 1 or model.base.startswith((".", "/", "~")):
+        raise MissingInputError(
+            "model.base must be `pocket`, a folder that exists or a hub name owner/name, "
+            f"found {model.base}"
+        )
+
+
 def resolve_checkpoint(model: ModelSection, runs_root: Path) -> Checkpoint:
     """The base model's folder: built (pocket), found (a folder) or downloaded (a hub name).
 
@@ -194,10 +208,7 @@ def resolve_checkpoint(model: ModelSection, runs_root: Path) -> Checkpoint:
     folder = find_path(model.base)
     if folder.is_dir():
         return Checkpoint.open(folder)
-    if model.base.count("/") != 1 or model.base.startswith((".", "/", "~")):
-        raise MissingInputError(
-            f"model.base must be `pocket`, a folder or a hub name owner/name, found {model.base}"
-        )
+    check_base(model)
     return Checkpoint.open(_download(model))
 
 

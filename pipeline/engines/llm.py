@@ -142,7 +142,7 @@ class OpenAIWriter:
         raise RecordError(
             f"{self._model} must answer with a usable dialogue for {persona.id} in {scenario.id}; "
             f"none came in {self._max_attempts} attempts, the last one failed because {reason}. "
-            f"Raise max_attempts or choose another model"
+            f"Choose another model, or try again with --retry-rejected."
         )
 
     def _ask(self, messages: list[dict[str, str]], *, seed: int) -> tuple[str, str]:

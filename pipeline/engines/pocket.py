@@ -154,13 +154,13 @@ def write_checkpoint(
     lm_seed: int = SEED,
 ) -> None:
     """Write all files of a checkpoint of random weights into an empty folder."""
-    from safetensors.torch import save_file
+    from training.checkpoint import save_tensors
 
     corpus = CORPUS.read_text(encoding="utf-8") if corpus is None else corpus
     lm = build_lm(lm_config, lm_seed)
     mimi = build_mimi(mimi_config, SEED)
-    save_file(_plain(lm.state_dict()), folder / "model.safetensors")
-    save_file(_plain(mimi.state_dict()), folder / "mimi.safetensors")
+    save_tensors(_plain(lm.state_dict()), folder / "model.safetensors")
+    save_tensors(_plain(mimi.state_dict()), folder / "mimi.safetensors")
     (folder / "mimi_config.json").write_text(json.dumps(mimi_config, indent=2))
     (folder / "tokenizer.model").write_bytes(train_tokenizer(corpus, lm_config["text_card"]))
     config = {

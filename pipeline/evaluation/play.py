@@ -67,16 +67,26 @@ def evaluate_urls(
     items: Sequence[SpokenItem],
     settings: PlaySettings,
     report: Callable[[str], None] = print,
+    *,
+    at_once: bool = False,
 ) -> list[Played]:
-    """Play `items` to each server, one after the other.
+    """Play `items` to each server: to all at once, or to one after the other.
 
     Args:
-        urls: label -> address of a server, its page or its socket.
+        urls: label -> address of a server, its page or its socket. At once, each needs a
+            slot of its own.
 
     Raises:
         ServerError: a server cannot be reached, or a conversation broke; names its item.
     """
-    return [asyncio.run(play(label, url, items, settings, report)) for label, url in urls.items()]
+
+    async def play_all() -> list[Played]:
+        plays = [play(label, url, items, settings, report) for label, url in urls.items()]
+        if at_once:
+            return list(await asyncio.gather(*plays))
+        return [await each for each in plays]
+
+    return asyncio.run(play_all())
 
 
 async def play(
@@ -88,7 +98,7 @@ async def play(
 ) -> Played:
     """Play `items` to one server; raises as `evaluate_urls` does."""
     started = time.perf_counter()
-    info, served_tokenizer = await _describe(url, settings)
+    info, served_tokenizer = await describe(url, settings)
     tokenizer = sentencepiece.SentencePieceProcessor()
     tokenizer.LoadFromSerializedProto(settings.tokenizer or served_tokenizer)
     measured: list[Measured] = []
@@ -136,8 +146,12 @@ async def _converse(url: str, spoken: SpokenItem, settings: PlaySettings) -> Con
             raise ServerError(f"{spoken.item.id}: {error}") from None
 
 
-async def _describe(url: str, settings: PlaySettings) -> tuple[dict[str, Any], bytes]:
-    """The server's own description, and its tokenizer where we have none."""
+async def describe(url: str, settings: PlaySettings) -> tuple[dict[str, Any], bytes]:
+    """The server's own description, and its tokenizer where we have none.
+
+    Raises:
+        ServerError: it cannot be reached, or does not describe itself.
+    """
     base = wire.base_url(url)
     token = settings.token or dict(wire.query_pairs(url)).get("token")
     headers = {"Authorization": f"Bearer {token}"} if token else {}

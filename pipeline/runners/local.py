@@ -48,6 +48,7 @@ def execute(
         WorkError: what a whole stage raised.
     """
     started = time.monotonic()
+    folder.reopen()
     if isinstance(stage, WholeStage):
         lines, files, counts, extra = _run_whole(stage, context, folder)
     else:
@@ -133,7 +134,8 @@ def _adopt(
             continue
         for entry in donor.ledger().values():
             wanted = keys.get(entry.task_id) == entry.key and entry.task_id not in done
-            if wanted and donor.holds_blobs(entry):
+            # A damaged blob must not travel by hard link from folder to folder.
+            if wanted and donor.holds_blobs(entry) and donor.blobs_are_whole(entry):
                 folder.adopt(donor, entry)
                 done[entry.task_id] = entry
                 adopted += 1
@@ -216,7 +218,7 @@ def describe_environment(context: StageContext) -> dict[str, Any]:
 def _git_commit() -> str | None:
     try:
         result = subprocess.run(
-            ["git", "-C", str(CHECKOUT), "rev-parse", "HEAD"],
+            ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=40"],
             capture_output=True, text=True, timeout=5, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):

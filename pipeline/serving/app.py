@@ -88,6 +88,9 @@ class Server:
             origin = request.headers.get("Origin")
             if origin and urlsplit(origin).netloc != request.host:
                 raise web.HTTPForbidden(text=f"must be asked by its own page, not by {origin}")
+            # A foreign name that was made to point at loopback would pass the line above.
+            if not is_loopback(request.url.host or ""):
+                raise web.HTTPForbidden(text="must be asked as localhost: it has no token")
         elif request.path not in OPEN_PATHS and not self._knows_token(request):
             raise web.HTTPUnauthorized(
                 text="needs the server's token: `Authorization: Bearer …` or `?token=…`"

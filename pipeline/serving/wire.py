@@ -193,7 +193,7 @@ def base_url(url: str) -> str:
     return urlunsplit((schemes[parts.scheme], parts.netloc, path, "", ""))
 
 
-def chat_url(url: str, **changes: str | int | float) -> str:
+def chat_url(url: str, /, **changes: str | int | float) -> str:
     """The WebSocket URL of any URL of a server, with its query and `changes` to that.
 
     Accepts `http(s)://host:port/?text_prompt=…` as a browser shows it, `ws(s)://…/api/chat?…`

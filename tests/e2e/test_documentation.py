@@ -73,15 +73,11 @@ def test_readme_command(checkout, command, monkeypatch):
     if "--set" in command:
         command += " --to tensors"  # the change itself is trained in test_pipeline
     result = run(command, checkout)
-    expected = 1 if "doctor configs/coffee.yaml" in command and not has_gpu() else 0
-    assert result.returncode == expected, result.stdout + result.stderr
+    if "doctor configs/coffee.yaml" in command:
+        assert result.returncode == 1 and "depth steps" in result.stdout
+    else:
+        assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-
-
-def has_gpu():
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def test_readme_serve_and_probe(checkout):
@@ -131,11 +127,13 @@ def test_readme_names_only_files_that_exist():
 def test_every_config_can_be_planned_and_examined(name, tmp_path):
     path = str(ROOT / "configs" / name)
     for command in (["run", path, "--dry-run", "--json"], ["doctor", path, "--json"]):
+        allowed = (0,) if command[0] == "run" else (0, 1)
         result = subprocess.run(
             [sys.executable, "-m", "duplex.cli", *command, "--runs", str(tmp_path / "runs")],
-            cwd=tmp_path, env=environment(), capture_output=True, text=True,
+            cwd=tmp_path, env=environment() | {"OPENAI_API_KEY": "none"},
+            capture_output=True, text=True,
         )  # fmt: skip
-        assert result.returncode in (0, 1), result.stderr
+        assert result.returncode in allowed, result.stderr
         json.loads(result.stdout)
     assert not (tmp_path / "runs").exists()
 
@@ -154,6 +152,7 @@ def test_every_config_that_runs_here_writes_its_tensors(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["pocket.yaml", "pocket-full.yaml"])
 def test_every_config_that_runs_here_runs_to_its_report(name, tmp_path):
     result = subprocess.run(
@@ -171,6 +170,7 @@ def test_start_script_resumes_and_serves(workplace):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_start_script_runs_from_nothing_and_serves(tmp_path):
     workplace = make_workplace(tmp_path / "pod")
     assert start_script_log(workplace).count(": running …") == 9

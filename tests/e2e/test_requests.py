@@ -24,6 +24,8 @@ BAD_SETTINGS = {
     "personas.folder=nowhere": "found nothing at nowhere",
     "personas.only=[angry-marcu]": "holds no such id",
     "evaluate.items=missing.yaml": "missing.yaml",
+    "model.base=./nowhere": "model.base must be",
+    "train.runtime.device=gpu9": "train.runtime.device",
 }
 
 
@@ -92,3 +94,4 @@ def test_a_missing_key_is_named_before_anything_is_paid(fresh):
     result = fresh.run("--set", "dialogues.writer=openai", "--set", "dialogues.llm=some-model")
     assert result.returncode == 2
     assert "dialogues.runtime.api_key must be given" in result.stderr
+    assert not fresh.runs.exists()

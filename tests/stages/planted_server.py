@@ -68,6 +68,7 @@ class Plan:
     refuse: str | None = None
     busy_for: int = 0
     watchful: bool = False
+    device: str = "cpu"
     seen: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -85,7 +86,7 @@ class PlantedServer:
         return app
 
     async def _info(self, request: web.Request) -> web.Response:
-        return web.json_response({"name": "planted"})
+        return web.json_response({"name": "planted", "device": self.plan.device})
 
     async def _give_tokenizer(self, request: web.Request) -> web.Response:
         return web.Response(body=self.plan.tokenizer)

@@ -9,11 +9,11 @@ import soundfile
 import torch
 
 from duplex.config import Config
-from duplex.errors import RequestError, StageFailedError
+from duplex.errors import MissingInputError, RequestError, StageFailedError
 from duplex.records import Dialogue, Speech, TensorClip
 from duplex.streams import TEXT_PAD
 from pipeline.imports import forget_import, import_stage, leading_constant_frames
-from pipeline.run import plan
+from pipeline.run import has_rejects_to_retry, plan
 
 
 def predecessor_record(number=1, **changes):
@@ -49,6 +49,25 @@ def test_the_predecessors_dialogues_become_dialogues(tmp_path):
     assert [record.id for record in step.folder.records()] == ["conv-1", "conv-2"]
     assert forget_import(config, tmp_path / "runs", "dialogues")
     assert not plan(config, tmp_path / "runs")[1].imported
+
+
+def test_an_import_is_never_replaced_by_the_stages_own_work_unasked(tmp_path):
+    path = tmp_path / "training.json"
+    path.write_text(json.dumps([predecessor_record(1)]))
+    config = Config(name="c")
+    folder, _ = import_stage(config, tmp_path / "runs", "dialogues", path)
+    step = plan(config, tmp_path / "runs")[1]
+    assert not has_rejects_to_retry(step, retry_rejected=True)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(MissingInputError, match="--forget"):
+        plan(config, tmp_path / "runs")
+    (tmp_path / "runs" / "c" / "imports" / "dialogues.json").write_text('{"folder": ')
+    with pytest.raises(MissingInputError, match="Import it again"):
+        plan(config, tmp_path / "runs")
+    assert forget_import(config, tmp_path / "runs", "dialogues")
+    assert not plan(config, tmp_path / "runs")[1].done
+    with pytest.raises(RequestError, match="--stage must be one of"):
+        forget_import(config, tmp_path / "runs", "../../x")
 
 
 def test_json_lines_and_our_own_records_are_read_too(tmp_path):
@@ -87,7 +106,7 @@ def test_a_bad_dialogue_is_refused_with_its_reason(tmp_path, change, said):
     assert "Conv 2" in (folder / "rejected.jsonl").read_text()
 
 
-@pytest.mark.parametrize("content", ["", "[", "[1, 2]", '"text"', "[]"])
+@pytest.mark.parametrize("content", ["", "[", "[1, 2]", '"text"', "[]", "5"])
 def test_a_file_without_dialogues_writes_nothing(tmp_path, content):
     path = tmp_path / "t.json"
     path.write_text(content)
@@ -127,6 +146,7 @@ def test_a_moshi_finetune_set_becomes_speech(tmp_path):
         ({"channels": 1}, "stereo at 24000 Hz"),
         ({"words": [["late", [9.0, 9.5], "SPEAKER_MAIN"]]}, "must lie within the audio"),
         ({"words": [["x", [0.0, 0.5], "SPEAKER_OTHER"]]}, "SPEAKER_MAIN"),
+        ({"words": [["x", [], "SPEAKER_MAIN"]]}, r"bad\.wav"),
     ],
 )
 def test_a_bad_recording_is_refused(tmp_path, options, said):
@@ -168,7 +188,8 @@ def test_bare_tensors_become_clips_with_their_prompt_found(tmp_path, tiny_checkp
     assert isinstance(first, TensorClip)
     assert (first.prompt[0].start, first.prompt[0].end) == (0, 12)
     assert {first.split, second.split} == {"train", "valid"}
-    assert imported.notes == ["two.pt: 40 text frames of -1 became PAD"]
+    assert "does not say which codec" in imported.notes[0]
+    assert imported.notes[1:] == ["two.pt: 40 text frames of -1 became PAD"]
     blob = folder / "blobs" / f"{second.tensor}.pt"
     assert (torch.load(io.BytesIO(blob.read_bytes()), weights_only=True)[0] == TEXT_PAD).all()
 

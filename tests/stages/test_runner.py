@@ -163,6 +163,32 @@ def test_a_lost_blob_is_made_again(tmp_path):
     assert len(stage.processed) == 1 and first["digest"] == second["digest"]
 
 
+def test_a_damaged_blob_is_made_again_instead_of_adopted(tmp_path):
+    _, folder = run(ToyStage(SOURCES), tmp_path)
+    damaged = next((folder.path / "blobs").iterdir())
+    damaged.write_bytes(b"something else")
+    changed = ToyStage(SOURCES | {"voice-3": "another source"})
+    manifest, other = run(changed, tmp_path)
+    spared = "voice-3" if manifest["provenance"]["adopted"] == 5 else None
+    remade = set(changed.processed) - {"voice-3"}
+    assert spared or len(remade) == 1
+    assert all(other.read_blob(record.params["blob"], ".bin") for record in other.records())
+
+
+def test_doing_a_stage_again_takes_its_manifest_back_first(tmp_path):
+    config = Config.model_validate({"name": "toy", "voices": {"runtime": {"max_reject_rate": 1}}})
+    _, folder = run(ToyStage(SOURCES, {"voice-2": RecordError("no")}), tmp_path, config)
+    seen = []
+
+    class Watching(ToyStage):
+        def process(self, task, seed, blobs):
+            seen.append(folder.manifest())
+            return super().process(task, seed, blobs)
+
+    manifest, _ = run(Watching(SOURCES), tmp_path, config, retry_rejected=True)
+    assert seen == [None] and manifest["counts"]["rejected"] == 0
+
+
 def test_a_changed_part_or_blob_is_noticed_when_read(tmp_path):
     _, folder = run(ToyStage(SOURCES), tmp_path)
     record = next(folder.records())
