@@ -308,13 +308,8 @@ def learning_rate(step: int, section: TrainSection) -> float:
 def _wants_cpu(device: str) -> bool:
     """
     Raises:
-        RequestError: an unknown name, or a GPU is asked for and there is none.
+        RequestError: a GPU is asked for and there is none.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise RequestError(
-            f"train.runtime.device must be auto, cpu or cuda, found {device}. "
-            "Choose among several GPUs with CUDA_VISIBLE_DEVICES."
-        )
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError(
             "train.runtime.device is cuda, but torch finds no GPU here. "

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -291,8 +292,11 @@ def stage_context(tmp_path, checkpoint):
     folder = StageFolder(tmp_path / "01-personas-00000000", "personas", "")
     folder.complete([record_line(p) for p in personas], files=[], counts={}, provenance={})
     merge = StageFolder(tmp_path / "07-merge-00000000", "merge", "")
-    merge.path.mkdir()
-    (merge.path / "checkpoint").symlink_to(checkpoint)
+    writer = FileWriter(merge)
+    shutil.copytree(checkpoint, merge.path / "checkpoint")
+    shutil.copy(checkpoint / "model.safetensors", writer.work / "w")
+    weights = writer.add("weights", writer.work / "w", "checkpoint/model.safetensors")
+    merge.complete([record_line(weights)], files=writer.files, counts={}, provenance={})
     inputs = {"personas": folder, "merge": merge}
     config = Config.model_validate({"name": "t", "serve": {"runtime": {"device": "cpu"}}})
     return StageContext(config, tmp_path, inputs, report=lambda _: None), personas

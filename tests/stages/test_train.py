@@ -299,12 +299,11 @@ def test_a_dead_adapter_stops_it_before_anything_is_trained(tmp_path, tensors, t
 
 
 def test_no_gpu_is_a_wrong_request(tiny_checkpoint, tensors, tmp_path):
-    for device, fault in (("cuda", "finds no GPU"), ("tpu", "must be auto, cpu or cuda")):
-        if device == "cuda" and torch.cuda.is_available():
-            continue
-        config = make_config(tiny_checkpoint, runtime={"device": device})
-        with pytest.raises(RequestError, match=fault):
-            run_stage(TrainStage(), config, tmp_path / device, tensors=tensors)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    config = make_config(tiny_checkpoint, runtime={"device": "cuda"})
+    with pytest.raises(RequestError, match="finds no GPU"):
+        run_stage(TrainStage(), config, tmp_path / "cuda", tensors=tensors)
 
 
 # -- batches and rates
