@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def run(
     if as_json:
         status(config, runs, as_json=True)
     else:
-        show_end(config, config_path, runs)
+        show_end(config, config_path, runs, overrides)
 
 
 def show_plan(config: Config, runs: Path, selection: Selection, *, as_json: bool) -> None:
@@ -101,16 +102,16 @@ def show_plan(config: Config, runs: Path, selection: Selection, *, as_json: bool
     Console().print(table)
 
 
-def show_end(config: Config, config_path: Path, runs: Path) -> None:
+def show_end(config: Config, config_path: Path, runs: Path, overrides: list[str]) -> None:
     """After a whole run: the report, how to serve, and a URL for each persona."""
     steps = {step.stage.name: step for step in plan(config, runs)}
     evaluated, personas = steps["evaluate"], steps["personas"]
     if not evaluated.done or evaluated.folder is None:
         return
     print(f"\nReport:  {evaluated.folder.path / 'report.html'}")
-    print(
-        f"Serve:   duplex serve {config_path}" + (f" --runs {runs}" if str(runs) != "runs" else "")
-    )
+    elsewhere = f" --runs {shlex.quote(str(runs))}" if runs != Path("runs") else ""
+    settings = "".join(f" --set {shlex.quote(override)}" for override in overrides)
+    print(f"Serve:   duplex serve {config_path}{elsewhere}{settings}")
     if personas.folder is not None:
         host, port = config.serve.runtime.host, config.serve.runtime.port
         for name, url in persona_urls(personas.folder.records(), f"http://{host}:{port}"):
@@ -326,7 +327,7 @@ def clean(config: Config, runs: Path, *, dry_run: bool, yes: bool, as_json: bool
     total = sum(removal.num_bytes for removal in removals)
     if as_json:
         folders = [{"path": r.path, "bytes": r.num_bytes} for r in removals]
-        show_json({"removed": not dry_run and yes, "bytes": total, "folders": folders})
+        show_json({"remove": not dry_run and yes, "bytes": total, "folders": folders})
     else:
         for removal in removals:
             print(f"{removal.num_bytes / 1e6:10.1f} MB  {removal.path}")

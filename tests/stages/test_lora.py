@@ -28,15 +28,6 @@ LORA = LoraSection(rank=4, alpha=8)
 SEED = 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def adapted(checkpoint, groups=GROUPS, section=LORA):
     model = Checkpoint.open(checkpoint).load_lm()
     targets = target_modules(model, groups)

@@ -16,15 +16,6 @@ from training.adapter import Adapter
 from training.merge import merge_checkpoint
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def adapter(tiny_checkpoint, tmp_path_factory):
     return make_adapter(tmp_path_factory.mktemp("a") / "adapter", tiny_checkpoint)

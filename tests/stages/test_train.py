@@ -35,15 +35,6 @@ LENGTHS = {"train": [50, 70, 40], "valid": [45, 30]}
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tensors(tiny_checkpoint, tmp_path_factory):
     return write_tensors_stage(tmp_path_factory.mktemp("t") / "tensors", tiny_checkpoint, LENGTHS)
