@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -113,6 +114,19 @@ class Persona(Record):
         if doubled:
             raise ValueError(f"each fact needs a key of its own, found twice: {', '.join(doubled)}")
         return facts
+
+    @model_validator(mode="after")
+    def _prompts_hold_the_facts(self) -> Persona:
+        """A model must not be trained on a fact that its prompt never gave."""
+        for number, prompt in enumerate(self.prompts, start=1):
+            for fact in self.facts:
+                wordings = "|".join(re.escape(text) for text in (*fact.says, fact.value))
+                if not re.search(rf"\b(?:{wordings})\b", prompt, re.IGNORECASE):
+                    raise ValueError(
+                        f"each prompt must hold each fact, prompt {number} does not say "
+                        f"{fact.key}: {fact.value}"
+                    )
+        return self
 
 
 class Beat(Frozen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from duplex.errors import (
     EXIT_WORK_FAILED,
     MissingInputError,
     RequestError,
+    ServerError,
     StageFailedError,
 )
 from duplex.records import Persona
@@ -230,8 +232,10 @@ def serve(
         port = runtime.port if port is None else port
         token = token or runtime.token
         checkpoint = _checkpoint_of(config, runs, base=base)
+        require_free_port(host, port)
         for name, url in persona_urls(_personas(config, runs), f"http://{host}:{port}"):
             print(f"{name:<20} {url}")
+        print("Loading; these open once the line `serving at …` has come.")
     device = config.serve.runtime.device if config else "auto"
     command = [sys.executable, "-m", "pipeline.serving.app", str(checkpoint)]
     command += ["--host", host, "--port", str(port), "--device", device]
@@ -242,6 +246,23 @@ def serve(
         environment["DUPLEX_TOKEN"] = token  # never on the command line, where others see it
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)
+
+
+def require_free_port(host: str, port: int) -> None:
+    """
+    Raises:
+        ServerError: another program has the port; said before any URL is printed.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"port {port} on {host} must be free: {error.strerror}. "
+                "Stop the program that has it, or choose another with --port."
+            ) from None
 
 
 def _checkpoint_of(config: Config, runs: Path, *, base: bool) -> Path:
@@ -271,7 +292,13 @@ def probe(
 
     from pipeline.engines.checkpoint import Checkpoint
     from pipeline.serving.probe import probe_sync
+    from pipeline.serving.wire import query_pairs
 
+    if not any(key == "text_prompt" and value for key, value in query_pairs(url)):
+        raise RequestError(
+            "the URL must hold the text_prompt that is to be proven, found none: "
+            "http://host:port/?text_prompt=… (percent-encoded)"
+        )
     tokenizer = None
     if checkpoint is not None:
         tokenizer = Checkpoint.open(checkpoint).files()["tokenizer"].read_bytes()
@@ -338,7 +365,7 @@ def clean(config: Config, runs: Path, *, dry_run: bool, yes: bool, as_json: bool
         if as_json or not sys.stdin.isatty():
             raise RequestError("nothing was removed: say --yes to remove without being asked")
         if input("Remove them? [y/N] ").strip().lower() != "y":
-            raise StageFailedError("nothing was removed")
+            raise StageFailedError("nothing was removed: the answer was not y")
     remove(removals, config, runs)
     if not as_json:
         print("removed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 
 from duplex.config import Config
+from duplex.datafiles import find_path, load_personas
 from duplex.errors import RequestError
 from duplex.records import Dialogue, Persona, Record, Scenario
 from duplex.stage import BlobSink, MapStage, StageContext, Task, record_seed
@@ -66,6 +67,19 @@ class DialoguesStage(MapStage):
                 writer=self._writer.revision,
             )
         ]
+
+
+def check_writer(config: Config) -> None:
+    """What can be known of the writer before anything is written.
+
+    Raises:
+        RequestError: no key for a paid writer, or personas that the scripted one cannot speak for.
+    """
+    if config.dialogues.writer == "openai":
+        _writer(config, check=True)
+        return
+    section = config.personas
+    ScriptedWriter().check(load_personas(find_path(section.folder), section.only))
 
 
 def choose_scenarios(

@@ -85,7 +85,9 @@ def import_stage(
     total = len(imported.records) + len(imported.refused)
     reasons = "\n".join(f"  - {name}: {why}" for name, why in imported.refused[:10])
     if not imported.records:
-        raise RequestError(f"{path}: holds nothing to import; nothing was written.\n{reasons}")
+        raise RequestError(
+            f"{path}: holds no record that can be imported; nothing was written.\n{reasons}"
+        )
     stage = stage_named(stage_name)
     limit = config.section(stage_name).runtime.max_reject_rate
     if len(imported.refused) > limit * total:
@@ -136,10 +138,18 @@ def read_dialogues(path: Path, config: Config, runs_root: Path) -> Imported:
         try:
             imported.records.append(_dialogue(value, index))
         except (ValidationError, KeyError, TypeError, ValueError) as error:
-            why = describe_faults(error) if isinstance(error, ValidationError) else repr(error)
+            why = _describe_fault(error)
             imported.refused.append((name, why))
     _refuse_doubles(imported)
     return imported
+
+
+def _describe_fault(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return describe_faults(error)
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} must be given, found nothing"
+    return str(error) or type(error).__name__
 
 
 def _json_values(path: Path) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ from duplex.errors import EXIT_BAD_REQUEST, MissingInputError, RequestError, Sta
 from duplex.lock import LOCK_FD_VARIABLE, RunLock
 from duplex.stage import MapStage, StageContext, WholeStage
 from duplex.store import StageFolder
-from pipeline.dialogues import DialoguesStage
+from pipeline.dialogues import DialoguesStage, check_writer
 from pipeline.engines.checkpoint import check_base
 from pipeline.evaluate import EvaluateStage
 from pipeline.merge import MergeStage
@@ -184,6 +184,8 @@ def run(
     """
     check_request(config)
     run_folder = run_folder_of(config, runs_root)
+    if not plan(config, runs_root)[STAGE_NAMES.index("dialogues")].done:
+        check_writer(config)
     with RunLock(run_folder) as lock:
         for name in selection.names:
             steps = plan(config, runs_root)
@@ -217,7 +219,7 @@ def has_rejects_to_retry(step: Step, retry_rejected: bool) -> bool:
 
 
 def check_request(config: Config) -> None:
-    """Faults that can be seen before anything is written: files, base model, keys.
+    """Faults that can be seen before anything is written: files and base model.
 
     Raises:
         RequestError: what is wrong, and what to do.
@@ -225,12 +227,6 @@ def check_request(config: Config) -> None:
     for stage in STAGES:
         stage.files(config)
     check_base(config.model)
-    if config.dialogues.writer == "openai" and not config.dialogues.runtime.api_key:
-        raise RequestError(
-            "dialogues.runtime.api_key must be given for writer: openai, found nothing. Write "
-            "api_key: ${OPENAI_API_KEY} in the config and set that variable (any word will do "
-            "for a local server without keys)."
-        )
 
 
 def describe_step(step: Step) -> str:

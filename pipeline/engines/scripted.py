@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +80,20 @@ class ScriptedWriter:
     @property
     def revision(self) -> str:
         return f"scripted-{VERSION}:{self._digest[:12]}"
+
+    def check(self, personas: Sequence[Persona]) -> None:
+        """Raises DataFileError for the personas that the grammar cannot speak for, all at once."""
+        faults = []
+        for persona in personas:
+            try:
+                _read_persona(persona, self.grammar)
+            except DataFileError as error:
+                faults.append(f"  - {persona.id}: {error}")
+        if faults:
+            raise DataFileError(
+                "the scripted writer needs facts that fit its menu (data/grammar/menu.yaml); "
+                "nothing was written.\n" + "\n".join(faults)
+            )
 
     def write(
         self,

@@ -41,6 +41,10 @@ BAD_PERSONAS = {
     "a persona without a name": (lambda p: p.pop("name"), "name: Field required"),
     "two personas with one id": (lambda p: p.update(id="angry-marcus"), "id angry-marcus is taken"),
     "an unknown key": (lambda p: p.update(favourite="tea"), "favourite"),
+    "a prompt that lacks a fact": (
+        lambda p: p.update(prompts=[*p["prompts"], "You are Mei, a customer."]),
+        "each prompt must hold each fact",
+    ),
     "a gap that ends before it begins": (
         lambda p: p.update(gap_other={"low": 9, "high": 3}),
         "low must not exceed high",
@@ -95,3 +99,16 @@ def test_a_missing_key_is_named_before_anything_is_paid(fresh):
     assert result.returncode == 2
     assert "dialogues.runtime.api_key must be given" in result.stderr
     assert not fresh.runs.exists()
+
+
+def test_personas_that_the_scripted_writer_cannot_speak_for_are_named_at_once(fresh):
+    for persona_id in ("nervous-mei", "angry-marcus"):
+        path = fresh.persona_file(persona_id)
+        persona = yaml.safe_load(path.read_text())
+        for fact in persona["facts"]:
+            fact["key"] = "wish" if fact["key"] == "order" else fact["key"]
+        path.write_text(yaml.safe_dump(persona))
+    result = fresh.run()
+    assert result.returncode == 2
+    assert "nervous-mei" in result.stderr and "angry-marcus" in result.stderr
+    assert "menu.yaml" in result.stderr and not fresh.runs.exists()

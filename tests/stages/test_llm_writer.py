@@ -31,7 +31,10 @@ PERSONA = Persona(
     gap_after_user=GapRange(low=1, high=3),
     gap_other=GapRange(low=1, high=4),
     voice=VoiceTraits(gender="male"),
-    prompts=("You are Marcus, an angry customer.", "Your name is Marcus and you are angry."),
+    prompts=(
+        "You are Marcus, an angry customer. You want a black coffee.",
+        "Your name is Marcus, you are angry and you want black coffee.",
+    ),
 )
 SCENARIO = Scenario(
     id="test",
