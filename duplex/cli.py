@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from duplex import __version__
-from duplex.config import Config, load_config
+from duplex.config import Config
+from duplex.configfile import load_config
 from duplex.errors import EXIT_WORK_FAILED, DuplexError
 
 app = typer.Typer(

@@ -1,41 +1,48 @@
 """The one configuration schema: a section for each stage, and all defaults.
 
-A YAML file holds only what differs from these defaults. Every fault of a file is reported
-at once, an unknown key with the nearest known one. `${NAME}` takes a value from the
-environment when the config is read; such a value is never written to a run folder, since
-only sections *without* `runtime` enter keys and manifests, and secrets live in `runtime`.
+A YAML file holds only what differs from these defaults; `duplex/configfile.py` reads it.
+Only sections *without* `runtime` enter keys and manifests, and secrets live in `runtime`.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
-
-from duplex.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
 Device = Literal["auto", "cpu", "cuda"]
-ProfileName = Literal["workbench"]
+ProfileName = Literal["workbench", "personaplex", "moshi", "coffee-compat"]
 
 # A profile sets a group of defaults; a key that the YAML names wins over it.
+# personaplex: the paper's weights (FACTS, section 3); moshi: moshi-finetune's (section 5);
+# coffee-compat: the predecessor to the letter (section 4), its defects included, so that its
+# files and numbers can be reproduced.
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "workbench": {},
-}
+    "personaplex": {
+        "tensors": {"alignment": "word", "voice_prompt_s": 6},
+        "train": {"loss": {"semantic_weight": 1, "acoustic_weight": 0.02,
+                           "text_padding_weight": 0.3}},
+    },
+    "moshi": {
+        "tensors": {"alignment": "word", "prompt": False},
+        "train": {"loss": {"semantic_weight": 100, "acoustic_weight": 1,
+                           "text_padding_weight": 0.5}},
+    },
+    "coffee-compat": {
+        "tensors": {"alignment": "onset", "onset_fraction": 0.3, "overflow": "drop",
+                    "padding": "zero", "layout": "coffee", "encoding": "turn",
+                    "split": "conversation", "valid_fraction": 0.1},
+        "train": {"learning_rate": 2e-6, "batch_size": 1, "epochs": 2, "warmup_steps": 0,
+                  "weight_decay": 0.01, "clip_norm": 1,
+                  "lora": {"rank": 16, "alpha": 32, "dropout": 0.1},
+                  "loss": {"semantic_weight": 100, "acoustic_weight": 1,
+                           "text_padding_weight": 1, "normalize": False, "prompt": True}},
+    },
+}  # fmt: skip
 
 
 class Section(BaseModel):
@@ -113,12 +120,54 @@ class SpeechSection(StageSection):
     tail_s: float = Field(default=0.48, ge=0, le=30)
 
 
+class TensorsRuntime(Runtime):
+    device: Device = "auto"
+    workers: int = Field(default=1, ge=1, le=256, description="processes that encode")
+    batch: int = Field(
+        default=8, ge=1, le=64, description="conversations in one encoding on a GPU; 1 on a CPU"
+    )
+    cache: bool = Field(default=True, description="keep codes by content, for another alignment")
+
+
 class TensorsSection(StageSection):
-    alignment: Literal["onset"] = "onset"
+    alignment: Literal["onset", "word", "uniform"] = "onset"
     onset_fraction: float = Field(default=0.3, gt=0, le=1)
+    overflow: Literal["continue", "drop"] = Field(
+        default="continue", description="onset: what becomes of tokens past the window"
+    )
+    padding: Literal["pad", "zero"] = Field(
+        default="pad", description="zero: -1 in silent dialogue frames, as the predecessor had"
+    )
     prompt: bool = True
-    valid_fraction: Probability = Field(default=0.1, description="share of personas held out")
+    layout: Literal["personaplex", "coffee"] = "personaplex"
+    voice_prompt_s: float = Field(
+        default=0, ge=0, le=30, description="longest voice sample in the prompt; 0: none"
+    )
+    greeting: bool = Field(
+        default=False, description="the user's first turn is part of the prompt, without loss"
+    )
+    encoding: Literal["conversation", "turn"] = Field(
+        default="conversation", description="turn: each by itself, constant silence between"
+    )
+    split: Literal["persona", "conversation"] = "persona"
+    valid_fraction: Probability = Field(
+        default=0.1, description="share of personas, or conversations, held out"
+    )
     max_frames: int = Field(default=3000, ge=50, le=3000)
+    long: Literal["reject", "cut"] = Field(
+        default="reject", description="cut: longer conversations become several clips"
+    )
+    runtime: TensorsRuntime = TensorsRuntime()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TensorsSection:
+        if self.overflow == "drop" and self.alignment != "onset":
+            raise ValueError(f"overflow: drop needs alignment: onset, found {self.alignment}")
+        if (self.voice_prompt_s or self.greeting) and not self.prompt:
+            raise ValueError("voice_prompt_s and greeting are parts of a prompt: set prompt: true")
+        if self.layout == "coffee" and (self.voice_prompt_s or self.greeting):
+            raise ValueError("layout: coffee has neither voice_prompt_s nor greeting")
+        return self
 
 
 class LoraSection(Section):
@@ -136,6 +185,10 @@ class LossSection(Section):
     semantic_weight: float = Field(default=100.0, ge=0)
     acoustic_weight: float = Field(default=1.0, ge=0)
     text_padding_weight: float = Field(default=0.5, ge=0)
+    normalize: bool = Field(
+        default=True, description="false: weighted sum of means, as the predecessor had"
+    )
+    prompt: bool = Field(default=False, description="true: prompt frames carry loss")
 
 
 class TrainRuntime(Runtime):
@@ -146,6 +199,9 @@ class TrainRuntime(Runtime):
 
 class TrainSection(StageSection):
     steps: int = Field(default=1000, ge=1)
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over the clips; takes the place of steps"
+    )
     batch_size: int = Field(default=8, ge=1)
     crop_frames: int = Field(default=1250, ge=16, le=3000, description="longest training clip")
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -220,144 +276,3 @@ class Config(Section):
     def keyed(self, stage: str) -> dict[str, Any]:
         """The part of a stage's section that enters keys: everything but `runtime`."""
         return self.section(stage).model_dump(mode="json", exclude={"runtime"})
-
-
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config. `overrides` are `section.key=value` strings, values in YAML.
-
-    Raises:
-        ConfigError: with every fault found; nothing has been written.
-    """
-    source = str(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(source, _missing_file(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(source, [f"the file must be readable as UTF-8: {error}"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(source, [f"the file must be YAML: {_one_line(error)}"]) from None
-    if not isinstance(raw, dict):
-        raise ConfigError(source, [f"the file must hold a mapping, found {type(raw).__name__}"])
-    faults: list[str] = []
-    for override in overrides or []:
-        _apply_override(raw, override, faults)
-    raw = _expand_environment(raw, "", faults)
-    _apply_profile(raw)
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        faults += [_describe(fault) for fault in error.errors()]
-        raise ConfigError(source, faults) from None
-    if faults:
-        raise ConfigError(source, faults)
-    return config
-
-
-def _missing_file(path: Path) -> list[str]:
-    known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return [f"the file must exist, found nothing there{hint}"]
-
-
-def _apply_override(raw: dict[str, Any], override: str, faults: list[str]) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        faults.append(f"--set {override}: must read section.key=value")
-        return
-    *parents, leaf = key.strip().split(".")
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            faults.append(f"--set {override}: {parent} must be a section, found {child!r}")
-            return
-        node = child
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        faults.append(f"--set {override}: the value must be YAML: {_one_line(error)}")
-
-
-def _expand_environment(value: Any, where: str, faults: list[str]) -> Any:
-    if isinstance(value, dict):
-        return {
-            k: _expand_environment(v, f"{where}.{k}".strip("."), faults) for k, v in value.items()
-        }
-    if isinstance(value, list):
-        return [_expand_environment(v, where, faults) for v in value]
-    if not isinstance(value, str):
-        return value
-    whole = re.fullmatch(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value)
-    if whole:
-        # A secret that is not set is not an error until somebody needs it.
-        return (
-            os.environ.get(whole[1])
-            if ".runtime." in f"{where}."
-            else _required(whole[1], where, faults)
-        )
-    return re.sub(
-        r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", lambda m: _required(m[1], where, faults) or "", value
-    )
-
-
-def _required(name: str, where: str, faults: list[str]) -> str | None:
-    value = os.environ.get(name)
-    if value is None:
-        faults.append(f"{where}: needs the environment variable {name}, which is not set")
-    return value
-
-
-def _apply_profile(raw: dict[str, Any]) -> None:
-    for section, defaults in PROFILES.get(str(raw.get("profile", "workbench")), {}).items():
-        own = raw.get(section) or {}
-        if isinstance(own, dict):
-            raw[section] = _merged(defaults, own)
-
-
-def _merged(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    result = dict(defaults)
-    for key, value in own.items():
-        if isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = _merged(result[key], value)
-        else:
-            result[key] = value
-    return result
-
-
-def _describe(fault: Any) -> str:
-    path = [str(part) for part in fault["loc"]]
-    where = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _known_keys(path[:-1]), n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else "remove it"
-        return f"{where}: unknown key; {hint}"
-    if fault["type"] == "missing":
-        return f"{where}: must be given, found nothing"
-    message = fault["msg"].removeprefix("Value error, ")
-    found = fault["input"]
-    if isinstance(found, dict) or "token" in path[-1:] or "api_key" in path[-1:]:
-        return f"{where}: {message}"
-    return f"{where}: {message}, found {found!r}"
-
-
-def _known_keys(path: list[str]) -> list[str]:
-    model: Any = Config
-    for part in path:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        model = next(
-            (
-                t
-                for t in (field.annotation, *get_args(field.annotation))
-                if hasattr(t, "model_fields")
-            ),
-            None,
-        )
-    return list(getattr(model, "model_fields", {}))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -236,21 +236,40 @@ class TensorClip(Record):
     """What a `.pt` file holds: int64 `[17, T]`, undelayed, 12.5 Hz.
 
     `prompt` gives the span of each prompt phase after the frame-0 rule: the tensor starts
-    with the *second* prompt frame.
+    with the *second* prompt frame (layout `coffee`: with the first).
+    `late_tokens` stand after the place that the alignment gives them, `dropped_tokens` nowhere.
+    `text_digest` is of all turns' words: two clips with one text are one conversation.
     """
 
     speech_id: Slug
+    dialogue_id: Slug | None = None
     persona_id: Slug
+    voices: tuple[Slug, ...] = Field(default=(), description="the agent's")
+    text_digest: Sha256 | None = None
+    voice_sample: Slug | None = Field(default=None, description="id of the prompt's VoiceSample")
     tensor: Sha256
     num_frames: int = Field(gt=0)
     prompt: tuple[FrameSpan, ...]
     turns: tuple[FrameSpan, ...]
     text_tokens: int = Field(ge=0)
     dropped_tokens: int = Field(ge=0)
+    late_tokens: int = Field(default=0, ge=0)
     alignment: Text
+    padding: Literal["pad", "zero"] = "pad"
+    layout: Literal["personaplex", "coffee"] = "personaplex"
     split: Literal["train", "valid"]
     codec_digest: Sha256
     tokenizer_digest: Sha256
+
+
+class VoiceSample(Record):
+    """A voice as a prompt gives it: mono 24 kHz WAV at -24 LUFS, a whole number of frames."""
+
+    voice_id: Slug
+    persona_id: Slug
+    speech_id: Slug = Field(description="the recording that it was cut from")
+    audio: Sha256
+    num_frames: int = Field(gt=0)
 
 
 class Artifact(Record):
@@ -293,6 +312,7 @@ RECORD_TYPES: dict[str, type[Record]] = {
     "Voice": Voice,
     "Speech": Speech,
     "TensorClip": TensorClip,
+    "VoiceSample": VoiceSample,
     "Artifact": Artifact,
     "Proof": Proof,
     "Score": Score,

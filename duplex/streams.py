@@ -5,9 +5,10 @@ Row 0 is text, rows 1-8 the agent's Mimi codebooks, rows 9-16 the user's. Files 
 
 The prompt, in frames (PersonaPlex, FACTS of its inference code):
 
-    silence 6 · `<system> TEXT <system>` one token a frame · silence 6
+    [voice sample] · silence 6 · `<system> TEXT <system>` one token a frame · silence 6 · [greeting]
 
-User rows carry the codec's 440 Hz sine all along, agent rows its silence.
+User rows carry the codec's 440 Hz sine up to the greeting, which is what the other side says
+first; agent rows carry silence but for the voice sample. One builder serves training and server.
 
 **Frame 0.** The streaming model never sees what is passed at its first call: position 0
 holds initial tokens in every row. The server passes prompt frame 0 there; a training
@@ -16,6 +17,7 @@ tensor starts with prompt frame 1. Training frame i is server call i + 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +33,10 @@ ZERO_TOKEN = -1  # no input, no loss
 UNGENERATED = -2
 PROMPT_SILENCE_FRAMES = 6
 SYSTEM_TAG = "<system>"
+# The predecessor's prompt (FACTS, section 4): another closing tag, at least 25 text frames,
+# and frame 0 kept in the file.
+COFFEE_CLOSING_TAG = "</system>"
+COFFEE_TEXT_FRAMES = 25
 
 DELAYS = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
 
@@ -71,26 +77,55 @@ def system_text(text: str) -> str:
     return f"{SYSTEM_TAG} {text.strip()} {SYSTEM_TAG}"
 
 
-def build_prompt(tokens: list[int], codec: CodecTokens) -> Prompt:
+def coffee_text(text: str) -> str:
+    """The text between the predecessor's tags."""
+    return f"{SYSTEM_TAG} {text.strip()} {COFFEE_CLOSING_TAG}"
+
+
+def build_prompt(
+    tokens: Sequence[int],
+    codec: CodecTokens,
+    *,
+    voice: np.ndarray | None = None,
+    greeting: np.ndarray | None = None,
+    min_text_frames: int = 0,
+) -> Prompt:
     """Lay a tokenized system text out in frames.
 
     Args:
         tokens: ids of `system_text(...)`; empty for a conversation without a system text.
+        voice: int64 [8, V], the agent's voice sample as the codec encodes it by itself.
+        greeting: int64 [8, G], what the other side says first, encoded by itself.
+        min_text_frames: the text phase is padded to so many frames with PAD.
+
+    Raises:
+        ValueError: voice or greeting of another shape.
     """
-    lead = PROMPT_SILENCE_FRAMES
-    tail = PROMPT_SILENCE_FRAMES
-    num_frames = lead + len(tokens) + tail
-    codes = np.empty((NUM_ROWS, num_frames), dtype=np.int64)
-    codes[TEXT_ROW] = TEXT_PAD
-    codes[TEXT_ROW, lead : lead + len(tokens)] = tokens
-    codes[AGENT_ROWS] = np.asarray(codec.silence, dtype=np.int64)[:, None]
-    codes[USER_ROWS] = np.asarray(codec.sine, dtype=np.int64)[:, None]
-    spans = (
-        ("silence", 0, lead),
-        ("text", lead, lead + len(tokens)),
-        ("silence", lead + len(tokens), num_frames),
-    )
-    return Prompt(codes, spans, tuple(tokens))
+    quiet, sine = (np.asarray(row, dtype=np.int64)[:, None] for row in (codec.silence, codec.sine))
+    text = np.full(max(len(tokens), min_text_frames), TEXT_PAD, dtype=np.int64)
+    text[: len(tokens)] = tokens
+    silence = np.full(PROMPT_SILENCE_FRAMES, TEXT_PAD, dtype=np.int64)
+    # Of each phase: label, text row, agent's codes, user's codes; [8, 1] stands for all frames.
+    phases = [("silence", silence, quiet, sine), ("text", text, quiet, sine),
+              ("silence", silence, quiet, sine)]  # fmt: skip
+    if voice is not None:
+        phases.insert(0, ("voice", _padding_for("voice", voice), voice, sine))
+    if greeting is not None:
+        phases.append(("greeting", _padding_for("greeting", greeting), quiet, greeting))
+    blocks, spans, start = [], [], 0
+    for label, text_row, agent, user in phases:
+        block = np.empty((NUM_ROWS, len(text_row)), dtype=np.int64)
+        block[TEXT_ROW], block[AGENT_ROWS], block[USER_ROWS] = text_row, agent, user
+        blocks.append(block)
+        spans.append((label, start, start + len(text_row)))
+        start += len(text_row)
+    return Prompt(np.concatenate(blocks, axis=1), tuple(spans), tuple(tokens))
+
+
+def _padding_for(name: str, codes: np.ndarray) -> np.ndarray:
+    if codes.ndim != 2 or codes.shape[0] != CODEBOOKS or codes.shape[1] == 0:
+        raise ValueError(f"{name} must be codes [{CODEBOOKS}, frames], found {list(codes.shape)}")
+    return np.full(codes.shape[1], TEXT_PAD, dtype=np.int64)
 
 
 def apply_delays(codes: np.ndarray, audio_initial: int, text_initial: int) -> np.ndarray:
@@ -108,13 +143,16 @@ def apply_delays(codes: np.ndarray, audio_initial: int, text_initial: int) -> np
     return delayed
 
 
-def check_codes(codes: np.ndarray, *, card: int, text_card: int) -> list[str]:
+def check_codes(
+    codes: np.ndarray, *, card: int, text_card: int, zero_text: bool = False
+) -> list[str]:
     """What is wrong with a training tensor; an empty list when nothing is.
 
     Args:
         codes: int64 [17, T].
         card: codes of a codebook, 0 to card - 1 allowed.
         text_card: ids of the tokenizer, 0 to text_card - 1 allowed.
+        zero_text: -1 is allowed in the text row, as in the predecessor's files.
     """
     faults = []
     if codes.ndim != 2 or codes.shape[0] != NUM_ROWS:
@@ -123,7 +161,7 @@ def check_codes(codes: np.ndarray, *, card: int, text_card: int) -> list[str]:
         return ["there must be at least one frame, found none"]
     text, audio = codes[TEXT_ROW], codes[1:]
     for name, rows, limit in (("text", text[None], text_card), ("audio", audio, card)):
-        bad = (rows < 0) | (rows >= limit)
+        bad = (rows < (ZERO_TOKEN if zero_text and name == "text" else 0)) | (rows >= limit)
         if bad.any():
             row, frame = np.argwhere(bad)[0]
             found = int(rows[row, frame])

@@ -14,7 +14,8 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
-from duplex.config import Config, EvaluateSection, ModelSection, load_config
+from duplex.config import Config, EvaluateSection, ModelSection
+from duplex.configfile import load_config
 from duplex.errors import (
     EXIT_WORK_FAILED,
     MissingInputError,

@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from duplex.config import load_config
+from duplex.configfile import load_config
 from duplex.errors import EXIT_DONE, EXIT_WORK_FAILED, DuplexError
 from duplex.lock import RunLock, inherited_lock
 from duplex.store import StageFolder

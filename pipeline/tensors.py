@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from duplex.alignment import TextTurn, align_onset
+from duplex.alignment import TextTurn, align
 from duplex.config import Config
 from duplex.errors import RecordError
 from duplex.frames import SAMPLE_RATE, frame_at, frames_covering_samples, frames_covering_seconds
@@ -99,7 +99,7 @@ class TensorsStage(MapStage):
             )
         audio = encode(self._loaded["mimi"], channels)
         turns = text_turns(speech, audio.shape[2], tokenizer)
-        text = align_onset(turns, audio.shape[2], section.onset_fraction)
+        text = align(turns, audio.shape[2], onset_fraction=section.onset_fraction)
         codes = assemble(prompt, text.row, audio)
         card, text_card = self._loaded["card"], self._loaded["text_card"]
         faults = check_codes(codes, card=card, text_card=text_card)

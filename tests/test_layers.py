@@ -24,12 +24,13 @@ STAGE_MODULES = [
 # The lower number is the deeper layer; a module imports its own layer or deeper ones.
 LAYERS = [
     (0, ("duplex.frames", "duplex.errors", "duplex")),
-    (1, ("duplex.records", "duplex.config")),
+    (1, ("duplex.records", "duplex.config", "duplex.configfile")),
     (
         2,
         (
             "duplex.alignment",
             "duplex.streams",
+            "duplex.splits",
             "duplex.mixing",
             "duplex.metrics",
             "training.loss",

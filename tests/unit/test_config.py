@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from duplex.config import Config, load_config
+from duplex.config import Config
+from duplex.configfile import load_config
 from duplex.errors import ConfigError
 from duplex.records import canonical_json
 from tests.factories import write_yaml
