@@ -140,6 +140,11 @@ FINDINGS: dict[str, Kind] = {
         "silence is encoded with the conversation",
         "`tensors.encoding: conversation` does that",
     ),
+    "prompt-ties": Kind(
+        "note",
+        "the prompt's silence and sine are those that the model's codec gives here",
+        "nothing: some codebooks waver between near-equal codes from machine to machine",
+    ),
     "no-prompt": Kind("note", "the tensor starts with a prompt", "fine for Moshi's own form"),
     "tags-unread": Kind(
         "note", "the system text's tags can be read", "give `--model` or `--tokenizer`"

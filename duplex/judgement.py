@@ -201,6 +201,8 @@ def _prompt(m: Measures, known: Known) -> Iterator[Finding]:
         yield finding(
             "prompt-rows", f"other codes in {prompt.foreign_frames} of {prompt.end} frames"
         )
+    elif prompt.tied_frames:
+        yield finding("prompt-ties", f"a few other codes in {prompt.tied_frames} frames")
     if prompt.tokens:
         before, after = prompt.silence
         least = PROMPT_SILENCE_FRAMES - (0 if prompt.voice else 1)

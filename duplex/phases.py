@@ -35,6 +35,9 @@ from duplex.streams import (
 
 MIN_PROMPT_FRAMES = 8  # a dialogue, too, may begin with a few frames of one column
 MIN_STEADY_FRAMES = 3
+# Codes of 8 in which a steady column may differ and still be the same codec's: some codebooks
+# waver between near-equal codes, and the number of threads decides. Another codec differs in all.
+NEAR_TIES = 3
 
 Source = Literal["record", "codes", "unknown"]
 Frame0 = Literal["kept", "dropped", "unknown"]
@@ -67,7 +70,7 @@ class Steady:
     silence: tuple[int, ...] | None
     sine: tuple[int, ...] | None
     source: str
-    measured: bool = False  # by the codec, so that the prompt's rows can be held against it
+    expected: CodecTokens | None = None  # what the prompt's rows are held against
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class PromptFacts:
 
     text: (start, end) of the run of tokens; silence: frames before and after the text phase.
     foreign_frames: frames whose rows are not what the server feeds; None when not known.
+    tied_frames: frames that differ from it in no more than `NEAR_TIES` codes of a side.
     """
 
     end: int
@@ -88,6 +92,7 @@ class PromptFacts:
     opened: bool | None = None
     decoded: str | None = None
     foreign_frames: int | None = None
+    tied_frames: int | None = None
 
 
 def is_word(text: np.ndarray) -> np.ndarray:
@@ -144,13 +149,13 @@ def describe_prompt(
             text = known.decode(found.tokens).strip()
             changes |= {"decoded": text, "opened": text.startswith(SYSTEM_TAG)}
             changes["closing"] = _closing(text)
-    if steady.measured and steady.silence and steady.sine:
-        agent = codes[AGENT_ROWS, found.voice : found.end]
-        other = (agent != np.asarray(steady.silence)[:, None]).any(axis=0)
-        other |= (
-            codes[USER_ROWS, found.voice : found.end] != np.asarray(steady.sine)[:, None]
-        ).any(axis=0)
-        changes["foreign_frames"] = int(other.sum())
+    if steady.expected:
+        part = slice(found.voice, found.end)
+        columns = ((AGENT_ROWS, steady.expected.silence), (USER_ROWS, steady.expected.sine))
+        other = [(codes[rows, part] != np.asarray(c)[:, None]).sum(axis=0) for rows, c in columns]
+        most = np.maximum(*other)  # codes of 8 that differ, on the worse side
+        changes["foreign_frames"] = int((most > NEAR_TIES).sum())
+        changes["tied_frames"] = int(((most > 0) & (most <= NEAR_TIES)).sum())
     return replace(found, **changes)
 
 
@@ -200,24 +205,34 @@ def frame_0_of(prompt: PromptFacts | None, clip: TensorClip | None) -> tuple[Fra
 
 
 def steady_of(codes: np.ndarray, known: Known, prompt: PromptFacts | None) -> Steady:
-    """Silence and sine: the model's, else Kyutai's where the file holds them, else inferred."""
-    if known.tokens:
-        return Steady(known.tokens.silence, known.tokens.sine, known.tokens_from, measured=True)
+    """Silence and sine: the model's, else Kyutai's where the file holds them, else inferred.
+
+    Where there is a prompt its own column is the silence, since that is what the rest of the
+    file has; the model's is what the prompt is held against.
+    """
     agent, user = codes[AGENT_ROWS], codes[USER_ROWS]
+    own = prompt and prompt.tokens and _commonest_column(agent[:, slice(*prompt.text)])
+    if known.tokens:
+        source = known.tokens_from
+        if own and _distance(own, known.tokens.silence) > NEAR_TIES:
+            source = f"inferred from the prompt, which does not hold those of {source}"
+        return Steady(own or known.tokens.silence, known.tokens.sine, source, known.tokens)
     quiet = (agent == np.asarray(KYUTAI_TOKENS.silence)[:, None]).all(axis=0).sum()
     tone = (user == np.asarray(KYUTAI_TOKENS.sine)[:, None]).all(axis=0).sum()
     if max(quiet, tone) >= MIN_STEADY_FRAMES:
-        return Steady(
-            KYUTAI_TOKENS.silence, KYUTAI_TOKENS.sine, "Kyutai's published constants", measured=True
-        )
-    if prompt and prompt.tokens:
-        silence = _commonest_column(agent[:, prompt.text[0] : prompt.text[1]])
-        return Steady(silence, tuple(map(int, user[:, 0])), "inferred from the prompt")
+        kyutai = KYUTAI_TOKENS
+        return Steady(kyutai.silence, kyutai.sine, "Kyutai's published constants", kyutai)
+    if own:
+        return Steady(own, tuple(map(int, user[:, 0])), "inferred from the prompt")
     column = _commonest_column(agent)
     share = (agent == np.asarray(column)[:, None]).all(axis=0).mean()
     if share >= 0.05 and share * codes.shape[1] >= MIN_STEADY_FRAMES:
         return Steady(column, None, "inferred: the agent's commonest column")
     return Steady(None, None, "unknown")
+
+
+def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return sum(x != y for x, y in zip(a, b, strict=True))
 
 
 def _commonest_column(rows: np.ndarray) -> tuple[int, ...]:

@@ -64,9 +64,11 @@ def draw_timeline(codes: np.ndarray, inspection: Inspection, path: Path) -> None
         for kind in sorted({*np.unique(kinds).tolist(), 0, 2})
     ]
     figure.legend(handles=handles, loc="upper right", ncols=len(handles), frameon=False, fontsize=9)
-    harm = "would harm training" if inspection.harm else "fit for training"
+    codes_of_harm = sorted({f.code for f in inspection.findings if f.severity == "harm"})
+    harm = f"harm: {', '.join(codes_of_harm)}" if codes_of_harm else "fit for training"
     seconds = frames_to_seconds(m.num_frames)
-    name = inspection.name if len(inspection.name) <= 60 else inspection.name[:28] + "…"
+    name = inspection.record_id or inspection.name
+    name = name if len(name) <= 48 else name[:47] + "…"
     figure.suptitle(
         f"{_plain(name)}: {m.num_frames} frames, {seconds:.1f} s, "
         f"looks like {inspection.profile.name}, {harm}",
