@@ -230,7 +230,7 @@ def _place(
     placed = []
     limits = [turn.start - lead for turn in agent[1:]] + [len(text)]
     first = -1
-    for turn, limit in zip(agent, limits, strict=True):
+    for turn, limit in zip(agent, limits, strict=False):  # no turn has no limit
         own = frames[(frames > first) & (frames < limit)]
         first = limit - 1
         begin = min(turn.start, int(own[0])) if lead and len(own) else turn.start

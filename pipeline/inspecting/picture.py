@@ -78,7 +78,7 @@ def draw_timeline(codes: np.ndarray, inspection: Inspection, path: Path) -> None
     )  # fmt: skip
     height = figure.get_size_inches()[1]
     figure.subplots_adjust(
-        left=0.055, right=0.985, top=1 - 0.75 / height, bottom=0.5 / height, hspace=0.55
+        left=0.055, right=0.985, top=1 - 0.75 / height, bottom=0.5 / height, hspace=0.42
     )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -107,6 +107,7 @@ def _strip(axis: Axes, kinds: np.ndarray, inspection: Inspection, start: int, wi
     assert m is not None
     end = min(start + width, m.num_frames)
     height = len(LANES)
+    prompt_end = m.dialogue.start if m.dialogue else m.num_frames
     axis.set_xlim(start, start + width)
     axis.set_ylim(height, 0)
     axis.set_yticks([lane + 0.5 for lane in range(height)], LANES, fontsize=9)
@@ -124,14 +125,15 @@ def _strip(axis: Axes, kinds: np.ndarray, inspection: Inspection, start: int, wi
         interpolation="nearest",
     )
     for lane, side, differs in ((2, "agent", m.agent_differs), (3, "user", m.user_differs)):
-        level = differs[start:end] / CODEBOOKS
-        axis.stairs(
-            lane + 0.92 - 0.84 * level,
-            np.arange(start, end + 1),
-            baseline=lane + 0.92,
-            fill=True,
-            color=SIDE_COLOURS[side],
-        )
+        # The prompt is pale: its sine and its voice sample are nobody's turn.
+        parts = ((start, min(end, prompt_end), 0.35), (max(start, prompt_end), end, 1.0))
+        for first, last, alpha in parts:
+            if first < last:
+                axis.stairs(
+                    lane + 0.92 - 0.84 * differs[first:last] / CODEBOOKS,
+                    np.arange(first, last + 1), baseline=lane + 0.92, fill=True,
+                    color=SIDE_COLOURS[side], alpha=alpha,
+                )  # fmt: skip
     for turn in m.turns:
         offset = 0.0 if turn.role == "agent" else 0.44
         if turn.start < end and turn.end > start:
@@ -170,6 +172,7 @@ def _axes(axis: Axes, start: int, width: int, end: int) -> None:
     top: Any = axis.secondary_xaxis("top")
     top.set_xticks(list(frames), [str(frame) for frame in frames])
     top.tick_params(labelsize=8)
+    axis.text(-0.005, 1.05, "frames", transform=axis.transAxes, ha="right", fontsize=8)
     for side in ("left", "right"):
         axis.spines[side].set_visible(False)
 
