@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -48,6 +49,7 @@ class Inspection:
     findings: tuple[Finding, ...]
     loudness_lufs: Mapping[str, float | None] | None = None
     record_id: str | None = None
+    codes_digest: str | None = None  # sha256 of the codes as int64, whatever file holds them
 
     @property
     def harm(self) -> bool:
@@ -85,6 +87,7 @@ def inspect_codes(
         guess_profile(measures),
         by_severity(judge(codes, measures, known, dtype)),
         record_id=record_id,
+        codes_digest=hashlib.sha256(codes.astype(np.int64).tobytes()).hexdigest(),
     )
 
 

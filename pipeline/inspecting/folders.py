@@ -177,28 +177,18 @@ def inspect_folder(path: Path, asked: Known | None, *, audio: bool, track: Track
             "folder; found none"
         )
     known = asked or Known()
-    files = []
-    by_content: dict[str, str] = {}
-    findings = []
-    for file in track(paths, len(paths)):
-        name = str(file.relative_to(path))
-        files.append(_light(inspect_file(file, known, name=name, speeches={}, audio=audio)))
-        digest = sha256_file(file)
-        if digest in by_content:
-            findings.append(finding("duplicate", f"{name} equal to {by_content[digest]}"))
-        by_content.setdefault(digest, name)
-    return FolderReport(str(path), "files", tuple(files), by_severity(findings), {})
+    files = [
+        _light(inspect_file(f, known, name=str(f.relative_to(path)), speeches={}, audio=audio))
+        for f in track(paths, len(paths))
+    ]
+    return FolderReport(str(path), "files", tuple(files), tuple(duplicates(files)), {})
 
 
 def _inspect_stage(stage: Stage, asked: Known | None, *, audio: bool, track: Track) -> FolderReport:
     known = stage.known(asked)
-    files, findings = [], []
-    by_tensor: dict[str, str] = {}
+    files = []
     for clip in track(stage.clips, len(stage.clips)):
         file = stage.folder.path / "blobs" / f"{clip.tensor}.pt"
-        if clip.tensor in by_tensor:
-            findings.append(finding("duplicate", f"{clip.id} equal to {by_tensor[clip.tensor]}"))
-        by_tensor.setdefault(clip.tensor, clip.id)
         if not file.is_file() or sha256_file(file) != clip.tensor:
             what = "another content" if file.is_file() else "no file"
             fault = finding("record-mismatch", f"{what} under blobs/{file.name[:12]}….pt")
@@ -209,7 +199,7 @@ def _inspect_stage(stage: Stage, asked: Known | None, *, audio: bool, track: Tra
         looked = inspect_file(file, of_clip, name=clip.id, speeches=stage.speeches, audio=audio)
         files.append(_light(looked))
     speeches = {name: speech for name, (speech, _) in stage.speeches.items()}
-    findings += split_findings(stage.clips, speeches)
+    findings = [*duplicates(files), *split_findings(stage.clips, speeches)]
     return FolderReport(
         str(stage.folder.path),
         "tensors stage",
@@ -217,6 +207,16 @@ def _inspect_stage(stage: Stage, asked: Known | None, *, audio: bool, track: Tra
         by_severity(findings),
         dict(Counter(clip.split for clip in stage.clips)),
     )
+
+
+def duplicates(files: Iterable[Inspection]) -> Iterator[Finding]:
+    """Files with the same codes, whatever else differs in them."""
+    first: dict[str, str] = {}
+    for file in files:
+        if file.codes_digest in first:
+            yield finding("duplicate", f"{file.name} equal to {first[file.codes_digest]}")
+        elif file.codes_digest:
+            first[file.codes_digest] = file.name
 
 
 def _light(inspection: Inspection) -> Inspection:

@@ -4,6 +4,7 @@ unpacked, `weights_only=True` runs no code, and whatever torch refuses becomes a
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def read_codes(path: Path) -> tuple[np.ndarray, str]:
         raise NotCodesError("not-codes", f"a file of {size >> 20} MiB, more than {MAX_BYTES >> 20}")
     _check_unpacked_size(path)
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickle protocols: the result is judged
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file

@@ -24,8 +24,6 @@ from duplex.store import FolderBlobs, StageFolder
 from duplex.streams import USER_ROWS, build_prompt, system_text
 from tests import tensorfiles as make
 
-ROOMY = tuple((role, a, b, min(n, 9)) for role, a, b, n in make.TURNS)
-
 
 def inspect(*arguments):
     """Exit code and output, as the `duplex` script gives them."""
@@ -265,14 +263,14 @@ def write_stage(folder, records, blobs, stage="tensors"):
     return folder
 
 
-def write_run(run, changes=(), clip_changes=None):
+def write_run(run, changes=()):
     """A run with speech and tensors: clips ann.0 and ann.1 for training, bob.0 for validation.
 
     changes: (id, change) of the records.
     """
     speeches, clips, blobs, audios = [], [], [], []
     for number, name in enumerate(("ann.0", "ann.1", "bob.0")):
-        codes = make.workbench(ROOMY and make.KYUTAI_TOKENS, seed=number)
+        codes = make.workbench(seed=number)
         buffer = io.BytesIO()
         torch.save(torch.from_numpy(codes), buffer)
         fields = {
