@@ -17,6 +17,7 @@ from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
 
 LOUDNESS_LUFS = -24.0
 PEAK_LIMIT = 0.99
+CLOSE_ENOUGH_DB = 0.05
 SHORTEST_S = 0.8  # the loudness meter's block is 0.4 s
 PACKAGED_VOICES = frozenset(
     [f"NAT{sex}{number}" for sex in "FM" for number in range(4)]
@@ -44,6 +45,8 @@ def voice_sample(samples: np.ndarray, longest_s: float) -> np.ndarray:
         raise RecordError("a voice sample must hold speech, found silence")
     gain = 10 ** ((LOUDNESS_LUFS - loudness) / 20)
     gain = min(gain, PEAK_LIMIT / float(np.abs(kept).max()))
+    if abs(20 * math.log10(gain)) < CLOSE_ENOUGH_DB:
+        return kept  # so that a sample that was made here is not made again
     return (kept * gain).astype(np.float32)
 
 
