@@ -233,8 +233,8 @@ def _text(codes: np.ndarray, m: Measures, known: Known) -> Iterator[Finding]:
         share = m.dropped_tokens / max(m.dropped_tokens + m.text_tokens, 1)
         yield finding("dropped-tokens", f"{m.dropped_tokens} dropped ({share:.0%})")
     full = sum(turn.full for turn in m.turns)
-    # A turn or two may end there by chance.
-    if not m.dropped_tokens and zero and full >= 1:
+    # Under -1 padding alone: elsewhere what does not fit goes on after the window.
+    if not m.dropped_tokens and zero and full:
         yield finding("window-full", f"{full} such turn(s), turns {m.turns_from}")
     if m.late_tokens:
         yield finding("late-tokens", f"{m.late_tokens} of {m.text_tokens} later than that")
