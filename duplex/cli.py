@@ -201,6 +201,30 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE.pt|DIR", help="A tensor, or many.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder whose codec and tokenizer to hold it to.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model, to read text.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw one file's timeline: OUT.png.")] = None,
+    audio: Annotated[bool, typer.Option(help="Measure loudness where a recording is.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a tensor holds, phase by phase; exit 1 when it would harm training.
+
+    Example: duplex inspect runs/pocket/05-tensors-1a2b3c4d
+    """
+    from pipeline import inspector
+
+    inspector.show(
+        path, model=model, tokenizer=tokenizer, picture=picture, audio=audio, as_json=as_json
+    )
+
+
+@app.command()
 def clean(
     config: ConfigPath,
     runs: RunsRoot = RUNS,

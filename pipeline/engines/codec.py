@@ -28,12 +28,8 @@ SINE_HZ = 440.0
 SINE_AMPLITUDE = 0.5
 WINDOW_FRAMES = 3000  # as long as the LM's context: no dialogue for one clip is longer
 CONV_FRAMES = 13  # more than the convolutions look back on
-# What Kyutai's own weights give, as PersonaPlex publishes it (FACTS, section 1).
+# Whose steady tokens are `streams.KYUTAI_TOKENS`.
 KYUTAI_CODEC = "tokenizer-e351c8d8-checkpoint125.safetensors"
-KYUTAI_TOKENS = CodecTokens(
-    silence=(948, 243, 1178, 546, 1736, 1030, 1978, 2008),
-    sine=(430, 1268, 381, 1611, 1095, 1495, 56, 472),
-)
 
 
 def encode(mimi: MimiModel, channels: np.ndarray) -> np.ndarray:
