@@ -21,6 +21,7 @@ MAX_TURN_PAUSE_S = 1.0
 FLOOR_PAUSE_S = 0.2  # a shorter one is no pause that the other side could take up
 FAR_FROM_SPEECH_S = 0.5
 MAIN_SPEAKER = "SPEAKER_MAIN"  # moshi-finetune's name of the model's side
+MAX_SHARED_SPEECH = 0.7
 SLACK_S = 0.1  # word times may pass the audio's end by this much
 
 
@@ -142,6 +143,25 @@ def words_off_speech(words: Sequence[Word], spans: Sequence[Span]) -> list[Word]
         if nearest == len(spans) or spans[nearest][0] > middle_s + FAR_FROM_SPEECH_S:
             found.append(word)
     return found
+
+
+def both_sides_note(spans: dict[Role, list[Span]]) -> list[str]:
+    """A note when each side speaks nearly always while the other does, as no conversation is."""
+    shared_s, first = 0.0, 0
+    for start_s, end_s in spans["agent"]:
+        while first < len(spans["user"]) and spans["user"][first][1] <= start_s:
+            first += 1
+        for other_start_s, other_end_s in spans["user"][first:]:
+            if other_start_s >= end_s:
+                break
+            shared_s += min(end_s, other_end_s) - max(start_s, other_start_s)
+    longest_s = max(sum(end_s - start_s for start_s, end_s in spans[role]) for role in ROLES)
+    if longest_s and shared_s / longest_s > MAX_SHARED_SPEECH:
+        return [
+            f"both channels speak at once for {shared_s / longest_s:.0%} of the time: does each "
+            "hold both speakers?"
+        ]
+    return []
 
 
 def transcript_notes(words: dict[Role, list[Word]], spans: dict[Role, list[Span]]) -> list[str]:

@@ -32,6 +32,7 @@ from pipeline.imported import Blob, Imported, json_values, read_json, read_text,
 from pipeline.recorded_turns import (
     ROLES,
     Span,
+    both_sides_note,
     recogniser_windows,
     speaker_runs,
     spoken_turn,
@@ -192,6 +193,7 @@ def _read_recording(found: Found, tools: Tools, imported: Imported) -> None:
             )
         notes += unread
         first = turns[0].role
+    notes += both_sides_note(speech)
     if first_speaker and first_speaker != first:
         notes.append(f"first_speaker is given as {first_speaker}, but the {first} is heard first")
     digest, num_samples = _digest(sound)
