@@ -47,7 +47,7 @@ def spoken():
 
 
 def test_pocketsphinx_hears_most_words_near_their_times(spoken):
-    """Measured: word error rate .2 over these texts, and known words within 0.15 s."""
+    """Measured: word error rate .31 over these texts, right words 0.01 s off in the median."""
     engine = PocketSphinx()
     errors = total = 0
     late = []
@@ -62,7 +62,7 @@ def test_pocketsphinx_hears_most_words_near_their_times(spoken):
         assert all(0 <= time <= len(samples) / RECOGNISER_RATE for time in times)
         assert [w.start_s for w in heard] == sorted(w.start_s for w in heard)
     assert errors / total < 0.45
-    assert len(late) > 10 and np.median(late) < 0.15
+    assert len(late) > 10 and np.median(late) < 0.1
 
 
 def test_pocketsphinx_does_not_carry_one_utterance_into_the_next(spoken):

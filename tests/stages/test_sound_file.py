@@ -161,6 +161,14 @@ def test_other_rates_and_forms_keep_their_sound(tmp_path, name, rate, options):
     assert SoundFile.open(tmp_path / "again.wav").fits
 
 
+def test_samples_at_full_scale_stay_there(tmp_path):
+    samples = voices()
+    samples[1000, 0], samples[2000, 1] = 7.0, -7.0
+    content = read(write(tmp_path / "a.wav", samples, subtype="FLOAT"))
+    found, _ = soundfile.read(io.BytesIO(content), dtype="int16")
+    assert (found[1000, 0], found[2000, 1]) == (32767, -32768)
+
+
 def likeness(tmp_path, samples):
     return SoundFile.open(write(tmp_path / "a.wav", samples)).look()
 
