@@ -225,9 +225,9 @@ def test_a_missing_recogniser_is_asked_for_only_where_it_is_needed(tmp_path, sho
         bring_in(tmp_path / "set", tmp_path, rate=0.9)
 
 
-def test_the_command_takes_the_options_for_speech_alone(tmp_path, short):
+def test_the_command_brings_in_speech_that_the_next_stage_takes(tmp_path, short, tiny_checkpoint):
     config = tmp_path / "c.yaml"
-    config.write_text("name: c\n")
+    config.write_text(f"name: c\nmodel: {{base: {tiny_checkpoint}}}\n")
     path = write(tmp_path / "a.wav", short[0])
     common = ["import", str(config), str(path), "--runs", str(tmp_path / "runs"), "--stage"]
     ended = duplex(*common, "dialogues", "--persona", "ann")
@@ -239,6 +239,9 @@ def test_the_command_takes_the_options_for_speech_alone(tmp_path, short):
     assert answer["records"] == 1
     content = soundfile.read(io.BytesIO(next_blob(answer["folder"])))[0]
     assert np.abs(content - short[0]).max() < 1e-4
+    ended = duplex("run", str(config), "--runs", str(tmp_path / "runs"), "--only", "tensors")
+    assert ended.returncode == 0, ended.stderr
+    assert "0 rejected" in ended.stdout
 
 
 def duplex(*arguments):
