@@ -99,6 +99,17 @@ def import_(
     path: Annotated[Path | None, typer.Argument(metavar="PATH", help="What to bring in.")] = None,
     stage: Annotated[str, typer.Option("--stage", help="dialogues, speech or tensors.")] = "",
     forget: Annotated[bool, typer.Option("--forget", help="Undo: let the stage work.")] = False,
+    persona: Annotated[str | None, typer.Option(help="speech: whose recordings these are.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="speech: their system prompt.")] = None,
+    recogniser: Annotated[
+        str | None, typer.Option(help="speech without transcripts: faster-whisper, pocketsphinx.")
+    ] = None,
+    recogniser_model: Annotated[
+        str | None, typer.Option(help="faster-whisper: a size, a hub name or a folder.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of the recordings; en if not given.")
+    ] = None,
     runs: RunsRoot = RUNS,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -109,8 +120,13 @@ def import_(
     """
     from pipeline import commands
 
+    recording = {
+        "persona": persona, "prompt": prompt, "recogniser": recogniser,
+        "recogniser_model": recogniser_model, "language": language,
+    }  # fmt: skip
     commands.import_(
-        _load(config, overrides), runs, stage, path, forget=forget, as_json=as_json
+        _load(config, overrides), runs, stage, path,
+        forget=forget, recording=recording, as_json=as_json,
     )  # fmt: skip
 
 
