@@ -37,7 +37,13 @@ from duplex.records import Speech
 from duplex.stage import StageContext
 from duplex.store import StageFolder
 from pipeline.engines.checkpoint import resolve_checkpoint
-from pipeline.engines.codec import encode, encode_batch, encode_long, measure_tokens
+from pipeline.engines.codec import (
+    encode,
+    encode_batch,
+    encode_long,
+    keep_freed_memory,
+    measure_tokens,
+)
 from pipeline.engines.encoding import read_stereo
 from pipeline.run import plan
 from pipeline.runners.local import execute
@@ -73,7 +79,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     import torch
 
-    torch.set_num_threads(1)
+    keep_freed_memory()
     config_path = CHECKOUT / "configs" / "pocket.yaml"
     command = [sys.executable, "-m", "duplex.cli", "run", str(config_path)]
     command += ["--to", "speech", "--runs", str(root)]
@@ -242,9 +248,7 @@ def _memories(base: str) -> dict[str, float]:
 
 
 def measure_memory(base: str, minutes: int) -> dict[str, float]:
-    import torch
-
-    torch.set_num_threads(1)
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         mimi = resolve_checkpoint(ModelSection(base=base), Path(name)).load_mimi()
         num_samples = minutes * 60 * SAMPLE_RATE
@@ -271,7 +275,8 @@ def describe(result: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.tensors --write`: {result['conversations']} conversations, "
         f"{result['audio_minutes']:.1f} minutes, codec of `{result['codec']}`, "
-        f"{machine['cores']} cores ({machine['cpu']}), one thread a process, torch {machine['torch']}.",
+        f"{machine['cores']} cores ({machine['cpu']}), one thread a process, "
+        f"torch {machine['torch']}.",
         "",
         "| way | audio-hours an hour | against the first |",
         "| --- | ---: | ---: |",
