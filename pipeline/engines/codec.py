@@ -11,6 +11,7 @@ attention's ring before its first position is read (moshi 0.2.13).
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import sys
@@ -148,7 +149,10 @@ def measure_tokens(mimi: MimiModel) -> CodecTokens:
 
     Kyutai's checkpoint gives the constants that PersonaPlex publishes; any other codec has
     its own. Where the steady state still alternates between codes, the commonest counts.
+    Measured on the CPU wherever the codec is, so that training and server get the same.
     """
+    if next(mimi.parameters()).device.type != "cpu":
+        mimi = copy.deepcopy(mimi).to("cpu")
     num_samples = STEADY_STATE_FRAMES * FRAME_SAMPLES
     time_s = np.arange(num_samples) / SAMPLE_RATE
     sine = SINE_AMPLITUDE * np.sin(2 * math.pi * SINE_HZ * time_s)
