@@ -18,6 +18,7 @@ import psutil
 from duplex.config import Config
 from duplex.datafiles import find_path
 from duplex.errors import DuplexError
+from duplex.streams import KYUTAI_TOKENS
 from pipeline.engines.checkpoint import model_identity
 from pipeline.run import STAGES
 
@@ -40,6 +41,7 @@ def examine(config: Config, runs_root: Path) -> list[dict[str, str]]:
         *_packages(config),
         *_data(config),
         _model(config),
+        *_codec(config),
         *_secrets(config),
         *_device(config),
         *_space(config, runs_root),
@@ -110,6 +112,52 @@ def _model(config: Config) -> dict[str, str]:
     pinned = config.model.revision is not None
     advice = "" if pinned else "; pin model.revision, or a change upstream changes your run"
     return _check("model", "ok" if pinned else "warn", f"{identity}, licence: {licence}{advice}")
+
+
+def _codec(config: Config) -> list[dict[str, str]]:
+    """Kyutai's codec, where its weights are here, must give the tokens that are published."""
+    from pipeline.engines.codec import KYUTAI_CODEC
+
+    path = None
+    folder = find_path(config.model.base)
+    if config.model.base == "pocket":
+        return []
+    if folder.is_dir():
+        path = folder / KYUTAI_CODEC
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(
+            config.model.base, KYUTAI_CODEC, revision=config.model.revision
+        )
+        path = Path(cached) if isinstance(cached, str) else None
+    if path is None or not path.is_file():
+        return [_check("codec", "ok", f"{KYUTAI_CODEC} is not here: its tokens are not checked")]
+    return [codec_check(path)]
+
+
+def codec_check(weights: Path) -> dict[str, str]:
+    """Silence and sine as measured from `weights` against PersonaPlex's published constants."""
+    from moshi.models.loaders import get_mimi
+    from safetensors import SafetensorError
+
+    from pipeline.engines.codec import measure_tokens
+
+    try:
+        measured = measure_tokens(get_mimi(weights, device="cpu"))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        return _check("codec", "fail", f"{weights.name} must load as a Mimi: {reason}")
+    if measured == KYUTAI_TOKENS:
+        return _check("codec", "ok", "silence and sine are the published tokens")
+    return _check(
+        "codec",
+        "fail",
+        f"{weights.name} must give silence {list(KYUTAI_TOKENS.silence)} and sine "
+        f"{list(KYUTAI_TOKENS.sine)} as published, found {list(measured.silence)} and "
+        f"{list(measured.sine)}: other weights, or another version of moshi. Prompts made with "
+        "them are not those that the model was trained on",
+    )
 
 
 def _secrets(config: Config) -> list[dict[str, str]]:

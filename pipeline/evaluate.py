@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,13 @@ from duplex.config import Config, EvaluateSection
 from duplex.datafiles import find_path
 from duplex.errors import RequestError, ServerError
 from duplex.files import read_lines, sha256_bytes, write_atomic
-from duplex.records import Record, Score, canonical_json
+from duplex.records import Persona, Record, Score, canonical_json
 from duplex.stage import StageContext, WholeStage
 from duplex.store import FileWriter
 from pipeline.engines import espeak
 from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
 from pipeline.evaluation.items import LEAD_IN_S, LOUDNESS_DBFS, load_items, speak_item
+from pipeline.serving.voices import files_of_run
 
 if TYPE_CHECKING:
     from pipeline.evaluation.items import SpokenItem
@@ -43,7 +44,7 @@ USER_VOICE: dict[str, str | int | float] = {"voice": "en-us"}
 class EvaluateStage(WholeStage):
     name = "evaluate"
     number = 9
-    reads = ("train", "merge")
+    reads = ("personas", "tensors", "train", "merge")
 
     def engine(self, config: Config) -> str:
         return f"{espeak.revision()}, {model_identity(config.model)}"
@@ -68,8 +69,11 @@ class EvaluateStage(WholeStage):
             "merged": context.inputs["merge"].artifact("weights").parent,
         }
         spoken = speak_items(section)
-        settings = play_settings(section, base.files()["tokenizer"].read_bytes())
-        played, started_s = _play_checkpoints(checkpoints, spoken, settings, context)
+        voices = files_of_run(context.inputs["tensors"])
+        prompt_audio = voices_of_items(spoken, context.records("personas", Persona), voices)
+        tokenizer = base.files()["tokenizer"].read_bytes()
+        settings = play_settings(section, tokenizer, prompt_audio)
+        played, started_s = _play_checkpoints(checkpoints, spoken, settings, context, voices)
         require_proofs(played)
         about = {
             "name": config.name,
@@ -114,13 +118,35 @@ def speak_items(section: EvaluateSection) -> list[SpokenItem]:
         ]
 
 
-def play_settings(section: EvaluateSection, tokenizer: bytes | None) -> PlaySettings:
+def voices_of_items(
+    spoken: Sequence[SpokenItem], personas: Iterable[Persona], voices: Mapping[str, Path]
+) -> dict[str, dict[str, str]]:
+    """Where training prompted with voices, each item gets that of a persona of its type."""
+    from pipeline.serving.wire import prompt_audio
+
+    of_type: dict[str, str] = {}
+    for persona in personas:
+        if persona.id in voices:
+            of_type.setdefault(persona.type, persona.id)
+    any_voice = next(iter(of_type.values()), "")
+    return {
+        one.item.id: prompt_audio(of_type.get(one.item.persona_type, any_voice), voices)
+        for one in spoken
+    }
+
+
+def play_settings(
+    section: EvaluateSection,
+    tokenizer: bytes | None,
+    prompt_audio: Mapping[str, dict[str, str]] | None = None,
+) -> PlaySettings:
     from pipeline.evaluation.play import PlaySettings
 
     return PlaySettings(
         seed=section.seed,
         sampling=section.sampling,
         tokenizer=tokenizer,
+        prompt_audio=prompt_audio or {},
         ready_timeout_s=section.runtime.start_timeout_s,
     )
 
@@ -130,6 +156,7 @@ def _play_checkpoints(
     spoken: Sequence[SpokenItem],
     settings: PlaySettings,
     context: StageContext,
+    voices: dict[str, Path],
 ) -> tuple[list[Played], dict[str, float]]:
     """Conversations of both models, and how long each server took to start.
 
@@ -146,7 +173,10 @@ def _play_checkpoints(
         started = time.monotonic()
         url = servers.enter_context(
             running_server(
-                checkpoints[label], device=runtime.device, timeout_s=runtime.start_timeout_s
+                checkpoints[label],
+                device=runtime.device,
+                timeout_s=runtime.start_timeout_s,
+                voices=voices,
             )
         )
         started_s[label] = time.monotonic() - started
@@ -195,6 +225,7 @@ def _protocol(section: EvaluateSection, settings: PlaySettings) -> dict[str, Any
         "answer_pause_s": section.answer_s,
         "user_voice": f"{espeak.revision()}, {USER_VOICE['voice']}, {LOUDNESS_DBFS:g} dBFS RMS",
         "codec": "24 kHz int16 PCM on the wire, format=pcm; the model's own codec behind it",
+        "prompt_audio": dict(settings.prompt_audio),
         "prompt_proof": "against our own tokenization"
         if settings.tokenizer
         else "against the tokenizer that the server gave out",

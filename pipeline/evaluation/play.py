@@ -31,12 +31,14 @@ BUSY_POLL_S = 0.1
 @dataclass(frozen=True)
 class PlaySettings:
     """How a conversation is held. `tokenizer`: SentencePiece model; None takes the server's,
-    and then a prompt's proof rests on the server's own tokenizer."""
+    and then a prompt's proof rests on the server's own tokenizer. `prompt_audio`: query keys by
+    item id, for the voice and the greeting that the server is to prompt with."""
 
     seed: int = 0
     sampling: SamplingSection = field(default_factory=SamplingSection)
     lockstep: bool = True
     tokenizer: bytes | None = None
+    prompt_audio: Mapping[str, dict[str, str]] = field(default_factory=dict)
     token: str | None = None
     ready_timeout_s: float = 120
     frame_timeout_s: float = 30
@@ -124,6 +126,7 @@ def same_answer(one: Conversation, other: Conversation) -> bool:
 
 async def _converse(url: str, spoken: SpokenItem, settings: PlaySettings) -> Conversation:
     deadline_s = time.monotonic() + settings.busy_timeout_s
+    url = wire.chat_url(url, **settings.prompt_audio.get(spoken.item.id, {}))
     while True:
         try:
             return await converse(

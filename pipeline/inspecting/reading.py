@@ -13,13 +13,9 @@ import numpy as np
 
 from duplex.errors import RecordError
 from duplex.findings import Finding, finding
+from pipeline.engines.voicesample import PACKAGED_VOICES, is_packaged_voice
 
 MAX_BYTES = 64 << 20  # eight hours of int64 codes
-# The voices that come with PersonaPlex (FACTS, section 3).
-PACKAGED_VOICES = frozenset(
-    [f"{kind}{n}" for kind in ("NATF", "NATM") for n in range(4)]
-    + [f"{kind}{n}" for kind in ("VARF", "VARM") for n in range(5)]
-)
 WIDENABLE = ("int8", "uint8", "int16", "uint16", "int32", "int64")
 
 
@@ -101,7 +97,7 @@ def _not_a_tensor(value: Any, path: Path) -> NotCodesError:
         f"{key} {list(item.shape) if isinstance(item, torch.Tensor) else type(item).__name__}"
         for key, item in held.items()
     )
-    if set(value) == {"embeddings", "cache"}:
+    if is_packaged_voice(value):
         name = f" {path.stem}" if path.stem in PACKAGED_VOICES else ""
         return NotCodesError(
             "packaged-voice",
