@@ -13,7 +13,10 @@ import soundfile
 import torch
 from moshi.utils.compile import no_compile
 
+from duplex.config import Config
 from duplex.errors import RecordError, RequestError
+from duplex.streams import KYUTAI_TOKENS
+from pipeline import doctor
 from pipeline.engines import codec
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.engines.encoding import mono_wav_bytes, quantize
@@ -95,7 +98,7 @@ def test_steady_tokens_are_those_that_silence_ends_in(mimi):
     silence = codec.encode(mimi, np.zeros((1, 400 * FRAME), dtype=np.float32))[0, :, -25:]
     assert (silence == np.asarray(tokens.silence)[:, None]).mean() > 0.5
     assert tokens.silence != tokens.sine
-    assert tokens != codec.KYUTAI_TOKENS
+    assert tokens != KYUTAI_TOKENS
 
 
 # -- voices
@@ -197,3 +200,49 @@ def test_a_voice_file_that_is_none_stops_the_server_with_its_name(tmp_path, mimi
     (tmp_path / "broken.wav").write_bytes(b"RIFF" + bytes(40))
     with pytest.raises(RequestError, match=r"voice broken: broken\.wav: must be a recording"):
         VoiceList.load(files_in(tmp_path), mimi)
+
+
+def test_the_number_of_threads_changes_no_prompt(mimi):
+    """Near ties fall by how sums are rounded, and so by the number of threads."""
+    before = torch.get_num_threads()
+    try:
+        measured = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            measured.append(codec.measure_tokens(mimi))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert measured[0] == measured[1]
+
+
+# -- the doctor's look at Kyutai's codec
+
+
+def kyutai_folder(folder):
+    """A checkpoint folder whose codec has the name of Kyutai's."""
+    folder.mkdir()
+    (folder / codec.KYUTAI_CODEC).write_bytes(b"")
+    return Config.model_validate({"name": "c", "model": {"base": str(folder)}})
+
+
+def test_the_doctor_says_that_the_codec_is_not_here(tmp_path):
+    (tmp_path / "m").mkdir()
+    config = Config.model_validate({"name": "c", "model": {"base": str(tmp_path / "m")}})
+    (check,) = doctor._codec(config)
+    assert check["state"] == "ok" and "not checked" in check["found"]
+    assert doctor._codec(Config(name="c")) == []
+    hub = Config.model_validate({"name": "c", "model": {"base": "kyutai/moshiko-pytorch-bf16"}})
+    assert "not checked" in doctor._codec(hub)[0]["found"]
+
+
+def test_the_doctor_compares_with_the_published_constants(tmp_path, mimi, monkeypatch):
+    from moshi.models import loaders
+
+    config = kyutai_folder(tmp_path / "m")
+    assert doctor._codec(config)[0]["state"] == "fail"  # it does not load
+    monkeypatch.setattr(loaders, "get_mimi", lambda *_, **__: mimi)
+    (check,) = doctor._codec(config)
+    assert check["state"] == "fail" and str(list(KYUTAI_TOKENS.sine)) in check["found"]
+    monkeypatch.setattr(codec, "measure_tokens", lambda _: KYUTAI_TOKENS)
+    assert doctor._codec(config)[0]["state"] == "ok"
