@@ -1,0 +1,151 @@
+"""Tensors to convert, from a file, a folder or a stage, and what a model says about them.
+
+Files come from outside: `weights_only=True`, bounded in size, and every fault is a RecordError.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from duplex.coffee import TextCoder
+from duplex.config import ModelSection
+from duplex.errors import MissingInputError, RecordError, RequestError
+from duplex.files import sha256_bytes
+from duplex.records import TensorClip
+from duplex.store import MANIFEST, StageFolder
+from duplex.streams import CodecTokens
+from pipeline.converters.common import is_config, records_of, stage_folders
+
+MAX_FILE_BYTES = 1 << 28  # 17 rows of int64 for 43 hours; a larger file is no clip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor to convert: where its bytes are, and its record where there is one."""
+
+    name: str
+    path: Path
+    clip: TensorClip | None = None
+    sha256: str | None = None
+
+    def read(self) -> bytes:
+        size = self.path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise RecordError(f"a clip must have at most {MAX_FILE_BYTES >> 20} MiB, found {size}")
+        content = self.path.read_bytes()
+        if self.sha256 and sha256_bytes(content) != self.sha256:
+            raise RecordError(f"must have sha256 {self.sha256[:12]}…, as its record says; found "
+                              f"{sha256_bytes(content)[:12]}…")  # fmt: skip
+        return content
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a conversion needs of the model: tokenizer, constants, vocabulary, digests."""
+
+    coder: TextCoder
+    codec: CodecTokens
+    card: int
+    text_card: int
+    codec_digest: str
+    tokenizer_digest: str
+
+
+def find_sources(source: Path, runs: Path, overrides: list[str] | None = None) -> list[Source]:
+    """
+    Raises:
+        RequestError: there is no .pt file.
+        CorruptFileError: a stage folder that cannot be read.
+    """
+    if is_config(source) or (source / MANIFEST).is_file():
+        folder = stage_folders(source, ("tensors",), runs, overrides)["tensors"]
+        return list(_clips_of(folder))
+    if not source.exists():
+        raise MissingInputError(f"{source} must exist, found nothing there")
+    files = sorted(source.glob("*.pt")) if source.is_dir() else [source]
+    if not files:
+        raise RequestError(f"{source} must hold .pt files, found none")
+    return [_file_source(file) for file in files]
+
+
+def _clips_of(folder: StageFolder) -> Iterator[Source]:
+    for clip in records_of(folder):
+        if isinstance(clip, TensorClip):
+            path = folder.path / "blobs" / f"{clip.tensor}.pt"
+            yield Source(clip.id, path, clip, clip.tensor)
+
+
+def _file_source(file: Path) -> Source:
+    """A bare .pt, with the record beside it where there is one."""
+    try:
+        content = file.with_suffix(".json").read_bytes()
+        clip = TensorClip.model_validate_json(content)
+    except (OSError, ValidationError):
+        return Source(file.stem, file)
+    return Source(file.stem, file, clip, clip.tensor)
+
+
+def load_model(section: ModelSection, runs: Path) -> Model:
+    """
+    Raises:
+        MissingInputError, CorruptFileError: the checkpoint is not there or not whole.
+    """
+    from pipeline.engines.checkpoint import resolve_checkpoint
+    from pipeline.engines.codec import measure_tokens
+
+    checkpoint = resolve_checkpoint(section, runs)
+    tokenizer: Any = checkpoint.load_tokenizer()
+
+    def decode(ids: list[int]) -> str:
+        try:
+            return tokenizer.decode(ids)
+        except IndexError:
+            raise ValueError("the text must be of the model's tokenizer, found other ids") from None
+
+    return Model(
+        coder=TextCoder(tokenizer.encode, decode),
+        codec=measure_tokens(checkpoint.load_mimi()),
+        card=checkpoint.config["card"],
+        text_card=checkpoint.config["text_card"],
+        codec_digest=checkpoint.digest("codec"),
+        tokenizer_digest=checkpoint.digest("tokenizer"),
+    )
+
+
+def load_codes(content: bytes) -> np.ndarray:
+    """int64 codes of a `.pt` file from outside.
+
+    Raises:
+        RecordError: it does not hold one integer tensor.
+    """
+    import torch
+
+    try:
+        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _integers():
+            raise RecordError(f"must hold one integer tensor, found {_kind(tensor)}")
+        if tensor.numel() * 8 > MAX_FILE_BYTES:  # a view may be larger than its storage
+            raise RecordError(f"must hold at most {MAX_FILE_BYTES >> 23} M codes, found more")
+        return tensor.to(torch.int64).contiguous().numpy()
+    except RecordError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RecordError(f"must be a tensor saved by torch.save: {reason[:200]}") from None
+
+
+def _integers() -> frozenset[Any]:
+    import torch
+
+    return frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def _kind(value: Any) -> str:
+    return str(getattr(value, "dtype", type(value).__name__))
