@@ -176,6 +176,8 @@ def _describe_start(start: int, lead: int, num_frames: int, coffee: bool) -> str
         hint = ": this may be in the predecessor's form already"
     elif not coffee and start > PROMPT_SILENCE_FRAMES:
         hint = ": a voice sample, or no prompt, for which the predecessor's form has no place"
+    else:
+        hint = ": no prompt, or one of another layout"
     return (
         f"a tensor in {form} must have {lead} frames before the prompt's text, found {start}{hint}"
     )

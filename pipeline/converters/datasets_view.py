@@ -159,7 +159,7 @@ def _write(folder: Path, features: Any, rows: Iterator[tuple[str, int, dict[str,
         if split not in writers:
             writers[split] = _Shards(folder, split, features.arrow_schema)
         writers[split].add(row, num_bytes)
-    return {split: writer.finish() for split, writer in writers.items()}
+    return {split: writers[split].finish() for split in SPLITS.values() if split in writers}
 
 
 class _Shards:
