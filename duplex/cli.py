@@ -46,6 +46,9 @@ def run(
     only: Annotated[str | None, typer.Option("--only", help="Run this stage by itself.")] = None,
     skip: Annotated[str, typer.Option("--skip", help="Stages to leave out, as in a,b.")] = "",
     runner: Annotated[str, typer.Option("--runner", help="local.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes for stages that can use several.")
+    ] = None,
     retry_rejected: Annotated[bool, typer.Option(help="Try rejected records again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run.")] = False,
     as_json: AsJson = False,
@@ -56,9 +59,10 @@ def run(
     """
     from pipeline import commands
 
+    overrides = [*(overrides or []), *_worker_overrides(workers)]
     settings = _load(config, overrides)
     commands.run(
-        settings, config, runs, overrides or [], first=first, last=last, only=only, skip=skip,
+        settings, config, runs, overrides, first=first, last=last, only=only, skip=skip,
         runner=runner, retry_rejected=retry_rejected, dry_run=dry_run, as_json=as_json,
     )  # fmt: skip
 
@@ -137,6 +141,9 @@ def serve(
         str | None, typer.Option(envvar="DUPLEX_TOKEN", help="Needed off loopback.")
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Serve the base model instead.")] = False,
+    voices: Annotated[
+        Path | None, typer.Option(help="Folder of mono WAV files; their names are voice_prompt.")
+    ] = None,
     runs: RunsRoot = RUNS,
     overrides: Overrides = None,
 ) -> None:
@@ -146,7 +153,7 @@ def serve(
     """
     from pipeline import commands
 
-    commands.serve(target, host, port, token, base, runs, overrides or [])
+    commands.serve(target, host, port, token, base, voices, runs, overrides or [])
 
 
 @app.command()
@@ -295,6 +302,11 @@ def version(
     if show:
         print(__version__)
         raise typer.Exit
+
+
+def _worker_overrides(workers: int | None) -> list[str]:
+    stages = ("speech", "tensors")
+    return [] if workers is None else [f"{stage}.runtime.workers={workers}" for stage in stages]
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:

@@ -53,6 +53,12 @@ class Runtime(Section):
     """How a stage runs. Never part of a key: it changes no result."""
 
     max_reject_rate: Probability = 0.05
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="processes, where a stage can use several; None: one for each core",
+    )
 
 
 class StageSection(Section):
@@ -122,9 +128,11 @@ class SpeechSection(StageSection):
 
 class TensorsRuntime(Runtime):
     device: Device = "auto"
-    workers: int = Field(default=1, ge=1, le=256, description="processes that encode")
-    batch: int = Field(
-        default=8, ge=1, le=64, description="conversations in one encoding on a GPU; 1 on a CPU"
+    batch: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="conversations in one encoding; None: 8 on a GPU, 1 on a CPU",
     )
     cache: bool = Field(default=True, description="keep codes by content, for another alignment")
 

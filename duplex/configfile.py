@@ -111,6 +111,8 @@ def _apply_profile(raw: dict[str, Any]) -> None:
         own = raw.get(section) or {}
         if isinstance(own, dict):
             raw[section] = _merged(defaults, own)
+            if section == "train" and own.get("steps") and "epochs" not in own:
+                raw[section].pop("epochs", None)  # the profile's; the file says steps
 
 
 def _merged(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -263,8 +263,12 @@ class TensorClip(Record):
 
 
 class VoiceSample(Record):
-    """A voice as a prompt gives it: mono 24 kHz WAV at -24 LUFS, a whole number of frames."""
+    """What a prompt lets the model hear: a voice at -24 LUFS, or the other side's greeting.
 
+    Mono 24 kHz WAV, a whole number of frames.
+    """
+
+    kind: Literal["voice", "greeting"] = "voice"
     voice_id: Slug
     persona_id: Slug
     speech_id: Slug = Field(description="the recording that it was cut from")

@@ -105,8 +105,15 @@ class MapStage(Stage):
         """All tasks, in any order; ids are unique. Must not import torch."""
         raise NotImplementedError
 
+    def takes_workers(self, config: Config) -> bool:
+        """Whether tasks may be spread over processes, each with a `setup` of its own."""
+        return False
+
+    def prepare(self, context: StageContext) -> None:
+        """Fetch or build what the workers' `setup` will load; called once, before they start."""
+
     def setup(self, context: StageContext) -> None:
-        """Load what `process` needs. Called once, only when there is work."""
+        """Load what `process` needs. Called once in each process, only when there is work."""
 
     def process(self, task: Task, seed: int, blobs: BlobSink) -> list[Record]:
         """The records of one task.

@@ -126,6 +126,13 @@ class StageFolder:
         """A blob's bytes, checked against its name."""
         return read_verified(self.path / "blobs" / f"{sha256}{suffix}", sha256)
 
+    def blob_path(self, sha256: str, suffix: str) -> Path:
+        """A blob's path, its content checked against its name in blocks."""
+        path = self.path / "blobs" / f"{sha256}{suffix}"
+        if not path.is_file() or sha256_file(path) != sha256:
+            read_verified(path, sha256)  # raises, and says which of the two it is
+        return path
+
     def artifact(self, artifact_id: str) -> Path:
         """Path of a file that a whole stage made, by its record's id, checked.
 

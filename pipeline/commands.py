@@ -9,7 +9,6 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
@@ -117,16 +116,29 @@ def show_end(config: Config, config_path: Path, runs: Path, overrides: list[str]
     print(f"Serve:   duplex serve {config_path}{elsewhere}{settings}")
     if personas.folder is not None:
         host, port = config.serve.runtime.host, config.serve.runtime.port
-        for name, url in persona_urls(personas.folder.records(), f"http://{host}:{port}"):
+        for name, url in persona_urls(config, runs, f"http://{host}:{port}"):
             print(f"  {name:<20} {url}")
 
 
-def persona_urls(records: Any, base: str) -> list[tuple[str, str]]:
+def persona_urls(config: Config, runs: Path, base: str) -> list[tuple[str, str]]:
+    """The page of each persona, with its voice where the run's tensors have one."""
+    from pipeline.serving.wire import page_url, prompt_audio
+
+    voices = run_voices(config, runs)
+    step = plan(config, runs)[0]
+    records = step.folder.records() if step.done and step.folder else ()
     return [
-        (record.id, f"{base}/?text_prompt={quote(record.prompts[0], safe='')}")
+        (record.id, page_url(base, record.prompts[0], **prompt_audio(record.id, voices)))
         for record in records
         if isinstance(record, Persona)
     ]
+
+
+def run_voices(config: Config, runs: Path) -> dict[str, Path]:
+    from pipeline.serving.voices import files_of_run
+
+    step = {step.stage.name: step for step in plan(config, runs)}["tensors"]
+    return files_of_run(step.folder) if step.done and step.folder else {}
 
 
 def status(config: Config, runs: Path, *, as_json: bool) -> None:
@@ -219,6 +231,7 @@ def serve(
     port: int | None,
     token: str | None,
     base: bool,
+    voices: Path | None,
     runs: Path,
     overrides: list[str],
 ) -> None:
@@ -234,7 +247,7 @@ def serve(
         token = token or runtime.token
         checkpoint = _checkpoint_of(config, runs, base=base)
         require_free_port(host, port)
-        for name, url in persona_urls(_personas(config, runs), f"http://{host}:{port}"):
+        for name, url in persona_urls(config, runs, f"http://{host}:{port}"):
             print(f"{name:<20} {url}")
         print("Loading; these open once the line `serving at …` has come.")
     device = config.serve.runtime.device if config else "auto"
@@ -242,6 +255,9 @@ def serve(
     command += ["--host", host, "--port", str(port), "--device", device]
     if config:
         command += ["--sampling", config.serve.sampling.model_dump_json()]
+        files = {name: str(path.resolve()) for name, path in run_voices(config, runs).items()}
+        command += ["--voice-files", json.dumps(files)] if files else []
+    command += ["--voices", str(voices)] if voices else []
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     if token:
         environment["DUPLEX_TOKEN"] = token  # never on the command line, where others see it
@@ -279,11 +295,6 @@ def _checkpoint_of(config: Config, runs: Path, *, base: bool) -> Path:
             "this config. Run `duplex run CONFIG --to merge` first, or serve with --base."
         )
     return step.folder.artifact("weights").parent
-
-
-def _personas(config: Config, runs: Path) -> list[Any]:
-    step = plan(config, runs)[0]
-    return list(step.folder.records()) if step.done and step.folder else []
 
 
 def probe(

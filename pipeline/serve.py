@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class ServeStage(WholeStage):
     name = "serve"
     number = 8
-    reads = ("personas", "merge")
+    reads = ("personas", "tensors", "merge")
 
     def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
         """One `Proof` for the first prompt of each persona, by the persona's id.
@@ -32,7 +32,8 @@ class ServeStage(WholeStage):
         from pipeline.engines.checkpoint import Checkpoint
         from pipeline.serving.launch import running_server
         from pipeline.serving.probe import probe_sync
-        from pipeline.serving.wire import chat_url
+        from pipeline.serving.voices import files_of_run
+        from pipeline.serving.wire import chat_url, prompt_audio
 
         section = context.config.serve
         folder = context.inputs["merge"].artifact("weights").parent
@@ -40,13 +41,17 @@ class ServeStage(WholeStage):
         sampling = section.sampling.model_dump()
         personas = list(context.records("personas", Persona))
         proofs: list[Record] = []
+        voices = files_of_run(context.inputs["tensors"])
         with running_server(
-            folder, device=section.runtime.device, timeout_s=section.runtime.start_timeout_s
+            folder,
+            device=section.runtime.device,
+            timeout_s=section.runtime.start_timeout_s,
+            voices=voices,
         ) as url:
             for persona in personas:
-                result = probe_sync(
-                    chat_url(url, text_prompt=persona.prompts[0], **sampling), tokenizer=tokenizer
-                )
+                audio = prompt_audio(persona.id, voices)
+                address = chat_url(url, text_prompt=persona.prompts[0], **audio, **sampling)
+                result = probe_sync(address, tokenizer=tokenizer)
                 proofs.append(proof_of(persona.id, result))
                 context.report(f"{persona.id}: {result.reason}")
         return proofs

@@ -53,6 +53,9 @@ class SpeechStage(MapStage):
     def engine(self, config: Config) -> str:
         return espeak.revision()
 
+    def takes_workers(self, config: Config) -> bool:
+        return config.speech.runtime.workers is not None  # espeak alone is quicker than a start
+
     def tasks(self, context: StageContext) -> list[Task]:
         voices: list[Voice] = list(context.records("voices", Voice))
         agents = {voice.persona_id: voice for voice in voices if voice.role == "agent"}

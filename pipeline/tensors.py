@@ -1,210 +1,365 @@
 """Stage 5: spoken conversations -> training tensors `[17, T]`.
 
 A conversation's two channels are encoded whole, as one batch of two, by the codec of the
-base model; silence is kept as encoded silence. The text row holds the agent's words by
-onset alignment, and the tensor starts with the prompt as the server will feed it, less
-frame 0 (see `duplex/streams.py`).
+base model; silence is kept as encoded silence (benchmarks/tensors.py measures what turn by
+turn would change). The text row holds the agent's words by `tensors.alignment`, and the
+tensor starts with the prompt as the server will feed it, less frame 0 (`duplex/streams.py`).
 
-Personas are held out whole: a validation clip's persona is never seen in training.
+Held out are whole personas, or whole conversations, never frames; the split is checked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duplex.alignment import TextTurn, align
-from duplex.config import Config
+from duplex.alignment import align
+from duplex.clips import (
+    assemble,
+    cut_windows,
+    shift_turns,
+    text_digest,
+    text_turns,
+    turn_frames,
+    turn_spans,
+)
+from duplex.config import Config, TensorsSection
 from duplex.errors import RecordError
-from duplex.frames import SAMPLE_RATE, frame_at, frames_covering_samples, frames_covering_seconds
-from duplex.records import FrameSpan, Record, Speech, TensorClip
+from duplex.frames import (
+    FRAME_SAMPLES,
+    frames_to_seconds,
+    samples_at,
+)
+from duplex.records import FrameSpan, Record, Speech, SpokenTurn, TensorClip, VoiceSample
+from duplex.splits import Split
 from duplex.stage import BlobSink, MapStage, StageContext, Task
 from duplex.streams import (
-    AGENT_ROWS,
-    NUM_ROWS,
-    TEXT_ROW,
-    USER_ROWS,
+    COFFEE_TEXT_FRAMES,
+    TEXT_PAD,
+    ZERO_TOKEN,
     Prompt,
     build_prompt,
     check_codes,
+    coffee_text,
     system_text,
 )
 from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
+from pipeline.engines.clipplan import (
+    Excerpt,
+    agent_voices,
+    choose_excerpts,
+    dialogue_start,
+    fixed_batches,
+    greeting_excerpt,
+    split_of,
+)
+from pipeline.engines.encoding import Encoder, Recording, mono_wav_bytes, quantize, read_stereo
+from pipeline.engines.voicesample import voice_sample
+
+CHANNEL = {"agent": 0, "user": 1}
+CACHE_FOLDER = ".cache/codes"
+BATCH_ON_GPU = 8
+
+
+@dataclass(frozen=True)
+class ClipTask:
+    """A conversation with its split, the voice sample of its prompt, and its fixed batch."""
+
+    speech: Speech
+    split: Split
+    sample: Excerpt | None
+    batch: tuple[Speech, ...]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What `setup` loads, once for each process."""
+
+    context: StageContext
+    encoder: Encoder
+    tokenizer: Any
+    tokens: Any
+    config: dict[str, Any]
+    digests: tuple[str, str]
+    batched: bool
 
 
 class TensorsStage(MapStage):
     name = "tensors"
     number = 5
+    version = 2
     reads = ("speech",)
-    set_only = frozenset({"valid_fraction"})  # a clip's split is among its task's sources
+    # A clip's split is among its task's sources.
+    set_only = frozenset({"valid_fraction", "split"})
 
     def __init__(self) -> None:
-        self._context: StageContext | None = None
-        self._loaded: dict[str, Any] = {}
+        self._loaded: _Loaded | None = None
 
     def engine(self, config: Config) -> str:
         return model_identity(config.model)
 
-    def tasks(self, context: StageContext) -> list[Task]:
-        speeches: list[Speech] = list(context.records("speech", Speech))
-        personas = {speech.persona_id for speech in speeches}
-        held_out = hold_out(personas, context.config.tensors.valid_fraction, context.config.seed)
-        tasks = []
-        for speech in speeches:
-            split = "valid" if speech.persona_id in held_out else "train"
-            tasks.append(Task(speech.id, (speech.digest, split), (speech, split)))
-        return tasks
-
-    def setup(self, context: StageContext) -> None:
-        from pipeline.engines.codec import measure_tokens
-
-        checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
-        mimi = checkpoint.load_mimi()
-        self._context = context
-        self._loaded = {
-            "mimi": mimi,
-            "tokenizer": checkpoint.load_tokenizer(),
-            "tokens": measure_tokens(mimi),
-            "card": checkpoint.config["card"],
-            "text_card": checkpoint.config["text_card"],
-            "codec_digest": checkpoint.digest("codec"),
-            "tokenizer_digest": checkpoint.digest("tokenizer"),
-        }
-
-    def process(self, task: Task, seed: int, blobs: BlobSink) -> list[Record]:
+    def takes_workers(self, config: Config) -> bool:
+        """Processes of one thread each on a CPU; a GPU is one engine, and takes batches."""
         import torch
 
-        from pipeline.engines.codec import encode
+        runtime = config.tensors.runtime
+        on_gpu = runtime.device == "cuda" or (
+            runtime.device == "auto" and torch.cuda.is_available()
+        )
+        return not on_gpu and runtime.batch is None
 
-        assert self._context is not None, "setup comes first"
-        section = self._context.config.tensors
-        speech, split = task.payload
-        tokenizer = self._loaded["tokenizer"]
-        prompt = None
-        if section.prompt:
-            prompt = build_prompt(
-                tokenizer.encode(system_text(speech.system_prompt)), self._loaded["tokens"]
-            )
-        channels = read_stereo(self._context.inputs["speech"].read_blob(speech.audio, ".wav"))
-        prompt_frames = prompt.training_codes().shape[1] if prompt else 0
-        num_frames = prompt_frames + frames_covering_samples(channels.shape[1])
-        if num_frames > section.max_frames:
-            raise RecordError(
-                f"{speech.id}: a clip must have at most {section.max_frames} frames, found "
-                f"{num_frames} ({prompt_frames} of them prompt). Shorten dialogues.max_turns or "
-                "raise tensors.max_frames, up to the model's context."
-            )
-        audio = encode(self._loaded["mimi"], channels)
-        turns = text_turns(speech, audio.shape[2], tokenizer)
-        text = align(turns, audio.shape[2], onset_fraction=section.onset_fraction)
-        codes = assemble(prompt, text.row, audio)
-        card, text_card = self._loaded["card"], self._loaded["text_card"]
-        faults = check_codes(codes, card=card, text_card=text_card)
-        if faults:
-            raise RecordError(f"{speech.id}: {'; '.join(faults)}")
-        buffer = io.BytesIO()
-        torch.save(torch.from_numpy(codes), buffer)
-        return [
-            TensorClip(
-                id=speech.id,
-                speech_id=speech.id,
-                persona_id=speech.persona_id,
-                tensor=blobs.put(buffer.getvalue(), ".pt"),
-                num_frames=codes.shape[1],
-                prompt=_prompt_spans(prompt),
-                turns=_turn_spans(speech, prompt_frames, codes.shape[1]),
-                text_tokens=sum(len(turn.tokens) for turn in turns),
-                dropped_tokens=text.dropped,
-                alignment=section.alignment,
-                split=split,
-                codec_digest=self._loaded["codec_digest"],
-                tokenizer_digest=self._loaded["tokenizer_digest"],
-            )
-        ]
+    def tasks(self, context: StageContext) -> list[Task]:
+        section, seed = context.config.tensors, context.config.seed
+        speeches: list[Speech] = list(context.records("speech", Speech))
+        split = split_of(speeches, section, seed)
+        excerpts: dict[str, Excerpt | None] = dict.fromkeys(speech.id for speech in speeches)
+        tasks = []
+        if section.voice_prompt_s:
+            excerpts |= choose_excerpts(speeches, split, seed)
+            kept = {excerpt.id: excerpt for excerpt in excerpts.values() if excerpt}
+            tasks += [Task(e.id, ("voice", e.speech.digest, str(e.turn)), e) for e in kept.values()]
+        greeting = greeting_excerpt(speeches, split, seed) if section.greeting else None
+        if greeting:
+            sources = ("greeting", greeting.speech.digest, str(greeting.turn))
+            tasks.append(Task(greeting.id, sources, greeting))
+        batches = fixed_batches(speeches, section.runtime.batch or BATCH_ON_GPU)
+        for speech in speeches:
+            excerpt = excerpts[speech.id]
+            sources = (speech.digest, split[speech.id])
+            sources += (excerpt.speech.digest, str(excerpt.turn)) if excerpt else ()
+            payload = ClipTask(speech, split[speech.id], excerpt, batches[speech.id])
+            tasks.append(Task(speech.id, sources, payload))
+        return tasks
+
+    def prepare(self, context: StageContext) -> None:
+        resolve_checkpoint(context.config.model, context.runs_root)
+
+    def setup(self, context: StageContext) -> None:
+        import torch
+
+        from pipeline.engines.codec import measure_tokens
+
+        runtime = context.config.tensors.runtime
+        device = runtime.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            torch.set_num_threads(1)  # the same bytes whatever the number of processes
+        checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
+        mimi = checkpoint.load_mimi(device)
+        codec_digest, card = checkpoint.digest("codec"), checkpoint.config["card"]
+        cache = context.runs_root / CACHE_FOLDER if runtime.cache else None
+        self._loaded = _Loaded(
+            context=context,
+            encoder=Encoder(mimi, codec_digest, card, cache),
+            tokenizer=checkpoint.load_tokenizer(),
+            tokens=measure_tokens(mimi),
+            config=checkpoint.config,
+            digests=(codec_digest, checkpoint.digest("tokenizer")),
+            batched=device != "cpu" or runtime.batch is not None,
+        )
+
+    def process(self, task: Task, seed: int, blobs: BlobSink) -> list[Record]:
+        assert self._loaded is not None, "setup comes first"
+        try:
+            if isinstance(task.payload, Excerpt):
+                return [self._sample_record(task.payload, blobs)]
+            return self._clips(task.payload, blobs)
+        except (RecordError, ValueError) as error:
+            raise RecordError(f"{task.id}: {error}") from error
 
     def close(self) -> None:
-        self._loaded = {}
+        self._loaded = None
 
+    # -- voice samples and greetings
 
-def hold_out(personas: set[str], fraction: float, seed: int) -> set[str]:
-    """The personas kept for validation: at least one when `fraction` > 0 and there are two.
-
-    Ranked by a hash of their own, so that a persona more or less moves few others.
-    """
-    if fraction <= 0 or len(personas) < 2:
-        return set()
-    ranked = sorted(
-        personas, key=lambda persona: hashlib.sha256(f"{seed}:{persona}".encode()).hexdigest()
-    )
-    count = min(max(1, round(fraction * len(ranked))), len(ranked) - 1)
-    return set(ranked[:count])
-
-
-def read_stereo(wav: bytes) -> np.ndarray:
-    """float32 [2, S] of a 24 kHz stereo WAV, row 0 agent.
-
-    Raises:
-        RecordError: it is not one.
-    """
-    import soundfile
-
-    try:
-        samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise RecordError(f"the audio must be a WAV file, cannot be read: {error}") from None
-    if rate != SAMPLE_RATE or samples.shape[1] != 2:
-        raise RecordError(
-            f"the audio must be stereo at {SAMPLE_RATE} Hz (left agent, right user), found "
-            f"{samples.shape[1]} channel(s) at {rate} Hz"
+    def _sample_record(self, excerpt: Excerpt, blobs: BlobSink) -> VoiceSample:
+        samples = self._excerpt_samples(excerpt)
+        return VoiceSample(
+            id=excerpt.id,
+            kind=excerpt.kind,
+            voice_id=excerpt.speech.turns[excerpt.turn].voice_id,
+            persona_id=excerpt.speech.persona_id,
+            speech_id=excerpt.speech.id,
+            audio=blobs.put(mono_wav_bytes(samples), ".wav"),
+            num_frames=len(samples) // FRAME_SAMPLES,
         )
-    if not len(samples) or not np.isfinite(samples).all():
-        raise RecordError("the audio must hold finite samples, found none or NaN")
-    return np.ascontiguousarray(samples.T)
+
+    def _excerpt_samples(self, excerpt: Excerpt) -> np.ndarray:
+        """float32 [S], whole frames on the 16-bit grid: what is stored is what is encoded."""
+        speech, section = excerpt.speech, self._section
+        turn = speech.turns[excerpt.turn]
+        if excerpt.kind == "greeting":
+            start, end = turn_frames(turn)
+            stop = min(end * FRAME_SAMPLES, speech.num_samples)
+            samples = read_stereo(self._audio(speech), start * FRAME_SAMPLES, stop)[1]
+            return np.pad(quantize(samples), (0, (end - start) * FRAME_SAMPLES - len(samples)))
+        stop = min(samples_at(turn.end_s), speech.num_samples)
+        samples = read_stereo(self._audio(speech), samples_at(turn.start_s), stop)[0]
+        return quantize(voice_sample(samples, section.voice_prompt_s))
+
+    # -- clips
+
+    @property
+    def _section(self) -> TensorsSection:
+        assert self._loaded is not None
+        return self._loaded.context.config.tensors
+
+    def _audio(self, speech: Speech) -> Path:
+        assert self._loaded is not None
+        return self._loaded.context.inputs["speech"].blob_path(speech.audio, ".wav")
+
+    def _recording(self, speech: Speech) -> Recording:
+        start = dialogue_start(speech, greeting=self._section.greeting)
+        return Recording(self._audio(speech), speech.audio, speech.num_samples, start)
+
+    def _prompt(self, clip: ClipTask) -> Prompt | None:
+        section, loaded = self._section, self._loaded
+        assert loaded is not None
+        if not section.prompt:
+            return None
+        speech = clip.speech
+        if section.layout == "coffee":
+            tokens = loaded.tokenizer.encode(coffee_text(speech.system_prompt))
+            return build_prompt(tokens, loaded.tokens, min_text_frames=COFFEE_TEXT_FRAMES)
+        voice = greeting = None
+        if clip.sample:
+            voice = loaded.encoder.mono(self._excerpt_samples(clip.sample))
+        if section.greeting and speech.first_speaker == "user":
+            own = Excerpt(speech, 0, "greeting", "greeting")
+            greeting = loaded.encoder.mono(self._excerpt_samples(own))
+        tokens = loaded.tokenizer.encode(system_text(speech.system_prompt))
+        return build_prompt(tokens, loaded.tokens, voice=voice, greeting=greeting)
+
+    def _clips(self, clip: ClipTask, blobs: BlobSink) -> list[Record]:
+        loaded, section, speech = self._loaded, self._section, clip.speech
+        assert loaded is not None
+        prompt = self._prompt(clip)
+        # The predecessor's files hold frame 0 too.
+        head = prompt and (prompt.codes if section.layout == "coffee" else prompt.training_codes())
+        recording = self._recording(speech)
+        budget = section.max_frames - (head.shape[1] if head is not None else 0)
+        start_s = frames_to_seconds(recording.start_frame)
+        turns = shift_turns(speech.turns, start_s, float("inf"))
+        windows = self._windows(speech, turns, recording.num_frames, budget)
+        audio = self._codes(recording, turns, clip)
+        records: list[Record] = []
+        for number, (start, end) in enumerate(windows):
+            name = speech.id if len(windows) == 1 else f"{speech.id}.w{number:02d}"
+            edges = frames_to_seconds(start), frames_to_seconds(end)
+            inside = turns if len(windows) == 1 else shift_turns(turns, *edges)
+            records.append(
+                self._clip(name, clip, prompt, head, inside, audio[:, :, start:end], blobs)
+            )
+        return records
+
+    def _windows(
+        self, speech: Speech, turns: tuple[SpokenTurn, ...], num_frames: int, budget: int
+    ) -> list[tuple[int, int]]:
+        section = self._section
+        if num_frames <= budget:
+            return [(0, num_frames)]
+        prompt_frames = section.max_frames - budget
+        if section.long == "reject" or budget < 1:
+            raise RecordError(
+                f"a clip must have at most {section.max_frames} frames, found "
+                f"{num_frames + prompt_frames} ({prompt_frames} of them prompt). Set tensors.long: "
+                "cut, shorten dialogues.max_turns or the prompt, or raise tensors.max_frames up to "
+                "the model's context."
+            )
+        windows = cut_windows(turns, num_frames, budget)
+        if windows is None:
+            raise RecordError(
+                f"a conversation must pause within {budget} frames to be cut there, found speech "
+                "without a pause. Raise tensors.max_frames or split the recording."
+            )
+        return windows
+
+    def _codes(
+        self, recording: Recording, turns: tuple[SpokenTurn, ...], clip: ClipTask
+    ) -> np.ndarray:
+        loaded, section = self._loaded, self._section
+        assert loaded is not None
+        if section.encoding == "turn":
+            spans = [
+                (CHANNEL[turn.role], recording.start_frame + start, recording.start_frame + end)
+                for turn in turns
+                for start, end in [turn_frames(turn)]
+            ]
+            return loaded.encoder.turns(recording, spans, loaded.tokens.silence)
+        batch = [self._recording(speech) for speech in clip.batch] if loaded.batched else []
+        return loaded.encoder.conversation(recording, batch)
+
+    def _clip(
+        self,
+        name: str,
+        clip: ClipTask,
+        prompt: Prompt | None,
+        head: np.ndarray | None,
+        turns: tuple[SpokenTurn, ...],
+        audio: np.ndarray,
+        blobs: BlobSink,
+    ) -> TensorClip:
+        import torch
+
+        loaded, section, speech = self._loaded, self._section, clip.speech
+        assert loaded is not None
+        num_frames = audio.shape[2]
+        by_word = section.alignment == "word"
+        placed = text_turns(turns, num_frames, loaded.tokenizer.encode, by_word=by_word)
+        text = align(
+            placed,
+            num_frames,
+            section.alignment,
+            onset_fraction=section.onset_fraction,
+            drop=section.overflow == "drop",
+            padding=ZERO_TOKEN if section.padding == "zero" else TEXT_PAD,
+        )
+        codes = assemble(head, text.row, audio)
+        faults = check_codes(
+            codes,
+            card=loaded.config["card"],
+            text_card=loaded.config["text_card"],
+            zero_text=section.padding == "zero",
+        )
+        if faults:
+            raise RecordError("; ".join(faults))
+        buffer = io.BytesIO()
+        torch.save(torch.from_numpy(codes), buffer)
+        prompt_frames = codes.shape[1] - num_frames
+        return TensorClip(
+            id=name,
+            speech_id=speech.id,
+            dialogue_id=speech.dialogue_id,
+            persona_id=speech.persona_id,
+            voices=agent_voices(speech),
+            text_digest=text_digest(speech.turns),
+            voice_sample=clip.sample.id if clip.sample else None,
+            tensor=blobs.put(buffer.getvalue(), ".pt"),
+            num_frames=codes.shape[1],
+            prompt=prompt_spans(prompt, section.layout),
+            turns=turn_spans(turns, prompt_frames, codes.shape[1]),
+            text_tokens=sum(len(turn.tokens) for turn in placed),
+            dropped_tokens=text.dropped,
+            late_tokens=text.late,
+            alignment=section.alignment,
+            padding=section.padding,
+            layout=section.layout,
+            split=clip.split,
+            codec_digest=loaded.digests[0],
+            tokenizer_digest=loaded.digests[1],
+        )
 
 
-def text_turns(speech: Speech, num_frames: int, tokenizer: Any) -> list[TextTurn]:
-    """The agent's turns on the frame grid, tokenized."""
-    turns = []
-    for turn in speech.turns:
-        if turn.role != "agent":
-            continue
-        start = min(frame_at(turn.start_s), num_frames - 1)
-        end = min(max(frames_covering_seconds(turn.end_s), start + 1), num_frames)
-        turns.append(TextTurn(start, end, tuple(tokenizer.encode(turn.text))))
-    return turns
-
-
-def assemble(prompt: Prompt | None, text_row: np.ndarray, audio: np.ndarray) -> np.ndarray:
-    """int64 [17, P - 1 + T]: the prompt less its frame 0, then text row and audio codes.
-
-    Args:
-        audio: int64 [2, 8, T], agent first.
-    """
-    dialogue = np.empty((NUM_ROWS, audio.shape[2]), dtype=np.int64)
-    dialogue[TEXT_ROW] = text_row
-    dialogue[AGENT_ROWS], dialogue[USER_ROWS] = audio
+def prompt_spans(prompt: Prompt | None, layout: str) -> tuple[FrameSpan, ...]:
     if prompt is None:
-        return dialogue
-    return np.concatenate([prompt.training_codes(), dialogue], axis=1)
-
-
-def _prompt_spans(prompt: Prompt | None) -> tuple[FrameSpan, ...]:
-    spans = prompt.training_spans() if prompt else ()
+        return ()
+    spans = prompt.spans if layout == "coffee" else prompt.training_spans()
     return tuple(FrameSpan(label=label, start=start, end=end) for label, start, end in spans)
-
-
-def _turn_spans(speech: Speech, offset: int, num_frames: int) -> tuple[FrameSpan, ...]:
-    return tuple(
-        FrameSpan(
-            label=turn.role,
-            start=min(offset + frame_at(turn.start_s), num_frames),
-            end=min(offset + frames_covering_seconds(turn.end_s), num_frames),
-        )
-        for turn in speech.turns
-    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ is the adapter as PEFT reads it, the metrics and a page of curves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from duplex.config import Config
+from duplex.config import Config, TrainSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes, write_atomic
 from duplex.records import Record, TensorClip, canonical_json
@@ -61,7 +62,8 @@ class TrainStage(WholeStage):
         from training.loop import Trainer
         from training.lora import add_adapters, count_trainable, target_modules
 
-        config, section = context.config, context.config.train
+        config = context.config
+        section = with_steps(config.train, len(clips["train"]))
         base_sha256 = checkpoint.digest("moshi")
         model = checkpoint.load_lm(dtype=getattr(torch, section.dtype))
         targets = target_modules(model, section.lora.targets)
@@ -94,6 +96,14 @@ class TrainStage(WholeStage):
             **validation_facts(result.log),
         }
         return _hand_in(context, writer, model, targets, facts, result)
+
+
+def with_steps(section: TrainSection, num_clips: int) -> TrainSection:
+    """The section with `epochs` turned into steps."""
+    if section.epochs is None:
+        return section
+    steps = max(1, math.ceil(section.epochs * num_clips / section.batch_size))
+    return section.model_copy(update={"steps": steps})
 
 
 def check_origin(records: list[TensorClip], checkpoint: Checkpoint) -> None:
@@ -140,6 +150,7 @@ def _read_clips(
             crop_frames=context.config.train.crop_frames,
             card=checkpoint.config["card"],
             text_card=checkpoint.config["text_card"],
+            loss_on_prompt=context.config.train.loss.prompt,
         )
         for split in ("train", "valid")
     }

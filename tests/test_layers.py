@@ -32,6 +32,7 @@ LAYERS = [
             "duplex.streams",
             "duplex.splits",
             "duplex.coffee",
+            "duplex.clips",
             "duplex.mixing",
             "duplex.metrics",
             "training.loss",

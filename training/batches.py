@@ -5,8 +5,9 @@ sha256 of seed, epoch and clip id, and step s takes the next `batch_size` of tha
 row. So a resumed run needs its step number and nothing else, and a batch may span two epochs.
 
 A clip is cut at its end, from frame 0 on, so that its prompt is always there. Prompt frames
-carry no loss. Nor does a code whose delayed place lies beyond the clip: without it the loss
-of a padded batch would not be that of its clips one by one.
+carry no loss, unless `train.loss.prompt` says so. Nor does a code whose delayed place lies
+beyond the clip: without that the loss of a padded batch would not be that of its clips one by
+one.
 
 Clips are kept as int16: an hour of dialogue is 45 000 frames, 1.5 MB.
 Legend: B clips, K = 17 rows, T frames.
@@ -33,11 +34,12 @@ from training.loss import MASK_ROWS
 @dataclass(frozen=True)
 class Clip:
     """A training example. codes: int16 [17, T], undelayed; frames before `prompt_frames` are
-    its prompt."""
+    its prompt, frames before `loss_from` carry no loss."""
 
     id: str
     codes: np.ndarray
     prompt_frames: int
+    loss_from: int
 
     @property
     def num_frames(self) -> int:
@@ -61,6 +63,7 @@ def read_clips(
     crop_frames: int,
     card: int,
     text_card: int,
+    loss_on_prompt: bool = False,
 ) -> list[Clip]:
     """All clips of `records`, each checked against its digest, its record and the vocabulary.
 
@@ -68,7 +71,10 @@ def read_clips(
         CorruptFileError: a file that is gone, damaged or holds something else; names it.
         RequestError: clips of which `crop_frames` leaves the prompt alone.
     """
-    clips = [_read_clip(folder, record, crop_frames, card, text_card) for record in records]
+    clips = [
+        _read_clip(folder, record, crop_frames, card, text_card, loss_on_prompt)
+        for record in records
+    ]
     hidden = [clip for clip in clips if clip.prompt_frames >= clip.num_frames]
     if hidden:
         longest = max(clip.prompt_frames for clip in hidden)
@@ -81,7 +87,12 @@ def read_clips(
 
 
 def _read_clip(
-    folder: StageFolder, record: TensorClip, crop_frames: int, card: int, text_card: int
+    folder: StageFolder,
+    record: TensorClip,
+    crop_frames: int,
+    card: int,
+    text_card: int,
+    loss_on_prompt: bool,
 ) -> Clip:
     content = folder.read_blob(record.tensor, ".pt")
     name = f"{folder.path / 'blobs' / record.tensor}.pt (clip {record.id})"
@@ -100,7 +111,8 @@ def _read_clip(
         )
     dtype = np.int16 if max(card, text_card) <= np.iinfo(np.int16).max else np.int64
     codes = np.ascontiguousarray(tensor.numpy()[:, :crop_frames].astype(dtype))
-    return Clip(record.id, codes, max((span.end for span in record.prompt), default=0))
+    prompt_frames = max((span.end for span in record.prompt), default=0)
+    return Clip(record.id, codes, prompt_frames, 0 if loss_on_prompt else prompt_frames)
 
 
 def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: int) -> list[str]:
@@ -108,7 +120,8 @@ def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: i
         return [f"it must hold one bare tensor, found {type(tensor).__name__}"]
     if tensor.dtype not in (torch.int64, torch.int16):
         return [f"its dtype must be int64 or int16, found {tensor.dtype}"]
-    faults = check_codes(tensor.numpy(), card=card, text_card=text_card)
+    zero_text = record.padding == "zero"
+    faults = check_codes(tensor.numpy(), card=card, text_card=text_card, zero_text=zero_text)
     if not faults and tensor.shape[1] != record.num_frames:
         faults = [f"its record says {record.num_frames} frames, found {tensor.shape[1]}"]
     return faults
@@ -123,7 +136,7 @@ def make_batch(clips: Sequence[Clip]) -> Batch:
         codes[row, :, : clip.num_frames] = torch.from_numpy(clip.codes.astype(np.int64))
         for stream in range(MASK_ROWS):
             # The code of frame t stands at place t + delay, which must lie within the clip.
-            loss_mask[row, stream, clip.prompt_frames : clip.num_frames - DELAYS[stream]] = True
+            loss_mask[row, stream, clip.loss_from : clip.num_frames - DELAYS[stream]] = True
     return Batch(codes, loss_mask, sum(clip.num_frames for clip in clips))
 
 

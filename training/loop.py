@@ -39,7 +39,7 @@ from duplex.stage import record_seed
 from training.batches import Batch, Clip, batch_of_step, make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
 from training.lora import adapter_parameters, liveness
-from training.loss import StreamSums, stream_means, stream_sums, workbench_loss
+from training.loss import StreamSums, stream_means, stream_sums, training_loss
 
 BETAS = (0.9, 0.95)
 METRICS, TIMING, CHECKPOINTS = "metrics.jsonl", "timing.jsonl", "checkpoints"
@@ -151,7 +151,7 @@ class Trainer:
         self._model.train()
 
         def compute_loss() -> torch.Tensor:
-            loss = workbench_loss(self._forward(batch), self._section.loss)
+            loss = training_loss(self._forward(batch), self._section.loss)
             self._check_finite("the loss of the preflight pass", loss.item(), 0, clips)
             return loss
 
@@ -172,7 +172,7 @@ class Trainer:
             group["lr"] = rate
         self._model.train()
         sums = self._forward(batch)
-        loss = workbench_loss(sums, self._section.loss)
+        loss = training_loss(sums, self._section.loss)
         value = loss.item()
         self._check_finite("the loss", value, step + 1, clips)
         self._accelerator.backward(loss)
@@ -212,7 +212,7 @@ class Trainer:
                 total = sums if total is None else total + sums
                 frames += batch.num_frames
         assert total is not None
-        loss = workbench_loss(total, self._section.loss).item()
+        loss = training_loss(total, self._section.loss).item()
         self._check_finite("the validation loss", loss, step, self._valid_clips)
         line = {"kind": "valid", "step": step, "loss": loss, "streams": stream_means(total)}
         self._note(line, wandb_run)

@@ -8,9 +8,13 @@ in nats. Text frames are split into words (w) and padding (p: PAD or EPAD):
     audio = (a·S_1 + b·ΣS_k) / (a·n_1 + b·Σn_k),  k = 2..8      a, b = semantic, acoustic weight
     loss  = text + audio
 
-Both terms are means, so a = 100 shifts the audio term towards the semantic code and leaves
-the text half of the loss. Without the division, text is about 1.3 % of the loss at the start
-(FACTS, section 4). Source: kyutai-labs/moshi-finetune, `finetune/loss.py` and its config.
+With `normalize: false`, as the predecessor had it, the audio term is a sum of means instead:
+
+    audio = a·S_1/n_1 + b·mean_k(S_k/n_k),  k = 2..8
+
+In the first form both terms are means, so a = 100 shifts the audio term towards the semantic
+code and leaves the text half of the loss. In the second, text is about 1.3 % of the loss at the
+start (FACTS, section 4). Source: kyutai-labs/moshi-finetune, `finetune/loss.py` and its config.
 
 Everything is linear in sums and counts, so these are what is passed around: sums of batches
 add up to the exact loss of a whole data set.
@@ -104,10 +108,19 @@ def audio_loss(sums: StreamSums, semantic_weight: float, acoustic_weight: float)
     return _weighted_mean(sums, weight)
 
 
-def workbench_loss(sums: StreamSums, section: LossSection) -> torch.Tensor:
+def audio_sum_of_means(
+    sums: StreamSums, semantic_weight: float, acoustic_weight: float
+) -> torch.Tensor:
+    """Scalar: the predecessor's audio term, means of the codebooks added with their weights."""
+    means = sums.nll / sums.count.clamp(min=1)
+    return semantic_weight * means[_SEMANTIC] + acoustic_weight * means[_ACOUSTIC].mean()
+
+
+def training_loss(sums: StreamSums, section: LossSection) -> torch.Tensor:
     """Scalar: text term + audio term, as the module's docstring writes them."""
     text = text_loss(sums, section.text_padding_weight)
-    return text + audio_loss(sums, section.semantic_weight, section.acoustic_weight)
+    audio = audio_loss if section.normalize else audio_sum_of_means
+    return text + audio(sums, section.semantic_weight, section.acoustic_weight)
 
 
 def _weighted_mean(sums: StreamSums, weight: torch.Tensor) -> torch.Tensor:

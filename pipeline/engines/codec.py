@@ -1,9 +1,19 @@
-"""Mimi as the stages use it: mono float audio -> codes, and the codec's own constants."""
+"""Mimi as the stages use it: float audio -> codes, and the codec's own constants.
+
+A recording is encoded whole, its two channels as one batch. That gives the latents of the
+server's frame-by-frame encoding to 1e-5 (the codec is causal), without its cost. Recordings
+longer than `WINDOW_FRAMES` go in windows, each with as much sound before it as the codec can
+look back on, so that memory is bounded and the codes are those of the whole.
+
+Streaming in blocks is no way to do this: a block of T positions overwrites T places of the
+attention's ring before its first position is read (moshi 0.2.13).
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +26,14 @@ if TYPE_CHECKING:
 STEADY_STATE_FRAMES = 375  # beyond the codec transformer's context of 250 frames
 SINE_HZ = 440.0
 SINE_AMPLITUDE = 0.5
+WINDOW_FRAMES = 3000  # as long as the LM's context: no dialogue for one clip is longer
+CONV_FRAMES = 13  # more than the convolutions look back on
+# What Kyutai's own weights give, as PersonaPlex publishes it (FACTS, section 1).
+KYUTAI_CODEC = "tokenizer-e351c8d8-checkpoint125.safetensors"
+KYUTAI_TOKENS = CodecTokens(
+    silence=(948, 243, 1178, 546, 1736, 1030, 1978, 2008),
+    sine=(430, 1268, 381, 1611, 1095, 1495, 56, 472),
+)
 
 
 def encode(mimi: MimiModel, channels: np.ndarray) -> np.ndarray:
@@ -38,6 +56,61 @@ def encode(mimi: MimiModel, channels: np.ndarray) -> np.ndarray:
     with torch.no_grad(), no_compile():
         codes = mimi.encode(torch.from_numpy(padded)[:, None].to(device))
     return codes[:, :CODEBOOKS].cpu().numpy().astype(np.int64)
+
+
+def encode_batch(mimi: MimiModel, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Codes of several recordings in one pass, padded at the right with zeros.
+
+    Args:
+        recordings: float32 [C, S_i] each, with one C.
+
+    Returns:
+        int64 [C, 8, T_i] each. The codec is causal: padding at the right changes nothing but
+        the rounding of a batch of another size.
+    """
+    longest = max(recording.shape[1] for recording in recordings)
+    rows = [np.pad(r, ((0, 0), (0, longest - r.shape[1]))) for r in recordings]
+    codes = encode(mimi, np.concatenate(rows))
+    channels = recordings[0].shape[0]
+    return [
+        codes[i * channels : (i + 1) * channels, :, : frames_covering_samples(r.shape[1])]
+        for i, r in enumerate(recordings)
+    ]
+
+
+def lookback_frames(mimi: MimiModel) -> int:
+    """How many frames before a frame can have a say in its codes."""
+    encoder: Any = mimi.encoder_transformer
+    layers = list(encoder.transformer.layers)
+    positions = sum(layer.self_attn.context - 1 for layer in layers)
+    positions_per_frame = mimi.encoder_frame_rate / mimi.frame_rate
+    return math.ceil(positions / positions_per_frame) + CONV_FRAMES
+
+
+def encode_long(
+    mimi: MimiModel,
+    read: Callable[[int, int], np.ndarray],
+    num_samples: int,
+    window_frames: int = WINDOW_FRAMES,
+) -> np.ndarray:
+    """Codes of a recording of any length in bounded memory.
+
+    Args:
+        read: float32 [C, stop - start] of samples [start, stop).
+        window_frames: new frames in a window, on top of those looked back on.
+
+    Returns:
+        int64 [C, 8, T], equal to `encode` of the whole up to near ties.
+    """
+    num_frames = frames_covering_samples(num_samples)
+    lookback = lookback_frames(mimi)
+    parts = []
+    for start in range(0, num_frames, window_frames):
+        first = max(0, start - lookback)
+        stop = min((start + window_frames) * FRAME_SAMPLES, num_samples)
+        codes = encode(mimi, read(first * FRAME_SAMPLES, stop))
+        parts.append(codes[:, :, start - first :])
+    return np.concatenate(parts, axis=2)
 
 
 def measure_tokens(mimi: MimiModel) -> CodecTokens:

@@ -1,6 +1,6 @@
-"""Works a stage off in this process, one task after the other.
+"""Brings a stage to its manifest: what is done already, what can be adopted, the rest worked off.
 
-A finished task is in the ledger before the next begins. A rejected task is noted and the
+A finished task is in the ledger before the next outcome is taken. A rejected task is noted and the
 stage goes on; a transient failure leaves its task undone and the stage ends without its
 manifest, so that the next run tries again.
 """
@@ -12,7 +12,8 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -21,11 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from duplex.datafiles import CHECKOUT
-from duplex.errors import CorruptFileError, RecordError, StageFailedError, TransientError
+from duplex.errors import StageFailedError, TransientError
 from duplex.files import write_atomic
 from duplex.records import record_line
-from duplex.stage import MapStage, StageContext, Task, WholeStage, record_seed
-from duplex.store import FileWriter, FolderBlobs, LedgerEntry, StageFolder, folders_of
+from duplex.stage import MapStage, StageContext, Task, WholeStage
+from duplex.store import FileWriter, LedgerEntry, StageFolder, folders_of
+from pipeline.runners.work import Outcome, outcomes
 
 TRANSIENT_LIMIT = 5  # transient failures in a row after which a stage gives up for now
 RECORDED_PACKAGES = (
@@ -92,11 +94,7 @@ def _run_map(
     undone: list[str] = []
     made = 0
     if pending:
-        try:
-            stage.setup(context)
-            made = _work_off(stage, context, folder, pending, keys, done, rejected, undone)
-        finally:
-            stage.close()
+        made = _work_off(stage, context, folder, pending, keys, done, rejected, undone)
     if undone:
         raise StageFailedError(
             f"{stage.name}: {len(undone)} of {len(tasks)} tasks could not be done for now; "
@@ -153,48 +151,41 @@ def _work_off(
     undone: list[str],
 ) -> int:
     made = transient_in_a_row = 0
-    for task in _progress(stage.name, pending):
-        blobs = FolderBlobs(folder)
-        started = time.monotonic()
-        try:
-            seed = record_seed(context.config.seed, stage.name, task.id)
-            records = stage.process(task, seed, blobs)
-        except (RecordError, CorruptFileError) as error:
-            folder.reject_task(task.id, keys[task.id], error)
-            rejected[task.id] = {"task": task.id, "message": str(error)}
-            continue
-        except TransientError as error:
-            undone.append(f"{task.id}: {error}")
-            transient_in_a_row += 1
-            if transient_in_a_row >= TRANSIENT_LIMIT:
-                break
-            continue
-        transient_in_a_row = 0
-        entry = LedgerEntry(
-            task_id=task.id,
-            key=keys[task.id],
-            lines=tuple(record_line(record) for record in records),
-            blobs=tuple(dict.fromkeys(blobs.names)),
-            seconds=time.monotonic() - started,
-        )
-        folder.finish_task(entry)
-        done[task.id] = entry
-        made += 1
+    with closing(outcomes(stage, context, folder, pending)) as results:
+        for outcome in _progress(stage.name, results, len(pending)):
+            task_id = outcome.task_id
+            if isinstance(outcome.error, TransientError):
+                undone.append(f"{task_id}: {outcome.error}")
+                transient_in_a_row += 1
+                if transient_in_a_row >= TRANSIENT_LIMIT:
+                    break
+                continue
+            if outcome.error is not None:
+                folder.reject_task(task_id, keys[task_id], outcome.error)
+                rejected[task_id] = {"task": task_id, "message": str(outcome.error)}
+                continue
+            transient_in_a_row = 0
+            entry = LedgerEntry(
+                task_id, keys[task_id], outcome.lines, outcome.blobs, outcome.seconds
+            )
+            folder.finish_task(entry)
+            done[task_id] = entry
+            made += 1
     return made
 
 
-def _progress(name: str, tasks: list[Task]) -> Iterable[Task]:
-    """The tasks, with a bar on a terminal; without one, the run's own lines are enough."""
+def _progress(name: str, results: Iterator[Outcome], total: int) -> Iterator[Outcome]:
+    """The outcomes, with a bar on a terminal; without one, the run's own lines are enough."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield from tasks
+        yield from results
         return
     columns = (
         TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
-        yield from bar.track(tasks, description=name)
+        yield from bar.track(results, total=total, description=name)
 
 
 def describe_environment(context: StageContext) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import asyncio
 import errno
 import hmac
 import ipaddress
+import json
 import logging
 import os
 import signal
@@ -139,6 +140,7 @@ class Server:
                 "card": speaker.lm.card,
                 "context": speaker.lm.context,
                 "device": str(speaker.device),
+                "voices": speaker.voices.names,
             }
         )
 
@@ -150,12 +152,7 @@ class Server:
         speaker = self._speaker()
         try:
             wanted = wire.parse_chat_request(request.query.items(), self._defaults)
-            if wanted.voice_prompt:
-                raise RequestError(
-                    f"voice_prompt must be a voice that this server has; it has none, "
-                    f"found {wanted.voice_prompt!r}. Leave it out."
-                )
-            speaker.plan(wanted.text_prompt)
+            speaker.plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
         except RequestError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         from pipeline.serving.chat import HEARTBEAT_S
@@ -229,6 +226,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="JSON",
         help="what holds where a URL names no sampling, as the config's serve.sampling",
     )
+    parser.add_argument("--voices", type=Path, help="folder of mono WAV files, for voice_prompt")
+    parser.add_argument("--voice-files", type=json.loads, default={}, help=argparse.SUPPRESS)
     parser.add_argument("--ready-file", type=Path, help='gets {"url": …} once it is up')
     parser.add_argument(
         "--die-with-stdin", action="store_true", help="stop when standard input ends"
@@ -256,7 +255,7 @@ async def _serve(args: argparse.Namespace) -> int:
     await runner.setup()
     stopped = asyncio.create_task(stop.wait())
     # The model loads in its thread meanwhile.
-    loading = loop.run_in_executor(worker, _load, args.checkpoint, args.device)
+    loading = loop.run_in_executor(worker, _load, args)
     try:
         code = await _listen(runner, args, desk, stopped, loading)
     finally:
@@ -293,10 +292,14 @@ async def _listen(
     return EXIT_DONE
 
 
-def _load(checkpoint: Path, device: str) -> Speaker:
+def _load(args: argparse.Namespace) -> Speaker:
     from pipeline.serving.conversation import Speaker
+    from pipeline.serving.voices import files_in
 
-    speaker = Speaker.load(checkpoint, device)
+    voices = {name: Path(path) for name, path in args.voice_files.items()}
+    if args.voices:
+        voices |= files_in(args.voices)
+    speaker = Speaker.load(args.checkpoint, args.device, voices)
     speaker.warm_up()
     return speaker
 

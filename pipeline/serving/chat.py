@@ -20,6 +20,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -132,8 +133,11 @@ class Conversation:
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
         reader = asyncio.create_task(self._read())
         try:
+            begin = partial(
+                self._speaker.begin, voice=wanted.voice_prompt, greeting=wanted.greeting
+            )
             fed = await self._desk.run(
-                self._speaker.begin, wanted.text_prompt, wanted.sampling, seed, self._gone.is_set
+                begin, wanted.text_prompt, wanted.sampling, seed, self._gone.is_set
             )
             self._ready = True
             await self._ws.send_bytes(wire.message(Kind.READY))

@@ -49,6 +49,7 @@ from duplex.streams import (
 )
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.engines.codec import measure_tokens
+from pipeline.serving.voices import VoiceList
 from pipeline.serving.wire import prompt_digest, prompt_tokens
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Speaker:
         *,
         model_digest: str,
         tokenizer_file: bytes,
+        voices: dict[str, Path] | None = None,
     ):
         _check_layout(lm.dep_q, lm.n_q, lm.delays)
         if lm.fuser is not None:
@@ -118,6 +120,7 @@ class Speaker:
         self.model_digest = model_digest
         self.tokenizer_file = tokenizer_file
         self.codec_tokens: CodecTokens = measure_tokens(mimi)
+        self.voices = VoiceList.load(voices or {}, mimi)
         self.device = lm.device
         self._prompt_codes: torch.Tensor | None = None  # [17, P] while a prompt is forced
         self._sampling = SamplingSection()
@@ -128,10 +131,16 @@ class Speaker:
         self.mimi.streaming_forever(1)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "auto") -> Speaker:
+    def load(
+        cls, folder: Path, device: str = "auto", voices: dict[str, Path] | None = None
+    ) -> Speaker:
         """Load a checkpoint folder: float32 on a CPU, bfloat16 on a GPU.
 
+        Args:
+            voices: recordings by the names that a query may give them.
+
         Raises:
+            RequestError: a voice that is none.
             MissingInputError, CorruptFileError: from the checkpoint.
             ServerError: its layout is not one that this server speaks, or no such device.
         """
@@ -149,17 +158,23 @@ class Speaker:
                 checkpoint.load_tokenizer(),
                 model_digest=digest.result(),
                 tokenizer_file=checkpoint.files()["tokenizer"].read_bytes(),
+                voices=voices,
             )
 
     # -- a conversation
 
-    def plan(self, prompt_text: str) -> Prompt:
+    def plan(self, prompt_text: str, voice: str = "", greeting: str = "") -> Prompt:
         """The prompt in frames. Touches no state, so that it may be asked for at any time.
 
         Raises:
-            RequestError: it does not fit into the model's context.
+            RequestError: it does not fit into the model's context, or names no voice of ours.
         """
-        prompt = build_prompt(prompt_tokens(self.tokenizer, prompt_text), self.codec_tokens)
+        prompt = build_prompt(
+            prompt_tokens(self.tokenizer, prompt_text),
+            self.codec_tokens,
+            voice=self.voices.voice(voice),
+            greeting=self.voices.greeting(greeting),
+        )
         context = self.lm.context
         if context is not None and prompt.num_frames >= context:
             raise RequestError(
@@ -174,6 +189,9 @@ class Speaker:
         sampling: SamplingSection,
         seed: int,
         cancelled: Callable[[], bool] = lambda: False,
+        *,
+        voice: str = "",
+        greeting: str = "",
     ) -> FedPrompt:
         """Start a conversation: reset everything, then feed the prompt.
 
@@ -184,7 +202,7 @@ class Speaker:
             RequestError: the prompt is too long.
             Cancelled: `cancelled()` became true; asked once a frame.
         """
-        prompt = self.plan(prompt_text)
+        prompt = self.plan(prompt_text, voice, greeting)
         started_s = time.perf_counter()
         self._set_sampling(sampling)
         self._generator.reset_streaming()

@@ -26,12 +26,18 @@ POLL_S = 0.05
 
 @contextmanager
 def running_server(
-    checkpoint: Path, *, device: str = "auto", timeout_s: float = 600, port: int = 0
+    checkpoint: Path,
+    *,
+    device: str = "auto",
+    timeout_s: float = 600,
+    port: int = 0,
+    voices: dict[str, Path] | None = None,
 ) -> Iterator[str]:
     """Serve `checkpoint` on loopback; gives the server's base URL once it is ready.
 
     Args:
         port: 0 takes any free one.
+        voices: recordings by the names that a query may give them.
 
     Raises:
         ServerError: it ended, or was not ready within `timeout_s`; with the end of its log.
@@ -43,6 +49,8 @@ def running_server(
             *("--port", str(port), "--device", device),
             *("--ready-file", str(ready_file), "--die-with-stdin"),
         ]
+        if voices:
+            command += ["--voice-files", json.dumps({n: str(p) for n, p in voices.items()})]
         with log.open("wb") as log_file:
             process = subprocess.Popen(
                 command,

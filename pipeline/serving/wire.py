@@ -83,10 +83,13 @@ class ChatRequest:
     seed: int | None = None
     sampling: SamplingSection = field(default_factory=SamplingSection)
     audio_format: Literal["opus", "pcm"] = "opus"
+    greeting: str = ""
 
 
 SAMPLING_KEYS = tuple(SamplingSection.model_fields)
-KNOWN_KEYS = ("text_prompt", "voice_prompt", "seed", "format", "token", *SAMPLING_KEYS)
+KNOWN_KEYS = (
+    "text_prompt", "voice_prompt", "greeting", "seed", "format", "token", *SAMPLING_KEYS,
+)  # fmt: skip
 
 
 def parse_chat_request(
@@ -105,12 +108,14 @@ def parse_chat_request(
     audio_format = given.get("format", "opus")
     if audio_format not in ("opus", "pcm"):
         faults.append(f"format must be opus or pcm, found {audio_format!r}")
-    voice = given.get("voice_prompt", "")
-    if not all(c.isalnum() or c in "._-" for c in voice) or voice.startswith("."):
-        faults.append(f"voice_prompt must be the name of a voice, never a path, found {voice!r}")
+    for key in ("voice_prompt", "greeting"):
+        name = given.get(key, "")
+        if not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+            faults.append(f"{key} must be the name of a voice, never a path, found {name!r}")
     request = ChatRequest(
         text_prompt=given.get("text_prompt", "").strip(),
-        voice_prompt=voice,
+        voice_prompt=given.get("voice_prompt", ""),
+        greeting=given.get("greeting", ""),
         seed=_parse_seed(given.get("seed"), faults),
         sampling=_parse_sampling(given, defaults, faults),
         audio_format=cast(Literal["opus", "pcm"], audio_format),
@@ -205,9 +210,16 @@ def chat_url(url: str, /, **changes: str | int | float) -> str:
     return f"ws{base_url(url).removeprefix('http')}{CHAT_PATH}" + (f"?{query}" if query else "")
 
 
-def page_url(base: str, prompt: str) -> str:
+def prompt_audio(persona_id: str, voices: Iterable[str]) -> dict[str, str]:
+    """The query keys for a persona's own voice and for the greeting, where a run has them."""
+    wanted = {"voice_prompt": persona_id, "greeting": "greeting"}
+    return {key: name for key, name in wanted.items() if name in set(voices)}
+
+
+def page_url(base: str, prompt: str, /, **more: str) -> str:
     """The page of a server, opened with a prompt; percent-encoded throughout."""
-    return f"{base_url(base)}/?text_prompt={quote(prompt, safe='')}"
+    query = urlencode({"text_prompt": prompt, **more}, quote_via=quote, safe="")
+    return f"{base_url(base)}/?{query}"
 
 
 # -- what was fed

@@ -22,7 +22,7 @@ from training.lora import (
     liveness,
     target_modules,
 )
-from training.loss import stream_sums, workbench_loss
+from training.loss import stream_sums, training_loss
 
 LORA = LoraSection(rank=4, alpha=8)
 SEED = 5
@@ -41,7 +41,7 @@ def loss_of(model, weights=None):
     def compute_loss():
         with no_compile():
             output = model(batch.codes)
-        return workbench_loss(
+        return training_loss(
             stream_sums(output, batch.codes, batch.loss_mask), weights or LossSection()
         )
 

@@ -50,7 +50,7 @@ def make_codes(seed: int, num_frames: int, card: int = 64, text_card: int = 340)
 
 
 def make_clip(name: str, num_frames: int, seed: int = 0) -> Clip:
-    return Clip(name, make_codes(seed, num_frames).astype(np.int16), PROMPT_FRAMES)
+    return Clip(name, make_codes(seed, num_frames).astype(np.int16), PROMPT_FRAMES, PROMPT_FRAMES)
 
 
 def tensor_bytes(codes: Any) -> bytes:

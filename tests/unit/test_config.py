@@ -100,3 +100,74 @@ def test_a_secret_of_the_wrong_type_is_not_printed(tmp_path, monkeypatch):
 def test_configs_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Config(name="c").seed = 3  # type: ignore[misc]
+
+
+def profile_config(tmp_path, profile, **sections):
+    path = write_yaml(tmp_path / "p.yaml", {"name": "p", "profile": profile, **sections})
+    return load_config(path)
+
+
+def test_the_default_profile_is_workbench(tmp_path):
+    plain = load_config(write_yaml(tmp_path / "d.yaml", {"name": "p"}))
+    assert plain == profile_config(tmp_path, "workbench")
+    tensors, loss = plain.tensors, plain.train.loss
+    assert (tensors.alignment, tensors.overflow, tensors.padding) == ("onset", "continue", "pad")
+    assert (loss.semantic_weight, loss.acoustic_weight) == (100, 1)
+    assert loss.normalize and not loss.prompt
+
+
+def test_personaplex_has_its_papers_weights_and_a_voice_prompt(tmp_path):
+    config = profile_config(tmp_path, "personaplex")
+    loss = config.train.loss
+    assert config.tensors.alignment == "word" and config.tensors.voice_prompt_s > 0
+    weights = (loss.semantic_weight, loss.acoustic_weight, loss.text_padding_weight)
+    assert weights == (1, 0.02, 0.3)
+
+
+def test_moshi_has_no_prompt_and_words_at_their_times(tmp_path):
+    config = profile_config(tmp_path, "moshi")
+    loss = config.train.loss
+    assert config.tensors.alignment == "word" and not config.tensors.prompt
+    weights = (loss.semantic_weight, loss.acoustic_weight, loss.text_padding_weight)
+    assert weights == (100, 1, 0.5)
+
+
+def test_coffee_compat_is_the_predecessor_to_the_letter(tmp_path):
+    config = profile_config(tmp_path, "coffee-compat")
+    tensors, train = config.tensors, config.train
+    assert (tensors.alignment, tensors.onset_fraction, tensors.overflow) == ("onset", 0.3, "drop")
+    assert (tensors.padding, tensors.layout, tensors.encoding) == ("zero", "coffee", "turn")
+    assert (tensors.split, tensors.valid_fraction) == ("conversation", 0.1)
+    assert (train.lora.rank, train.lora.alpha, train.lora.dropout) == (16, 32, 0.1)
+    assert (train.learning_rate, train.weight_decay, train.clip_norm) == (2e-6, 0.01, 1)
+    assert (train.batch_size, train.epochs, config.seed) == (1, 2, 42)
+    loss = train.loss
+    assert (loss.semantic_weight, loss.text_padding_weight) == (100, 1)
+    assert not loss.normalize and loss.prompt
+
+
+def test_what_the_file_says_wins_over_its_profile(tmp_path):
+    config = profile_config(
+        tmp_path,
+        "coffee-compat",
+        tensors={"padding": "pad"},
+        train={"steps": 7, "lora": {"rank": 4}},
+    )
+    assert (config.tensors.padding, config.tensors.layout) == ("pad", "coffee")
+    assert (config.train.lora.rank, config.train.lora.alpha) == (4, 32)
+    # Steps in the file and epochs of the profile would contradict each other.
+    assert (config.train.steps, config.train.epochs) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"overflow": "drop", "alignment": "word"}, "needs alignment: onset"),
+        ({"voice_prompt_s": 3, "prompt": False}, "prompt: true"),
+        ({"greeting": True, "layout": "coffee"}, "neither"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, section, said):
+    path = write_yaml(tmp_path / "c.yaml", {"name": "c", "tensors": section})
+    with pytest.raises(ConfigError, match=said):
+        load_config(path)

@@ -16,7 +16,7 @@ from training.loss import (
     stream_means,
     stream_sums,
     text_loss,
-    workbench_loss,
+    training_loss,
 )
 
 CARD, TEXT_CARD = 5, 7
@@ -83,7 +83,7 @@ def test_both_terms_are_weighted_means(section):
     assert audio_loss(
         sums, section.semantic_weight, section.acoustic_weight
     ).item() == pytest.approx(audio, rel=1e-5)
-    assert workbench_loss(sums, section).item() == pytest.approx(text + audio, rel=1e-5)
+    assert training_loss(sums, section).item() == pytest.approx(text + audio, rel=1e-5)
 
 
 def test_uniform_logits_give_the_logarithms_whatever_the_weights():
@@ -95,7 +95,7 @@ def test_uniform_logits_give_the_logarithms_whatever_the_weights():
     )  # fmt: skip
     sums = stream_sums(blank, codes, loss_mask)
     for section in (LossSection(), LossSection(semantic_weight=1000, acoustic_weight=7)):
-        loss = workbench_loss(sums, section).item()
+        loss = training_loss(sums, section).item()
         assert loss == pytest.approx(math.log(TEXT_CARD) + math.log(CARD), rel=1e-5)
     unnormalised = 100 * sums.nll[2] / sums.count[2] + (sums.nll[3:] / sums.count[3:]).mean()
     assert unnormalised.item() > 50 * math.log(CARD), "the predecessor's loss would fail above"
@@ -107,7 +107,7 @@ def test_semantic_to_acoustic_is_a_hundred_to_one():
     logits = torch.zeros_like(output.logits).requires_grad_(True)
     alike = LMOutput(logits, output.mask, output.text_logits, output.text_mask)
     codes[:, AGENT_ROWS] = 2
-    workbench_loss(stream_sums(alike, codes, loss_mask), LossSection()).backward()
+    training_loss(stream_sums(alike, codes, loss_mask), LossSection()).backward()
     assert logits.grad is not None
     semantic, acoustic = logits.grad[1, 0, 3], logits.grad[1, 4, 3]
     assert torch.allclose(semantic, 100 * acoustic, rtol=1e-4)
@@ -118,7 +118,7 @@ def test_semantic_to_acoustic_is_a_hundred_to_one():
 
 def test_masked_frames_give_no_gradient_and_no_nan():
     output, codes, loss_mask = example()
-    workbench_loss(stream_sums(output, codes, loss_mask), LossSection()).backward()
+    training_loss(stream_sums(output, codes, loss_mask), LossSection()).backward()
     for gradient in (output.logits.grad, output.text_logits.grad):
         assert gradient is not None and torch.isfinite(gradient).all()
     assert not output.logits.grad[0, :, :2].any(), "prompt"

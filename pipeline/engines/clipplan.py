@@ -1,0 +1,164 @@
+"""What each clip is made from: its split, its batch, its voice sample. No files, no audio.
+
+A clip's prompt must not give its own words away, so its voice sample comes from another
+conversation of the same voice and of the same side of the split; from its own only where
+there is no other. Ranks are hashes: one conversation more moves few samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from duplex.clips import text_digest, turn_frames
+from duplex.config import TensorsSection
+from duplex.errors import RecordError, StageFailedError
+from duplex.records import Speech
+from duplex.splits import Member, Split, assign_splits, overlaps
+from duplex.stage import record_seed
+from pipeline.engines.voicesample import SHORTEST_S
+
+GREETING_ID = "greeting"
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """One turn of a conversation, as the sample of a voice or as a greeting."""
+
+    speech: Speech
+    turn: int
+    id: str
+    kind: Literal["voice", "greeting"] = "voice"
+
+
+def voice_of(speech: Speech) -> str:
+    """The voice that the agent starts with."""
+    return next(turn.voice_id for turn in speech.turns if turn.role == "agent")
+
+
+def choose_excerpts(
+    speeches: Sequence[Speech], split: dict[str, Split], seed: int
+) -> dict[str, Excerpt | None]:
+    """The voice sample of each conversation by its id. The first of a voice's samples, `.0`,
+    is the one that a server is given.
+
+    Raises:
+        RecordError: a voice without a turn that is long enough.
+    """
+    groups: dict[tuple[str, Split], list[Excerpt]] = {}
+    chosen: dict[str, Excerpt | None] = {}
+    for voice in sorted({voice_of(speech) for speech in speeches}):
+        ranked = _ranked(voice, speeches, split, seed)
+        if not ranked:
+            raise RecordError(
+                f"voice {voice} must have a turn of at least {SHORTEST_S} s to be sampled from, "
+                "found none. Set tensors.voice_prompt_s: 0, or give it more to say."
+            )
+        for excerpt in ranked:
+            groups.setdefault((voice, split[excerpt.speech.id]), []).append(excerpt)
+    for speech in speeches:
+        same_side = groups.get((voice_of(speech), split[speech.id]), [])
+        others = [excerpt for excerpt in same_side if excerpt.speech.id != speech.id]
+        if not (others or same_side):
+            raise RecordError(
+                f"{speech.id}: its voice {voice_of(speech)} must have a turn of at least "
+                f"{SHORTEST_S} s on its side of the split, found none"
+            )
+        chosen[speech.id] = (others or same_side)[0]
+    return chosen
+
+
+def _ranked(
+    voice: str, speeches: Sequence[Speech], split: dict[str, Split], seed: int
+) -> list[Excerpt]:
+    """Each conversation's longest turn of this voice, training before validation, by hash."""
+    found = []
+    for speech in speeches:
+        lengths = [
+            (turn.end_s - turn.start_s, -index)
+            for index, turn in enumerate(speech.turns)
+            if turn.role == "agent" and turn.voice_id == voice
+        ]
+        length_s, index = max(lengths, default=(0.0, 0))
+        if length_s >= SHORTEST_S and voice_of(speech) == voice:
+            rank = record_seed(seed, "voice-sample", f"{voice}\x00{speech.id}")
+            found.append((split[speech.id] == "valid", rank, speech.id, speech, -index))
+    return [
+        Excerpt(speech, index, f"voice.{voice[:80]}.{number}")
+        for number, (_, _, _, speech, index) in enumerate(sorted(found, key=lambda row: row[:3]))
+    ]
+
+
+def greeting_excerpt(
+    speeches: Sequence[Speech], split: dict[str, Split], seed: int
+) -> Excerpt | None:
+    """The greeting that a server is given: the first turn of a training conversation that the
+    user opens; None where there is none."""
+    opened = [
+        speech
+        for speech in speeches
+        if speech.first_speaker == "user" and split[speech.id] == "train"
+    ]
+    if not opened:
+        return None
+    speech = max(opened, key=lambda s: (record_seed(seed, "greeting", s.id), s.id))
+    return Excerpt(speech, 0, GREETING_ID, "greeting")
+
+
+def split_of(speeches: list[Speech], section: TensorsSection, seed: int) -> dict[str, Split]:
+    """Split of each conversation by its id, checked.
+
+    Raises:
+        StageFailedError: a text, a voice or a conversation on both sides.
+    """
+    members = [
+        Member(
+            id=speech.id,
+            persona=speech.persona_id,
+            conversation=speech.dialogue_id,
+            text=text_digest(speech.turns),
+            voices=agent_voices(speech),
+        )
+        for speech in speeches
+    ]
+    split = assign_splits(members, section.split, section.valid_fraction, seed)
+    faults = overlaps(members, split, section.split)
+    if faults:
+        raise StageFailedError(f"training and validation must share nothing: {'; '.join(faults)}")
+    return split
+
+
+def agent_voices(speech: Speech) -> tuple[str, ...]:
+    return tuple(sorted({turn.voice_id for turn in speech.turns if turn.role == "agent"}))
+
+
+def fixed_batches(speeches: list[Speech], size: int) -> dict[str, tuple[Speech, ...]]:
+    """The batch of each conversation by its id: a persona's conversations by id, `size` at a
+    time. Made from the full list, so that a batch is the same whatever is already done."""
+    batches: dict[str, tuple[Speech, ...]] = {}
+    of_persona: dict[str, list[Speech]] = {}
+    for speech in sorted(speeches, key=lambda speech: speech.id):
+        of_persona.setdefault(speech.persona_id, []).append(speech)
+    for group in of_persona.values():
+        for start in range(0, len(group), size):
+            batch = tuple(group[start : start + size])
+            batches |= dict.fromkeys((speech.id for speech in batch), batch)
+    return batches
+
+
+def dialogue_start(speech: Speech, *, greeting: bool) -> int:
+    """The frame from which on a recording is dialogue: after the user's greeting, or 0.
+
+    Raises:
+        RecordError: the agent speaks over the greeting.
+    """
+    if not greeting or speech.first_speaker != "user":
+        return 0
+    _, end = turn_frames(speech.turns[0])
+    if any(turn_frames(turn)[0] < end for turn in speech.turns[1:]):
+        raise RecordError(
+            "a greeting in the prompt must be heard out, found another turn that starts before it "
+            "ends. Set tensors.greeting: false, or give the dialogue's second turn a gap."
+        )
+    return end

@@ -1,0 +1,157 @@
+"""Tasks -> outcomes, in this process or in several.
+
+A stage that takes workers gets processes of its own making: each runs `setup` once, then one
+task after the other. Records depend on the task alone, so the outcomes are the same however
+many there are; only their order differs, and the store sorts.
+
+Spawned, not forked: a forked torch deadlocks. On Linux a worker dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from typing import Any
+
+from duplex.errors import (
+    CorruptFileError,
+    DuplexError,
+    RecordError,
+    StageFailedError,
+    TransientError,
+)
+from duplex.records import record_line
+from duplex.stage import MapStage, StageContext, Task, record_seed
+from duplex.store import FolderBlobs, StageFolder
+
+TASKS_PER_WORKER = 4  # fewer do not repay a process's start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: record lines and blob names, or the error that ended it."""
+
+    task_id: str
+    lines: tuple[str, ...] = ()
+    blobs: tuple[str, ...] = ()
+    seconds: float = 0.0
+    error: Exception | None = field(default=None)
+
+
+def outcomes(
+    stage: MapStage, context: StageContext, folder: StageFolder, tasks: list[Task]
+) -> Generator[Outcome, None, None]:
+    """One outcome a task, as they come. Closing the iterator gives up what is left.
+
+    Raises:
+        StageFailedError: a worker process died.
+    """
+    count = num_workers(stage, context, len(tasks))
+    if count > 1:
+        yield from _in_processes(stage, context, folder, tasks, count)
+        return
+    try:
+        stage.setup(context)
+        for task in tasks:
+            yield work_off(stage, context, folder, task)
+    finally:
+        stage.close()
+
+
+def num_workers(stage: MapStage, context: StageContext, num_tasks: int) -> int:
+    """As many as the config says; unsaid, one for each core that has enough to do."""
+    if num_tasks < 2 or not stage.takes_workers(context.config):
+        return 1
+    wanted = context.config.section(stage.name).runtime.workers
+    if wanted is None:
+        wanted = min(os.cpu_count() or 1, num_tasks // TASKS_PER_WORKER)
+    return max(1, min(wanted, num_tasks))
+
+
+def work_off(stage: MapStage, context: StageContext, folder: StageFolder, task: Task) -> Outcome:
+    """Process one task. Errors of the task are its outcome; all others are raised."""
+    blobs = FolderBlobs(folder)
+    started = time.monotonic()
+    try:
+        seed = record_seed(context.config.seed, stage.name, task.id)
+        records = stage.process(task, seed, blobs)
+    except (RecordError, CorruptFileError, TransientError) as error:
+        return Outcome(task.id, error=error)
+    return Outcome(
+        task.id,
+        lines=tuple(record_line(record) for record in records),
+        blobs=tuple(dict.fromkeys(blobs.names)),
+        seconds=time.monotonic() - started,
+    )
+
+
+# -- processes
+
+_worker: dict[str, Any] = {}
+
+
+def _in_processes(
+    stage: MapStage, context: StageContext, folder: StageFolder, tasks: list[Task], count: int
+) -> Generator[Outcome, None, None]:
+    stage.prepare(context)
+    # Reports of workers would interleave; what they have to say is in their outcomes.
+    quiet = replace(context, report=_say_nothing)
+    pool = ProcessPoolExecutor(
+        count,
+        mp_context=get_context("spawn"),
+        initializer=_begin_worker,
+        initargs=(type(stage), quiet, folder, os.getpid()),
+    )
+    futures: list[Future[Outcome]] = []
+    try:
+        futures = [pool.submit(_work_off_in_worker, task) for task in tasks]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise StageFailedError(
+            f"{stage.name}: its {count} worker processes must stay alive, one ended (out of "
+            f"memory, perhaps). What is finished is kept: run again with --workers {count // 2}."
+        ) from None
+    finally:
+        for future in futures:
+            future.cancel()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker(
+    stage_type: type[MapStage], context: StageContext, folder: StageFolder, parent: int
+) -> None:
+    _die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    stage = stage_type()
+    try:
+        stage.setup(context)
+    except DuplexError as error:  # raised here it would only be a broken pool
+        _worker["error"] = error
+    _worker.update(stage=stage, context=context, folder=folder)
+
+
+def _work_off_in_worker(task: Task) -> Outcome:
+    if "error" in _worker:
+        raise _worker["error"]
+    return work_off(_worker["stage"], _worker["context"], _worker["folder"], task)
+
+
+def _die_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+
+def _say_nothing(_: str) -> None:
+    pass

@@ -1,0 +1,105 @@
+"""The voices and greetings that a server has: names on a list, never paths.
+
+A query names one of them as `voice_prompt` (what the agent sounds like) or as `greeting` (what
+the other side said first). They are encoded once, as the tensors stage encodes them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from duplex.errors import RecordError, RequestError
+from duplex.frames import FRAME_SAMPLES, frames_covering_samples
+from duplex.records import VoiceSample
+from duplex.store import StageFolder
+from pipeline.engines.voicesample import read_voice, voice_sample
+
+if TYPE_CHECKING:
+    from moshi.models.compression import MimiModel
+
+LONGEST_S = 30.0
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,95}")
+SUFFIXES = (".wav", ".flac")
+
+
+class VoiceList:
+    """Codes int64 [8, T] by name, for either use."""
+
+    def __init__(self, voices: dict[str, np.ndarray], greetings: dict[str, np.ndarray]):
+        self._voices = voices
+        self._greetings = greetings
+
+    @classmethod
+    def load(cls, files: dict[str, Path], mimi: MimiModel) -> VoiceList:
+        """Encode all files; the codec must not be streaming yet.
+
+        Raises:
+            RequestError: a file that is no mono recording of speech.
+        """
+        from pipeline.engines.codec import encode
+
+        voices, greetings = {}, {}
+        for name, path in files.items():
+            try:
+                samples = read_voice(path)
+                sample = voice_sample(samples, LONGEST_S)
+            except RecordError as error:
+                raise RequestError(f"voice {name}: {error}") from None
+            longest = round(LONGEST_S / 0.08) * FRAME_SAMPLES
+            whole = samples[:longest]
+            padding = frames_covering_samples(len(whole)) * FRAME_SAMPLES - len(whole)
+            voices[name] = encode(mimi, sample[None])[0]
+            greetings[name] = encode(mimi, np.pad(whole, (0, padding))[None])[0]
+        return cls(voices, greetings)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._voices)
+
+    def voice(self, name: str) -> np.ndarray | None:
+        return self._find("voice_prompt", name, self._voices)
+
+    def greeting(self, name: str) -> np.ndarray | None:
+        return self._find("greeting", name, self._greetings)
+
+    def _find(self, key: str, name: str, table: dict[str, np.ndarray]) -> np.ndarray | None:
+        if not name:
+            return None
+        if name not in table:
+            has = ", ".join(self.names) or "none; start it with --voices DIR"
+            raise RequestError(
+                f"{key} must be a voice that this server has ({has}), found {name!r}"
+            )
+        return table[name]
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """The recordings of a folder by their names.
+
+    Raises:
+        RequestError: no such folder, or names that no URL could hold.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"--voices must be a folder of mono WAV files, found none at {folder}")
+    files = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in SUFFIXES}
+    odd = [name for name in files if not NAME.fullmatch(name)]
+    if odd:
+        raise RequestError(f"a voice's name must be letters, digits, - and _, found {odd[0]!r}")
+    return files
+
+
+def files_of_run(tensors: StageFolder) -> dict[str, Path]:
+    """What the tensors of a run were made with: each persona's voice sample by the persona's
+    id, and `greeting`. Empty where the prompts have neither."""
+    files: dict[str, Path] = {}
+    for record in tensors.records():
+        if isinstance(record, VoiceSample):
+            name = record.persona_id if record.kind == "voice" else record.id
+            # Sorted by id, so `.0` comes first: the others only stand in for it in training.
+            if name not in files:
+                files[name] = tensors.blob_path(record.audio, ".wav")
+    return files

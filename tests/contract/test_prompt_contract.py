@@ -1,0 +1,346 @@
+"""What the server feeds the model equals what training feeds it, frame by frame.
+
+Training reads the tensor that the tensors stage made, through `LMModel.forward`; what the model
+gets is taken from there. The server gets the same prompt, voice and greeting by its own entry,
+`Speaker.begin`, and what the model was fed is read from its input cache. Frame 0 of the prompt
+is passed and never seen, so training frame i is server call i + 1.
+
+Letters: K = 17 rows, P prompt frames, T frames of a tensor.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moshi.utils.compile import no_compile
+
+import pipeline.tensors
+from duplex.config import Config, SamplingSection
+from duplex.files import sha256_bytes
+from duplex.records import Speech, SpokenTurn, TensorClip, VoiceSample, Word
+from duplex.stage import StageContext, Task
+from duplex.store import FolderBlobs, StageFolder
+from duplex.streams import TEXT_ROW, USER_ROWS, Prompt
+from pipeline.engines.checkpoint import Checkpoint
+from pipeline.engines.clipplan import Excerpt
+from pipeline.engines.pocket import train_tokenizer
+from pipeline.serving.voices import VoiceList
+from pipeline.tensors import ClipTask, TensorsStage
+
+GREEDY = SamplingSection(text_temperature=0, audio_temperature=0)
+WORDS = (
+    "coffee",
+    "large",
+    "oat",
+    "latte",
+    "please",
+    "not",
+    "what",
+    "ordered",
+    "café",
+    "☕",
+    "你好",
+)
+FRAME = 1920
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversation to make a tensor of: what is said when, in frames."""
+
+    prompt: str
+    turns: tuple[tuple[str, int, int, tuple[str, ...]], ...]  # role, start, end, words
+    num_frames: int
+    voice: bool
+    greeting: bool
+    alignment: str
+    seed: int
+
+
+@st.composite
+def cases(draw):
+    turns, cursor = [], draw(st.integers(0, 4))
+    role = draw(st.sampled_from(["agent", "user"]))
+    for _ in range(draw(st.integers(2, 5))):
+        length = draw(st.integers(12, 24))
+        words = tuple(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6)))
+        turns.append((role, cursor, cursor + length, words))
+        cursor += length + draw(st.integers(0, 6))
+        role = "user" if role == "agent" else "agent"
+    return Case(
+        prompt=" ".join(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=20))),
+        turns=tuple(turns),
+        num_frames=cursor + draw(st.integers(1, 8)),
+        voice=draw(st.booleans()),
+        greeting=draw(st.booleans()),
+        alignment=draw(st.sampled_from(["onset", "word", "uniform"])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+FIXED = Case(
+    prompt="I ordered two shots please ☕",
+    turns=(
+        ("user", 2, 20, ("what", "please")),
+        ("agent", 22, 40, ("large", "oat", "latte", "thanks")),
+        ("user", 42, 60, ("two", "shots")),
+    ),
+    num_frames=66,
+    voice=True,
+    greeting=True,
+    alignment="onset",
+    seed=3,
+)
+
+
+def recording(case: Case) -> np.ndarray:
+    """float32 [2, S]: noise of two loudnesses, so that no code hangs on digital silence."""
+    rng = np.random.default_rng(case.seed)
+    audio = 0.01 * rng.standard_normal((2, case.num_frames * FRAME))
+    for role, start, end, _ in case.turns:
+        span = slice(start * FRAME, end * FRAME)
+        audio[0 if role == "agent" else 1, span] += 0.1 * rng.standard_normal((end - start) * FRAME)
+    return audio.astype(np.float32)
+
+
+class Workbench:
+    """The tensors stage on one side, the server's speaker and a training model on the other."""
+
+    def __init__(self, folder: Path, checkpoint: Path, speaker):
+        self.folder = StageFolder(folder / "04-speech-x", "speech", "x")
+        self.out = StageFolder(folder / "05-tensors-x", "tensors", "x")
+        self.checkpoint = checkpoint
+        self.speaker = speaker
+        opened = Checkpoint.open(checkpoint)
+        self.lm, self.mimi = opened.load_lm(), opened.load_mimi()
+        self.stage = TensorsStage()
+
+    def speech(self, case: Case) -> Speech:
+        buffer = io.BytesIO()
+        pcm = np.round(recording(case).T * 32768).astype(np.int16)
+        soundfile.write(buffer, pcm, 24_000, format="WAV", subtype="PCM_16")
+        return Speech(
+            id="case",
+            dialogue_id="case",
+            persona_id="maria",
+            scenario_id="none",
+            system_prompt=case.prompt,
+            first_speaker=case.turns[0][0],
+            audio=FolderBlobs(self.folder).put(buffer.getvalue(), ".wav"),
+            num_samples=len(pcm),
+            turns=tuple(
+                SpokenTurn(
+                    role=role,
+                    text=" ".join(words),
+                    voice_id=f"{role}-voice",
+                    start_s=start * 0.08,
+                    end_s=end * 0.08,
+                    words=tuple(
+                        Word(text=word, start_s=(start + i) * 0.08, end_s=(start + i + 1) * 0.08)
+                        for i, word in enumerate(words)
+                    ),
+                )
+                for role, start, end, words in case.turns
+            ),
+        )
+
+    def tensor(self, case: Case, **section) -> tuple[np.ndarray, TensorClip, dict[str, Path]]:
+        """What training reads: codes int64 [17, T], the record, and the server's voices."""
+        tensors = {"alignment": case.alignment, "greeting": case.greeting,
+                   "voice_prompt_s": 2 if case.voice else 0}  # fmt: skip
+        config = Config.model_validate(
+            {
+                "name": "contract",
+                "model": {"base": str(self.checkpoint)},
+                "tensors": tensors | section | {"runtime": {"cache": False, "device": "cpu"}},
+            }
+        )
+        context = StageContext(config, self.folder.path.parent, {"speech": self.folder})
+        if self.stage._loaded is None:
+            self.stage.setup(context)
+        self.stage._loaded = replace(self.stage._loaded, context=context)
+        speech = self.speech(case)
+        own = next(i for i, turn in enumerate(speech.turns) if turn.role == "agent")
+        sample = Excerpt(speech, own, "voice.agent-voice.0") if case.voice else None
+        tasks = [ClipTask(speech, "train", sample, (speech,)), sample]
+        if case.greeting and speech.first_speaker == "user":
+            tasks.append(Excerpt(speech, 0, "greeting", "greeting"))
+        records = [
+            record
+            for payload in tasks
+            if payload
+            for record in self.stage.process(Task("case", (), payload), 0, FolderBlobs(self.out))
+        ]
+        clip = next(record for record in records if isinstance(record, TensorClip))
+        content = self.out.read_blob(clip.tensor, ".pt")
+        codes = torch.load(io.BytesIO(content), weights_only=True).numpy()
+        voices = {
+            record.kind: self.out.blob_path(record.audio, ".wav")
+            for record in records
+            if isinstance(record, VoiceSample)
+        }
+        return codes, clip, voices
+
+    def read_by_training(self, codes: np.ndarray) -> np.ndarray:
+        """int64 [17, T]: what `LMModel.forward` gives its transformer."""
+        seen = []
+        inner = self.lm.forward_text
+        self.lm.forward_text = lambda sequence, *rest: (seen.append(sequence), inner(sequence))[1]
+        try:
+            with torch.no_grad(), no_compile():
+                self.lm(torch.from_numpy(codes)[None])
+        finally:
+            del self.lm.forward_text
+        return seen[0][0].numpy()
+
+    def read_by_server(self, case: Case, voices: dict[str, Path]) -> np.ndarray:
+        """int64 [17, P]: what a conversation with this prompt feeds the model."""
+        self.speaker.voices = VoiceList.load(voices, self.mimi)
+        return self.speaker.begin(
+            case.prompt, GREEDY, 1, **{"voice": "voice"} if "voice" in voices else {},
+            greeting="greeting" if "greeting" in voices else "",
+        ).frames  # fmt: skip
+
+    def replayed_by_server(self, prompt: Prompt, codes: np.ndarray) -> np.ndarray:
+        """int64 [17, T + 1]: the input cache when the tensor itself is forced, call by call."""
+        whole = np.concatenate([prompt.codes[:, :1], codes], axis=1)
+        plan = self.speaker.plan
+        self.speaker.plan = lambda *_: replace(prompt, codes=whole)
+        try:
+            return self.speaker.begin("", GREEDY, 1).frames
+        finally:
+            self.speaker.plan = plan
+
+
+def contract_faults(bench: Workbench, case: Case, **section) -> list[str]:
+    """Where training and server disagree; empty when the contract holds."""
+    codes, clip, voices = bench.tensor(case, **section)
+    training = bench.read_by_training(codes)
+    served = bench.read_by_server(case, voices)
+    faults = []
+    prompt_frames = served.shape[1]
+    differs = np.flatnonzero((training[:, :prompt_frames] != served).any(axis=0))
+    if len(differs):
+        faults.append(f"position {differs[0]} of the prompt")
+    if max(span.end for span in clip.prompt) != prompt_frames - 1:
+        faults.append("the record's prompt span")
+    if (training[:, 1:] < 0).any():
+        faults.append("an id below 0, which no server feeds")
+    if not faults:
+        greeting = "greeting" if "greeting" in voices else ""
+        prompt = bench.speaker.plan(case.prompt, "voice" if case.voice else "", greeting)
+        replayed = bench.replayed_by_server(prompt, codes)
+        if not np.array_equal(replayed[:, : training.shape[1]], training):
+            faults.append("a position of the dialogue")
+    return faults
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tiny_checkpoint, tiny_speaker):
+    return Workbench(tmp_path_factory.mktemp("contract"), tiny_checkpoint, tiny_speaker)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_training_reads_what_the_server_feeds(bench, case):
+    assert contract_faults(bench, case) == []
+
+
+def test_the_fixed_case_has_all_phases_and_holds(bench):
+    _, clip, _ = bench.tensor(FIXED)
+    phases = [span.label for span in clip.prompt]
+    assert phases == ["voice", "silence", "text", "silence", "greeting"]
+    assert contract_faults(bench, FIXED) == []
+
+
+def test_the_users_rows_are_what_the_server_hears(bench):
+    """The dialogue's user rows, encoded whole, against the server's frame-by-frame encoding."""
+    codes, _, voices = bench.tensor(FIXED)
+    served = bench.read_by_server(FIXED, voices)
+    start = FIXED.turns[0][2] * FRAME  # the dialogue begins where the greeting ends
+    audio = recording(FIXED)[1, start:]
+    audio = (np.round(audio * 32768) / 32768).astype(np.float32)
+    inputs = [served]
+    for frame in audio.reshape(-1, FRAME):
+        bench.speaker.step(frame)
+        inputs.append(bench.speaker._last_input()[:, None].numpy())
+    fed = np.concatenate(inputs, axis=1)
+    training = bench.read_by_training(codes)
+    length = min(fed.shape[1], training.shape[1])
+    assert length - served.shape[1] > 40
+    assert np.array_equal(fed[USER_ROWS, :length], training[USER_ROWS, :length])
+
+
+# -- what the test must notice
+
+
+def closing_tag(monkeypatch, bench):
+    from duplex.streams import coffee_text
+
+    monkeypatch.setattr(pipeline.tensors, "system_text", coffee_text)
+
+
+def shifted_prompt(monkeypatch, bench):
+    monkeypatch.setattr(Prompt, "training_codes", lambda self: np.roll(self.codes, 1, 1)[:, 1:])
+
+
+def kept_frame_0(monkeypatch, bench):
+    monkeypatch.setattr(Prompt, "training_codes", lambda self: self.codes)
+
+
+def dropped_frame_1(monkeypatch, bench):
+    monkeypatch.setattr(Prompt, "training_codes", lambda self: self.codes[:, 2:])
+
+
+def other_tokenizer(monkeypatch, bench):
+    import sentencepiece
+
+    text = Path("data/pocket/corpus.txt").read_text()
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    tokenizer.LoadFromSerializedProto(train_tokenizer(text, 330))
+    monkeypatch.setattr(bench.stage, "_loaded", replace(bench.stage._loaded, tokenizer=tokenizer))
+
+
+def other_voice(monkeypatch, bench):
+    def louder(samples, longest_s):
+        return 0.5 * pipeline.engines.voicesample.voice_sample(samples, longest_s)
+
+    monkeypatch.setattr(pipeline.tensors, "voice_sample", louder)
+    monkeypatch.setattr(pipeline.serving.voices, "voice_sample", lambda samples, _: samples * 2)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [closing_tag, shifted_prompt, kept_frame_0, dropped_frame_1, other_tokenizer, other_voice],
+)
+def test_a_broken_side_is_noticed(bench, monkeypatch, plant):
+    bench.tensor(FIXED)  # loads the stage
+    plant(monkeypatch, bench)
+    assert contract_faults(bench, FIXED) != []
+
+
+def test_minus_one_as_padding_is_noticed(bench):
+    assert contract_faults(bench, FIXED, padding="zero") == ["an id below 0, which no server feeds"]
+
+
+def test_the_predecessors_layout_breaks_the_contract(bench):
+    plain = replace(FIXED, voice=False, greeting=False)
+    assert contract_faults(bench, plain) == []
+    assert contract_faults(bench, plain, layout="coffee")[0].startswith("position")
+
+
+def test_the_text_row_of_the_prompt_holds_the_prompts_tokens(bench):
+    codes, clip, _ = bench.tensor(FIXED)
+    (span,) = (span for span in clip.prompt if span.label == "text")
+    tokenizer = bench.speaker.tokenizer
+    text = f"<system> {FIXED.prompt} <system>"
+    assert codes[TEXT_ROW, span.start : span.end].tolist() == tokenizer.encode(text)
+    assert sha256_bytes(tokenizer.serialized_model_proto()) == clip.tokenizer_digest

@@ -1,0 +1,199 @@
+"""Whole, batched, windowed and streaming encodings agree; so do voices and their files.
+
+A code may fall the other way where two are all but equally near and sums are rounded in another
+order, so equality is that of all codes but one in a thousand.
+"""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from moshi.utils.compile import no_compile
+
+from duplex.errors import RecordError, RequestError
+from pipeline.engines import codec
+from pipeline.engines.checkpoint import Checkpoint
+from pipeline.engines.encoding import mono_wav_bytes, quantize
+from pipeline.engines.voicesample import loudness_lufs, read_voice, voice_sample
+from pipeline.serving.voices import VoiceList, files_in
+
+FRAME = 1920
+NEARLY_ALL = 0.999
+
+
+@pytest.fixture(scope="module")
+def mimi(tiny_checkpoint):
+    return Checkpoint.open(tiny_checkpoint).load_mimi()
+
+
+def noise(num_frames, channels=2, seed=0, level=0.1):
+    rng = np.random.default_rng(seed)
+    return (level * rng.standard_normal((channels, num_frames * FRAME))).astype(np.float32)
+
+
+def agreement(one, other):
+    assert one.shape == other.shape
+    return float((one == other).mean())
+
+
+def reader(audio):
+    return lambda start, stop: audio[:, start:stop]
+
+
+def test_windows_give_the_codes_of_the_whole(mimi):
+    audio = noise(400)
+    whole = codec.encode(mimi, audio)
+    windows = codec.encode_long(mimi, reader(audio), audio.shape[1], window_frames=90)
+    assert agreement(whole, windows) > NEARLY_ALL
+
+
+def test_less_sound_before_a_window_would_be_noticed(mimi, monkeypatch):
+    audio = noise(400)
+    whole = codec.encode(mimi, audio)
+    monkeypatch.setattr(codec, "lookback_frames", lambda _: 10)
+    windows = codec.encode_long(mimi, reader(audio), audio.shape[1], window_frames=90)
+    assert agreement(whole[:, :, 90:], windows[:, :, 90:]) < NEARLY_ALL
+    assert np.array_equal(whole[:, :, :90], windows[:, :, :90])
+
+
+def test_the_lookback_covers_every_layer_of_the_codecs_transformer(mimi):
+    encoder = mimi.encoder_transformer.transformer.layers
+    positions = sum(layer.self_attn.context for layer in encoder)
+    # Two positions of the transformer to a frame.
+    assert codec.lookback_frames(mimi) >= positions / 2
+
+
+def test_a_recording_of_any_length_is_padded_to_whole_frames(mimi):
+    audio = noise(10)[:, : 10 * FRAME - 700]
+    codes = codec.encode_long(mimi, reader(audio), audio.shape[1], window_frames=4)
+    assert codes.shape == (2, 8, 10)
+    assert agreement(codes, codec.encode(mimi, audio)) > NEARLY_ALL
+
+
+def test_a_batch_gives_the_codes_of_each_by_itself(mimi):
+    recordings = [noise(length, seed=length) for length in (60, 35, 48)]
+    recordings[1] = recordings[1][:, :-500]
+    for one, batched in zip(recordings, codec.encode_batch(mimi, recordings), strict=True):
+        assert agreement(codec.encode(mimi, one), batched) > NEARLY_ALL
+
+
+def test_the_whole_is_what_a_server_hears_frame_by_frame(mimi):
+    audio = noise(150, channels=1)
+    streamed = []
+    with torch.no_grad(), no_compile(), mimi.streaming(1):
+        for start in range(0, audio.shape[1], FRAME):
+            streamed.append(mimi.encode(torch.from_numpy(audio[None, :, start : start + FRAME])))
+    streamed = torch.cat(streamed, dim=2)[:, :8].numpy()
+    assert agreement(streamed, codec.encode(mimi, audio)) > NEARLY_ALL
+
+
+def test_steady_tokens_are_those_that_silence_ends_in(mimi):
+    tokens = codec.measure_tokens(mimi)
+    silence = codec.encode(mimi, np.zeros((1, 400 * FRAME), dtype=np.float32))[0, :, -25:]
+    assert (silence == np.asarray(tokens.silence)[:, None]).mean() > 0.5
+    assert tokens.silence != tokens.sine
+    assert tokens != codec.KYUTAI_TOKENS
+
+
+# -- voices
+
+
+def speech_like(seconds, level=0.05, seed=1):
+    time_s = np.arange(int(seconds * 24_000)) / 24_000
+    rng = np.random.default_rng(seed)
+    carrier = np.sin(2 * np.pi * 180 * time_s) + 0.3 * rng.standard_normal(len(time_s))
+    return (level * carrier * (1 + np.sin(2 * np.pi * 4 * time_s))).astype(np.float32)
+
+
+@pytest.mark.parametrize("level", [0.001, 0.05, 0.3])
+def test_a_voice_sample_is_at_minus_24_lufs_in_whole_frames(level):
+    sample = voice_sample(speech_like(5, level), 3.0)
+    assert loudness_lufs(sample) == pytest.approx(-24, abs=0.1)
+    assert len(sample) == 3 * 24_000 // FRAME * FRAME
+    assert np.abs(sample).max() <= 1
+
+
+def test_a_sample_that_was_made_here_is_not_made_again():
+    sample = quantize(voice_sample(speech_like(4), 3.0))
+    assert np.array_equal(voice_sample(sample, 30), sample)
+    peaky = speech_like(4) * 0.02
+    peaky[1000::6000] = 0.9  # the peak limits the gain: softer than -24
+    limited = quantize(voice_sample(peaky, 3.0))
+    assert np.array_equal(voice_sample(limited, 30), limited)
+
+
+def test_what_a_voice_file_holds_is_what_was_encoded():
+    sample = quantize(speech_like(1.6))
+    samples, rate = soundfile.read(io.BytesIO(mono_wav_bytes(sample)), dtype="float32")
+    assert rate == 24_000 and np.array_equal(samples, sample)
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [(speech_like(0.5), "at least 0.8 s"), (np.zeros(48_000, dtype=np.float32), "silence")],
+)
+def test_what_is_no_voice_is_refused(samples, said):
+    with pytest.raises(RecordError, match=said):
+        voice_sample(samples, 10)
+
+
+def write_voice(path, samples=None, rate=24_000, channels=1):
+    samples = speech_like(2) if samples is None else samples
+    soundfile.write(path, np.repeat(samples[:, None], channels, axis=1), rate)
+    return path
+
+
+def test_other_rates_are_resampled_and_stereo_is_refused(tmp_path):
+    samples = read_voice(write_voice(tmp_path / "v.wav", rate=48_000))
+    assert abs(len(samples) - 24_000) < 10
+    with pytest.raises(RecordError, match="mono"):
+        read_voice(write_voice(tmp_path / "s.wav", channels=2))
+
+
+def test_personaplexs_packaged_voices_are_named(tmp_path):
+    voice = {"embeddings": torch.zeros(50, 1, 1, 64), "cache": torch.zeros(1, 17, 4)}
+    for name, said in (("NATF2", "PersonaPlex's packaged voice NATF2"), ("mine", "packaged as")):
+        torch.save(voice, tmp_path / f"{name}.pt")
+        with pytest.raises(RecordError, match=said):
+            read_voice(tmp_path / f"{name}.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
+    with pytest.raises(RecordError, match=r"mono WAV, found a \.pt with dict"):
+        read_voice(tmp_path / "x.pt")
+
+
+def test_a_voice_that_would_run_code_does_not(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    torch.save(Evil(), tmp_path / "NATF0.pt")
+    with pytest.raises(RecordError, match="cannot be read"):
+        read_voice(tmp_path / "NATF0.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_voices_are_names_on_a_list(tmp_path, mimi):
+    write_voice(tmp_path / "maria.wav")
+    voices = VoiceList.load(files_in(tmp_path), mimi)
+    sample = quantize(voice_sample(read_voice(tmp_path / "maria.wav"), 30))
+    assert voices.names == ["maria"]
+    assert voices.voice("maria").shape == (8, len(sample) // FRAME)
+    assert voices.greeting("maria").shape == (8, math.ceil(48_000 / FRAME))
+    assert voices.voice("") is None
+    for name in ("george", "../maria", "maria.wav"):
+        with pytest.raises(RequestError, match=r"voice that this server has .maria."):
+            voices.voice(name)
+    (tmp_path / "a b.wav").write_bytes(b"")
+    with pytest.raises(RequestError, match="name must be"):
+        files_in(tmp_path)
+    with pytest.raises(RequestError, match="must be a folder"):
+        files_in(tmp_path / "none")
+
+
+def test_a_voice_file_that_is_none_stops_the_server_with_its_name(tmp_path, mimi):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF" + bytes(40))
+    with pytest.raises(RequestError, match=r"voice broken: broken\.wav: must be a recording"):
+        VoiceList.load(files_in(tmp_path), mimi)
