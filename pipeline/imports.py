@@ -3,7 +3,8 @@
     dialogues   .json (a list) or .jsonl; the predecessor's records or our own
     speech      a moshi-finetune set: .jsonl of {"path", "duration"}, stereo WAV (left = model)
                 and beside each WAV a .json of {"alignments": [[word, [start, end], speaker]]}
-    tensors     a folder of bare `[17, T]` .pt files
+    tensors     a folder of bare `[17, T]` .pt files; a TensorClip record beside one, as
+                `duplex convert` writes it, is taken over
 
 The folder gets a key of its content, a manifest like any other, and a pointer in
 `<run>/imports/`, which `duplex run` follows instead of working the stage off.
@@ -46,6 +47,7 @@ from duplex.records import (
 from duplex.stage import StageContext
 from duplex.store import FolderBlobs, StageFolder
 from duplex.streams import TEXT_PAD, TEXT_ROW, USER_ROWS, ZERO_TOKEN, check_codes
+from pipeline.converters.sidecar import check_record, record_beside
 from pipeline.run import IMPORTS_FOLDER, run_folder_of, stage_named
 from pipeline.runners.local import describe_environment
 
@@ -299,7 +301,8 @@ def _read_tensor(
     import torch
 
     try:
-        tensor = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
+        content = file.read_bytes()
+        tensor = torch.load(io.BytesIO(content), weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecordError(f"must be a tensor saved by torch.save: {reason[:200]}") from None
@@ -316,11 +319,19 @@ def _read_tensor(
         raise RecordError("; ".join(faults))
     if silent:
         imported.notes.append(f"{file.name}: {silent} text frames of -1 became PAD")
+    clip = record_beside(file)
+    if clip is not None:
+        check_record(clip, content, codes.shape[1], *digests)
     prompt_frames = leading_constant_frames(codes[USER_ROWS])
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(codes), buffer)
     name = slug(file.stem)
     imported.blobs.append((buffer.getvalue(), ".pt"))
+    if clip is not None:
+        tensor_digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+        own = {"id": name, "tensor": tensor_digest, "padding": "pad", "voice_sample": None}
+        imported.records.append(clip.model_copy(update=own))
+        return
     imported.records.append(
         TensorClip(
             id=name,

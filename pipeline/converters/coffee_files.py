@@ -10,7 +10,6 @@ text it holds and how much is missing. Files are read with `weights_only=True`.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from duplex.clips import text_digest
 from duplex.coffee import (
     Conversion,
     TextCoder,
@@ -260,12 +260,12 @@ def _record(converted: Converted, model: Model) -> tuple[str, Member, TensorClip
     text = converted.codes[TEXT_ROW, start:]
     present = int((text != TEXT_PAD).sum())
     dropped = converted.dropped or 0
-    words = " ".join(turn.text for turn in dialogue.turns) if dialogue else name
     clip = TensorClip(
         id=name,
         speech_id=name,
         dialogue_id=dialogue.id if dialogue else None,
         persona_id=dialogue.persona_id if dialogue else name,
+        text_digest=text_digest(dialogue.turns) if dialogue else None,
         tensor=sha256_bytes(converted.content),
         num_frames=converted.codes.shape[1],
         prompt=_spans(made.prompt),
@@ -281,7 +281,7 @@ def _record(converted: Converted, model: Model) -> tuple[str, Member, TensorClip
         id=name,
         persona=clip.persona_id,
         conversation=name,
-        text=hashlib.sha256(words.encode()).hexdigest(),
+        text=clip.text_digest or name,
     )
     return converted.source.name, member, clip
 
@@ -293,8 +293,11 @@ def _spans(spans: tuple[tuple[str, int, int], ...]) -> tuple[FrameSpan, ...]:
 def _with_splits(
     finished: list[tuple[str, Member, TensorClip]],
 ) -> Iterator[tuple[str, TensorClip]]:
-    """A tenth of the personas is held out; where no dialogue names them, of the files."""
+    """A tenth of the personas is held out, of the conversations where there is but one persona;
+    without dialogues each file counts as a persona."""
     members = [member for _, member, _ in finished]
-    split = assign_splits(members, "persona", VALID_FRACTION, SPLIT_SEED)
+    several = len({member.persona for member in members}) > 1
+    by = "persona" if several else "conversation"
+    split = assign_splits(members, by, VALID_FRACTION, SPLIT_SEED)
     for name, member, clip in finished:
         yield name, clip.model_copy(update={"split": split[member.id]})

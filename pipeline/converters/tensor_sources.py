@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from duplex.coffee import TextCoder
 from duplex.config import ModelSection
@@ -22,6 +21,7 @@ from duplex.records import TensorClip
 from duplex.store import MANIFEST, StageFolder
 from duplex.streams import CodecTokens
 from pipeline.converters.common import is_config, records_of, stage_folders
+from pipeline.converters.sidecar import record_beside
 
 MAX_FILE_BYTES = 1 << 28  # 17 rows of int64 for 43 hours; a larger file is no clip
 
@@ -84,12 +84,8 @@ def _clips_of(folder: StageFolder) -> Iterator[Source]:
 
 def _file_source(file: Path) -> Source:
     """A bare .pt, with the record beside it where there is one."""
-    try:
-        content = file.with_suffix(".json").read_bytes()
-        clip = TensorClip.model_validate_json(content)
-    except (OSError, ValidationError):
-        return Source(file.stem, file)
-    return Source(file.stem, file, clip, clip.tensor)
+    clip = record_beside(file)
+    return Source(file.stem, file, clip, clip.tensor if clip else None)
 
 
 def load_model(section: ModelSection, runs: Path) -> Model:

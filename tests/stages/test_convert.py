@@ -9,6 +9,7 @@ import torch
 
 from duplex.cli import main
 from duplex.config import Config, ModelSection
+from duplex.errors import RequestError
 from duplex.files import sha256_bytes
 from duplex.records import TensorClip
 from duplex.store import StageFolder
@@ -22,6 +23,7 @@ from duplex.streams import (
     system_text,
 )
 from pipeline.converters.tensor_sources import MAX_FILE_BYTES, load_model
+from pipeline.imports import import_stage
 from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.test_imports import Trap
 
@@ -326,15 +328,45 @@ def test_a_tensor_that_is_not_what_its_record_says_is_refused(tmp_path, model, c
     assert "as its record says" in capsys.readouterr().err
 
 
-def test_a_converted_folder_can_be_imported(tmp_path, model, convert, tiny_checkpoint):
-    from pipeline.imports import import_stage
-
+def test_a_converted_folder_is_imported_with_its_records(
+    tmp_path, model, convert, tiny_checkpoint, capsys
+):
     for index in range(3):
-        save(tmp_path / "pt" / f"c{index}.pt", coffee_codes(model, seed=index)[0])
-    assert convert(tmp_path / "pt", tmp_path / "new", "workbench") == 0
+        save(tmp_path / "pt" / f"conv_000{index}.pt", coffee_codes(model, seed=index)[0])
+    told = dialogues_file(tmp_path / "training.json")
+    new = tmp_path / "new"
+    assert convert(tmp_path / "pt", new, "workbench", "--dialogues", told) == 0
     config = Config.model_validate({"name": "c", "model": {"base": str(tiny_checkpoint)}})
-    _, imported = import_stage(config, tmp_path / "runs", "tensors", tmp_path / "new")
+    folder, imported = import_stage(config, tmp_path / "runs", "tensors", new)
     assert len(imported.records) == 3 and imported.refused == []
     assert {clip.split for clip in imported.records} == {"train", "valid"}
-    prompt = len(model.coder.encode(system_text(PROMPT))) + 11
-    assert {clip.prompt[-1].end for clip in imported.records} == {prompt}
+    for clip in imported.records:
+        beside = TensorClip.model_validate_json((new / f"{clip.id}.json").read_bytes())
+        assert clip == beside.model_copy(update={"tensor": clip.tensor}) and len(clip.turns) == 4
+        stored = load(folder / "blobs" / f"{clip.tensor}.pt")
+        assert np.array_equal(stored, load(new / f"{clip.id}.pt"))
+    assert {clip.dropped_tokens > 0 for clip in imported.records} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_frames": 9}, "must be its record"),
+        ({"turns": [{"label": "agent", "start": 0, "end": 10**6}]}, "must be its record"),
+        ({"turns": [{"label": "agent", "start": 9, "end": 3}]}, "must be its record"),
+        ({"codec_digest": "0" * 64}, "made for another model"),
+    ],
+)
+def test_a_record_that_is_not_the_tensors_own_is_not_imported(
+    tmp_path, model, convert, tiny_checkpoint, change, said
+):
+    save(tmp_path / "a.pt", coffee_codes(model)[0])
+    assert convert(tmp_path / "a.pt", tmp_path / "new", "workbench") == 0
+    record = tmp_path / "new" / "a.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    config = Config.model_validate({"name": "c", "model": {"base": str(tiny_checkpoint)}})
+    with pytest.raises(RequestError, match=said):
+        import_stage(config, tmp_path / "runs", "tensors", tmp_path / "new")
+    record.write_text('{"alignments": []}')
+    _, imported = import_stage(config, tmp_path / "runs", "tensors", tmp_path / "new")
+    assert [clip.alignment for clip in imported.records] == ["import"]
