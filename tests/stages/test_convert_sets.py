@@ -19,7 +19,7 @@ RATE = 24_000
 WORDS = {
     "june.one": [("user", "Hello", 0.1, 0.4), ("user", "there,", 0.4, 0.7),
                  ("agent", "A", 0.9, 1.0), ("agent", "“latte”.", 1.0, 1.4),
-                 ("user", "Mm", 1.2, 1.3), ("agent", "Please", 1.5, 1.9)],
+                 ("agent", "please", 1.5, 1.9), ("user", "Mm", 1.2, 1.3)],  # into the turn
     "june.two": [("agent", "Hé", 0.123456789, 0.3), ("agent", "you", 0.3, 0.3)],
     "marcus.one": [("agent", "Now", 0.2, 0.5)],
 }  # fmt: skip
@@ -159,7 +159,8 @@ def test_the_set_loads_where_moshi_finetune_loads_it(tmp_path, monkeypatch, spee
         assert all(start < end for _, (start, end), _ in words)
         assert [w[1][0] for w in words] == sorted(w[1][0] for w in words)
         speakers = {"agent": "SPEAKER_MAIN", "user": "SPEAKER_USER"}
-        assert [(speakers[r], t) for r, t, *_ in WORDS[name]] == [(w[2], w[0]) for w in words]
+        by_start = sorted(WORDS[name], key=lambda word: word[2])
+        assert [(speakers[r], t) for r, t, *_ in by_start] == [(w[2], w[0]) for w in words]
 
 
 @pytest.mark.parametrize(
