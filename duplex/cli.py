@@ -99,6 +99,17 @@ def import_(
     path: Annotated[Path | None, typer.Argument(metavar="PATH", help="What to bring in.")] = None,
     stage: Annotated[str, typer.Option("--stage", help="dialogues, speech or tensors.")] = "",
     forget: Annotated[bool, typer.Option("--forget", help="Undo: let the stage work.")] = False,
+    persona: Annotated[str | None, typer.Option(help="speech: whose recordings these are.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="speech: their system prompt.")] = None,
+    recogniser: Annotated[
+        str | None, typer.Option(help="speech without transcripts: faster-whisper, pocketsphinx.")
+    ] = None,
+    recogniser_model: Annotated[
+        str | None, typer.Option(help="faster-whisper: a size, a hub name or a folder.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Of the recordings; en if not given.")
+    ] = None,
     runs: RunsRoot = RUNS,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -109,8 +120,13 @@ def import_(
     """
     from pipeline import commands
 
+    recording = {
+        "persona": persona, "prompt": prompt, "recogniser": recogniser,
+        "recogniser_model": recogniser_model, "language": language,
+    }  # fmt: skip
     commands.import_(
-        _load(config, overrides), runs, stage, path, forget=forget, as_json=as_json
+        _load(config, overrides), runs, stage, path,
+        forget=forget, recording=recording, as_json=as_json,
     )  # fmt: skip
 
 
@@ -198,6 +214,30 @@ def evaluate(
     from pipeline import commands
 
     commands.evaluate(targets, against, items, out, runs, overrides or [], as_json=as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE.pt|DIR", help="A tensor, or many.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder whose codec and tokenizer to hold it to.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model, to read text.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw one file's timeline: OUT.png.")] = None,
+    audio: Annotated[bool, typer.Option(help="Measure loudness where a recording is.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a tensor holds, phase by phase; exit 1 when it would harm training.
+
+    Example: duplex inspect runs/pocket/05-tensors-1a2b3c4d
+    """
+    from pipeline import inspector
+
+    inspector.show(
+        path, model=model, tokenizer=tokenizer, picture=picture, audio=audio, as_json=as_json
+    )
 
 
 @app.command()

@@ -13,10 +13,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from duplex.errors import CorruptFileError, RequestError
+
+CHUNK_BYTES = 1 << 20
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -49,6 +52,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@dataclass
+class Unnamed:
+    """A file that gets its name, in its own folder, once its content is known."""
+
+    path: Path
+    name: str = ""
+
+
+@contextmanager
+def named_when_written(folder: Path) -> Iterator[Unnamed]:
+    """As `atomic_path`, for a file that is named by its content: set `name` inside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, path = tempfile.mkstemp(dir=folder, prefix=".new-", suffix=".tmp")
+    os.close(handle)
+    unnamed = Unnamed(Path(path))
+    try:
+        yield unnamed
+        sync_file(unnamed.path)
+        unnamed.path.chmod(0o644)
+        unnamed.path.replace(folder / unnamed.name)
+        sync_folder(folder)
+    finally:
+        unnamed.path.unlink(missing_ok=True)
+
+
+def file_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
 
 
 def sync_file(path: Path) -> None:

@@ -286,12 +286,17 @@ class Artifact(Record):
 
 
 class Proof(Record):
-    """What a server showed when it was probed."""
+    """What a server showed when it was probed.
+
+    `frames_equal`: whether all 17 rows of the prompt were those of a training tensor with the
+    same prompt; None where there is no such tensor to compare with.
+    """
 
     prompt: Text
     expected_digest: Sha256
     served_digest: Sha256
     num_tokens: int
+    frames_equal: bool | None = None
     proven: bool
 
 

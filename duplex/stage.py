@@ -11,12 +11,13 @@ means equal content, so a finished record is never made twice.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from duplex.config import Config
+from duplex.files import file_chunks
 from duplex.records import Record, canonical_json
 
 if TYPE_CHECKING:
@@ -144,6 +145,14 @@ class BlobSink:
     def put(self, content: bytes, suffix: str) -> str:
         """Store `content` under its sha256 and return that."""
         raise NotImplementedError
+
+    def put_chunks(self, chunks: Iterable[bytes], suffix: str) -> str:
+        """As `put`, for content that is too long to be held: hashed while it is written."""
+        raise NotImplementedError
+
+    def put_file(self, path: Path, suffix: str) -> str:
+        """Store a copy of a file under its sha256 and return that."""
+        return self.put_chunks(file_chunks(path), suffix)
 
 
 def record_seed(run_seed: int, stage: str, record_id: str) -> int:

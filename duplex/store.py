@@ -14,6 +14,7 @@ so a kill at any moment loses at most the task in flight.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from duplex.errors import CorruptFileError
 from duplex.files import (
     append_line,
     atomic_path,
+    named_when_written,
     read_lines,
     read_verified,
     sha256_bytes,
@@ -297,6 +299,19 @@ class FolderBlobs(BlobSink):
         if not path.exists():
             write_atomic(path, content)
         self.names.append(name)
+        return sha256
+
+    def put_chunks(self, chunks: Iterable[bytes], suffix: str) -> str:
+        folder = self._folder.path / "blobs"
+        digest = hashlib.sha256()
+        with named_when_written(folder) as temporary:
+            with temporary.path.open("wb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    file.write(chunk)
+            sha256 = digest.hexdigest()
+            temporary.name = f"{sha256}{suffix}"
+        self.names.append(temporary.name)
         return sha256
 
 

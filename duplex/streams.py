@@ -49,6 +49,15 @@ class CodecTokens:
     sine: tuple[int, ...]
 
 
+# What Kyutai's own weights give, as PersonaPlex publishes it (FACTS, section 1).
+KYUTAI_TOKENS = CodecTokens(
+    silence=(948, 243, 1178, 546, 1736, 1030, 1978, 2008),
+    sine=(430, 1268, 381, 1611, 1095, 1495, 56, 472),
+)
+KYUTAI_CARD = 2_048
+KYUTAI_TEXT_CARD = 32_000
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt as the server passes it, frame 0 included.

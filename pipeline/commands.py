@@ -185,9 +185,17 @@ def doctor(config: Config, runs: Path, *, as_json: bool) -> None:
 
 
 def import_(
-    config: Config, runs: Path, stage: str, path: Path | None, *, forget: bool, as_json: bool
+    config: Config,
+    runs: Path,
+    stage: str,
+    path: Path | None,
+    *,
+    forget: bool,
+    recording: dict[str, str | None],
+    as_json: bool,
 ) -> None:
     from pipeline.imports import forget_import, import_stage
+    from pipeline.recordings import RecordingOptions
 
     if forget:
         gone = forget_import(config, runs, stage)
@@ -195,7 +203,12 @@ def import_(
         return
     if path is None:
         raise RequestError("PATH must be given: the file or folder to import")
-    folder, imported = import_stage(config, runs, stage, path)
+    given = {name: value for name, value in recording.items() if value is not None}
+    options = RecordingOptions(**given) if given else None
+    folder, imported = import_stage(
+        config, runs, stage, path, recording=options,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
     if as_json:
         show_json({"folder": str(folder), "records": len(imported.records),
                    "refused": dict(imported.refused), "notes": imported.notes})  # fmt: skip

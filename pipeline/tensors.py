@@ -141,14 +141,14 @@ class TensorsStage(MapStage):
     def setup(self, context: StageContext) -> None:
         import torch
 
-        from pipeline.engines.codec import measure_tokens
+        from pipeline.engines.codec import keep_freed_memory, measure_tokens
 
         runtime = context.config.tensors.runtime
         device = runtime.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
-            torch.set_num_threads(1)  # the same bytes whatever the number of processes
+            keep_freed_memory()
         checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
         mimi = checkpoint.load_mimi(device)
         codec_digest, card = checkpoint.digest("codec"), checkpoint.config["card"]

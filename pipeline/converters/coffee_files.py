@@ -28,7 +28,7 @@ from duplex.coffee import (
     to_current,
     turn_spans,
 )
-from duplex.config import Config, ModelSection
+from duplex.config import ModelSection
 from duplex.configfile import load_config
 from duplex.errors import DuplexError, RecordError, RequestError
 from duplex.files import new_folder, sha256_bytes, write_atomic
@@ -45,8 +45,9 @@ from duplex.streams import (
     system_text,
 )
 from pipeline.converters.common import Outcome, is_config, track
-from pipeline.converters.tensor_sources import Model, Source, find_sources, load_codes, load_model
-from pipeline.imports import read_dialogues, slug
+from pipeline.converters.tensor_sources import Model, Source, find_sources, load_model
+from pipeline.imported import slug
+from pipeline.imports import read_dialogues
 
 Form = Literal["workbench", "coffee"]
 REPORT = "conversion.jsonl"
@@ -103,7 +104,7 @@ def convert_tensors(
             "given the other closing tag"
         )
     sources = find_sources(source, runs, overrides)
-    texts = _dialogues_by_id(dialogues, runs)
+    texts = _dialogues_by_id(dialogues)
     with new_folder(out) as folder:
         outcome = Outcome()
         loaded = load_model(section, runs)
@@ -129,10 +130,10 @@ def convert_tensors(
     return outcome
 
 
-def _dialogues_by_id(path: Path | None, runs: Path) -> dict[str, Dialogue] | None:
+def _dialogues_by_id(path: Path | None) -> dict[str, Dialogue] | None:
     if path is None:
         return None
-    records = read_dialogues(path, Config(name="convert"), runs).records
+    records = read_dialogues(path).records
     return {record.id: record for record in records if isinstance(record, Dialogue)}
 
 
@@ -144,7 +145,7 @@ def _convert(
 ) -> Converted:
     import torch
 
-    codes = load_codes(source.read())
+    codes = source.read()
     faults = check_codes(codes, card=model.card, text_card=model.text_card, zero_text=True)
     if faults:
         raise RecordError("; ".join(faults))

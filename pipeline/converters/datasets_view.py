@@ -24,7 +24,7 @@ from duplex.store import StageFolder, folders_of
 from duplex.streams import NUM_ROWS
 from pipeline.converters.card import Section, dataset_card
 from pipeline.converters.common import Outcome, records_of, stage_folders, track
-from pipeline.converters.tensor_sources import load_codes
+from pipeline.inspecting.reading import read_codes
 from pipeline.run import stage_named
 
 SPLITS = {"train": "train", "valid": "validation"}
@@ -132,7 +132,7 @@ def _tensor_rows(
     """(split, bytes, row) of each clip."""
     columns = [name for name in tensor_features() if name != "codes"]
     for clip in track("tensors", clips):
-        codes = load_codes(folder.read_blob(clip.tensor, ".pt"))
+        codes, _ = read_codes(folder.blob_path(clip.tensor, ".pt"))
         fields = clip.model_dump(mode="json", include=set(columns))
         yield SPLITS[clip.split], codes.size * 4, fields | {"codes": codes.tolist()}
 

@@ -13,6 +13,7 @@ Source: moshi-finetune, `finetune/data/dataset.py` and `interleaver.py`.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,16 @@ def convert_speech(
     outcome = Outcome()
     lengthened = 0
     with new_folder(out) as target:
+        (target / AUDIO_FOLDER).mkdir()
         lines = []
         for speech in track("convert", [r for r in records_of(folder) if isinstance(r, Speech)]):
             try:
                 alignments, count = alignments_of(speech)
-                content = folder.read_blob(speech.audio, ".wav")
+                recording = folder.blob_path(speech.audio, ".wav")
             except DuplexError as error:
                 outcome.refused.append((speech.id, str(error)))
                 continue
-            write_atomic(target / AUDIO_FOLDER / f"{speech.id}.wav", content)
+            shutil.copyfile(recording, target / AUDIO_FOLDER / f"{speech.id}.wav")
             words = json.dumps({"alignments": alignments}, ensure_ascii=False)
             write_atomic(target / AUDIO_FOLDER / f"{speech.id}.json", words.encode())
             lines.append(json.dumps(index_entry(speech), ensure_ascii=False))

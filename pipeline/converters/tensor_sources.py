@@ -1,11 +1,10 @@
 """Tensors to convert, from a file, a folder or a stage, and what a model says about them.
 
-Files come from outside: `weights_only=True`, bounded in size, and every fault is a RecordError.
+Files come from outside: see `pipeline/inspecting/reading.py`.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,13 @@ import numpy as np
 from duplex.coffee import TextCoder
 from duplex.config import ModelSection
 from duplex.errors import MissingInputError, RecordError, RequestError
-from duplex.files import sha256_bytes
+from duplex.files import sha256_file
 from duplex.records import TensorClip
 from duplex.store import MANIFEST, StageFolder
 from duplex.streams import CodecTokens
 from pipeline.converters.common import is_config, records_of, stage_folders
 from pipeline.converters.sidecar import record_beside
-
-MAX_FILE_BYTES = 1 << 28  # 17 rows of int64 for 43 hours; a larger file is no clip
+from pipeline.inspecting.reading import read_codes
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,18 @@ class Source:
     clip: TensorClip | None = None
     sha256: str | None = None
 
-    def read(self) -> bytes:
-        size = self.path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise RecordError(f"a clip must have at most {MAX_FILE_BYTES >> 20} MiB, found {size}")
-        content = self.path.read_bytes()
-        if self.sha256 and sha256_bytes(content) != self.sha256:
-            raise RecordError(f"must have sha256 {self.sha256[:12]}…, as its record says; found "
-                              f"{sha256_bytes(content)[:12]}…")  # fmt: skip
-        return content
+    def read(self) -> np.ndarray:
+        """int64 codes.
+
+        Raises:
+            RecordError: the file holds something else, or is not the one that its record names.
+        """
+        codes, _ = read_codes(self.path)
+        if self.sha256 and (found := sha256_file(self.path)) != self.sha256:
+            raise RecordError(
+                f"must have sha256 {self.sha256[:12]}…, as its record says; found {found[:12]}…"
+            )
+        return codes
 
 
 @dataclass(frozen=True)
@@ -113,35 +114,3 @@ def load_model(section: ModelSection, runs: Path) -> Model:
         codec_digest=checkpoint.digest("codec"),
         tokenizer_digest=checkpoint.digest("tokenizer"),
     )
-
-
-def load_codes(content: bytes) -> np.ndarray:
-    """int64 codes of a `.pt` file from outside.
-
-    Raises:
-        RecordError: it does not hold one integer tensor.
-    """
-    import torch
-
-    try:
-        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _integers():
-            raise RecordError(f"must hold one integer tensor, found {_kind(tensor)}")
-        if tensor.numel() * 8 > MAX_FILE_BYTES:  # a view may be larger than its storage
-            raise RecordError(f"must hold at most {MAX_FILE_BYTES >> 23} M codes, found more")
-        return tensor.to(torch.int64).contiguous().numpy()
-    except RecordError:
-        raise
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecordError(f"must be a tensor saved by torch.save: {reason[:200]}") from None
-
-
-def _integers() -> frozenset[Any]:
-    import torch
-
-    return frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
-
-
-def _kind(value: Any) -> str:
-    return str(getattr(value, "dtype", type(value).__name__))

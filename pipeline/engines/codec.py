@@ -11,8 +11,12 @@ attention's ring before its first position is read (moshi 0.2.13).
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,13 +31,10 @@ STEADY_STATE_FRAMES = 375  # beyond the codec transformer's context of 250 frame
 SINE_HZ = 440.0
 SINE_AMPLITUDE = 0.5
 WINDOW_FRAMES = 3000  # as long as the LM's context: no dialogue for one clip is longer
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in <malloc.h>
 CONV_FRAMES = 13  # more than the convolutions look back on
-# What Kyutai's own weights give, as PersonaPlex publishes it (FACTS, section 1).
+# Whose steady tokens are `streams.KYUTAI_TOKENS`.
 KYUTAI_CODEC = "tokenizer-e351c8d8-checkpoint125.safetensors"
-KYUTAI_TOKENS = CodecTokens(
-    silence=(948, 243, 1178, 546, 1736, 1030, 1978, 2008),
-    sine=(430, 1268, 381, 1611, 1095, 1495, 56, 472),
-)
 
 
 def encode(mimi: MimiModel, channels: np.ndarray) -> np.ndarray:
@@ -52,10 +53,40 @@ def encode(mimi: MimiModel, channels: np.ndarray) -> np.ndarray:
     padded = np.zeros((channels.shape[0], num_frames * FRAME_SAMPLES), dtype=np.float32)
     padded[:, : channels.shape[1]] = channels
     device = next(mimi.parameters()).device
-    # Without this the library compiles on first use: dear for one pass, and it needs a compiler.
-    with torch.no_grad(), no_compile():
+    # Without no_compile the library compiles on first use: dear, and it needs a compiler.
+    with torch.no_grad(), no_compile(), _one_thread():
         codes = mimi.encode(torch.from_numpy(padded)[:, None].to(device))
     return codes[:, :CODEBOOKS].cpu().numpy().astype(np.int64)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On a CPU the number of threads decides how sums are rounded, and so where near ties fall.
+
+    One thread gives training and server the same prompt; several processes give the speed.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed: a conversation's activations are hundreds of MB, and
+    getting them from the kernel page by page took as long as computing (benchmarks/tensors.py).
+
+    Linux with glibc only; nothing elsewhere.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def encode_batch(mimi: MimiModel, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -118,7 +149,10 @@ def measure_tokens(mimi: MimiModel) -> CodecTokens:
 
     Kyutai's checkpoint gives the constants that PersonaPlex publishes; any other codec has
     its own. Where the steady state still alternates between codes, the commonest counts.
+    Measured on the CPU wherever the codec is, so that training and server get the same.
     """
+    if next(mimi.parameters()).device.type != "cpu":
+        mimi = copy.deepcopy(mimi).to("cpu")
     num_samples = STEADY_STATE_FRAMES * FRAME_SAMPLES
     time_s = np.arange(num_samples) / SAMPLE_RATE
     sine = SINE_AMPLITUDE * np.sin(2 * math.pi * SINE_HZ * time_s)

@@ -44,6 +44,7 @@ class ProbeResult:
     expected_digest: str | None = None
     served_digest: str | None = None
     count: int | None = None
+    frames_digest: str | None = None
     model_digest: str | None = None
     prefill_s: float | None = None
     first_packet_s: float | None = None
@@ -166,7 +167,9 @@ class _Probe:
             digest, count = str(fed["digest"]), int(fed["count"])
         except (ValueError, KeyError, TypeError):
             return self._result(False, "its 04 message is not one of ours")
+        frames = fed.get("frames_digest")
         self._found |= {"served_digest": digest, "count": count}
+        self._found["frames_digest"] = frames if isinstance(frames, str) else None
         if tokens is None:
             return self._result(False, "it names no tokenizer to check its 04 message against")
         expected = wire.prompt_digest(tokens)

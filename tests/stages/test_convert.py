@@ -22,8 +22,9 @@ from duplex.streams import (
     coffee_text,
     system_text,
 )
-from pipeline.converters.tensor_sources import MAX_FILE_BYTES, load_model
+from pipeline.converters.tensor_sources import load_model
 from pipeline.imports import import_stage
+from pipeline.inspecting.reading import MAX_BYTES
 from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.test_imports import Trap
 
@@ -295,7 +296,7 @@ def test_hostile_files_are_refused_and_run_nothing(tmp_path, model, convert, cap
     torch.save(torch.from_numpy(good).float(), files / "floats.pt")
     torch.save(torch.from_numpy(good) > 0, files / "bools.pt")
     torch.save(torch.from_numpy(good).to_sparse(), files / "sparse.pt")
-    huge = torch.zeros(1, dtype=torch.int64).expand(17, MAX_FILE_BYTES // 17)
+    huge = torch.zeros(1, dtype=torch.int64).expand(17, MAX_BYTES)
     torch.save(huge, files / "huge.pt")
     torch.save(torch.from_numpy(good[:9].copy()), files / "nine.pt")
     big = good.copy()
@@ -308,9 +309,10 @@ def test_hostile_files_are_refused_and_run_nothing(tmp_path, model, convert, cap
     assert convert(files, tmp_path / "new", "workbench", "--skip-refused", "--json") == 0
     refused = json.loads(capsys.readouterr().out)["refused"]
     for name, reason in {
-        "trap": "saved by torch.save", "rubbish": "saved by torch.save", "huge": "at most",
-        "floats": "found torch.float32", "bools": "found torch.bool", "nine": "the shape must be",
-        "range": "found 1000000000000 in row 3, frame 60", "sparse": "torch", "empty": "torch",
+        "trap": "not loaded since they may run code", "rubbish": "one dense integer tensor",
+        "empty": "no file of torch.save", "huge": "more than any conversation",
+        "floats": "real numbers (float32)", "bools": "(bool)", "sparse": "layout sparse_coo",
+        "nine": "the shape must be", "range": "found 1000000000000 in row 3, frame 60",
     }.items():  # fmt: skip
         assert reason in refused[name], name
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [

@@ -1,0 +1,1 @@
+"""Speed, memory and differences, each as a ratio taken in one run on one machine."""

@@ -1,0 +1,115 @@
+"""Tensors from outside: a folder of bare `[17, T]` .pt files, as `duplex import` takes them.
+
+A TensorClip record beside one (`duplex convert tensors`) is checked against it and taken over.
+
+Read with `weights_only=True`: files from outside are hostile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from duplex.config import Config
+from duplex.errors import DuplexError, RecordError
+from duplex.records import FrameSpan, TensorClip
+from duplex.streams import TEXT_PAD, TEXT_ROW, USER_ROWS, ZERO_TOKEN, check_codes
+from pipeline.converters.sidecar import check_record, record_beside
+from pipeline.imported import Imported, slug
+
+
+def read_tensors(path: Path, config: Config, runs_root: Path) -> Imported:
+    from pipeline.engines.checkpoint import resolve_checkpoint
+
+    files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    checkpoint = resolve_checkpoint(config.model, runs_root)
+    digests = checkpoint.digest("codec"), checkpoint.digest("tokenizer")
+    imported = Imported()
+    imported.notes.append(
+        "a bare .pt does not say which codec and tokenizer made it: taken as those of model.base"
+    )
+    for file in files:
+        try:
+            _read_tensor(file, checkpoint.config, digests, imported)
+        except (DuplexError, ValidationError) as error:
+            imported.refused.append((file.name, str(error)))
+    imported.refuse_doubles()
+    return imported
+
+
+def _read_tensor(
+    file: Path, model: dict[str, Any], digests: tuple[str, str], imported: Imported
+) -> None:
+    import torch
+
+    content = file.read_bytes()
+    try:
+        tensor = torch.load(io.BytesIO(content), weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RecordError(f"must be a tensor saved by torch.save: {reason[:200]}") from None
+    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    if not dense or tensor.is_floating_point() or tensor.is_complex():
+        raise RecordError(f"must hold one integer tensor, found {type(tensor).__name__}")
+    codes = tensor.to(torch.int64).numpy().copy()
+    silent = 0
+    if codes.ndim == 2 and codes.shape[0] > TEXT_ROW:
+        silent = int((codes[TEXT_ROW] == ZERO_TOKEN).sum())
+        codes[TEXT_ROW][codes[TEXT_ROW] == ZERO_TOKEN] = TEXT_PAD
+    faults = check_codes(codes, card=model["card"], text_card=model["text_card"])
+    if faults:
+        raise RecordError("; ".join(faults))
+    if silent:
+        imported.notes.append(f"{file.name}: {silent} text frames of -1 became PAD")
+    clip = record_beside(file)
+    if clip is not None:
+        check_record(clip, content, codes.shape[1], *digests)
+    prompt_frames = leading_constant_frames(codes[USER_ROWS])
+    buffer = io.BytesIO()
+    torch.save(torch.from_numpy(codes), buffer)
+    name = slug(file.stem)
+    tensor_digest = imported.add_bytes(buffer.getvalue(), ".pt")
+    if clip is not None:
+        own = {"id": name, "tensor": tensor_digest, "padding": "pad", "voice_sample": None}
+        imported.records.append(clip.model_copy(update=own))
+        return
+    imported.records.append(
+        TensorClip(
+            id=name,
+            speech_id=name,
+            persona_id=name,
+            tensor=tensor_digest,
+            num_frames=codes.shape[1],
+            prompt=(FrameSpan(label="prompt", start=0, end=prompt_frames),)
+            if prompt_frames
+            else (),
+            turns=(),
+            text_tokens=int((codes[TEXT_ROW, prompt_frames:] != TEXT_PAD).sum()),
+            dropped_tokens=0,
+            alignment="import",
+            split="valid" if _held_out(name, imported) else "train",
+            codec_digest=digests[0],
+            tokenizer_digest=digests[1],
+        )
+    )
+
+
+def leading_constant_frames(user_rows: np.ndarray) -> int:
+    """How many first frames repeat the first one: the prompt, whose user rows hold the sine.
+
+    Fewer than eight frames are no prompt: a dialogue may begin with silence.
+    """
+    same = (user_rows == user_rows[:, :1]).all(axis=0)
+    count = len(same) if same.all() else int(np.argmin(same))
+    return count if 8 <= count < len(same) else 0
+
+
+def _held_out(name: str, imported: Imported) -> bool:
+    """A tenth by hash, and the second file at the latest, so that validation is never empty."""
+    by_hash = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
+    return by_hash or len(imported.records) == 1
