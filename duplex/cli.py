@@ -258,6 +258,83 @@ def clean(
     commands.clean(_load(config, overrides), runs, dry_run=dry_run, yes=yes, as_json=as_json)
 
 
+convert = typer.Typer(no_args_is_help=True, help="Other programs' forms of data, in and out.")
+app.add_typer(convert, name="convert")
+Source = Annotated[Path, typer.Argument(metavar="CONFIG|FOLDER", help="A config or stage folder.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: new or empty.")]
+SkipRefused = Annotated[
+    bool, typer.Option("--skip-refused", help="Write the others when some cannot be converted.")
+]
+
+
+@convert.command(name="tensors")
+def convert_tensors(
+    source: Annotated[Path, typer.Argument(metavar="IN", help=".pt, folder, stage or config.")],
+    out: Out,
+    form: Annotated[str, typer.Option("--to", help="workbench or coffee.")],
+    model: Annotated[
+        str | None, typer.Option(help="pocket, a checkpoint folder or a hub name: its tokenizer.")
+    ] = None,
+    dialogues: Annotated[
+        Path | None, typer.Option(help="training.json, to say what text the files lost.")
+    ] = None,
+    prompt_fill: Annotated[
+        str, typer.Option(help="To coffee: pad or zero (-1) beside the prompt's text.")
+    ] = "pad",
+    skip_refused: SkipRefused = False,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn the predecessor's .pt files into the current contract, or back.
+
+    Example: duplex convert tensors pt_files/ converted/ --to workbench --model pocket
+    """
+    from pipeline import convert as conversions
+
+    conversions.tensors(
+        source, out, form, model, dialogues, prompt_fill,
+        skip_refused=skip_refused, runs=runs, overrides=overrides, as_json=as_json,
+    )  # fmt: skip
+
+
+@convert.command(name="moshi-finetune")
+def convert_moshi_finetune(
+    source: Source,
+    out: Out,
+    skip_refused: SkipRefused = False,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the speech of a run as a data set of moshi-finetune.
+
+    Example: duplex convert moshi-finetune configs/pocket.yaml moshi-set/
+    """
+    from pipeline import convert as conversions
+
+    conversions.moshi_finetune(
+        source, out, skip_refused=skip_refused, runs=runs, overrides=overrides, as_json=as_json
+    )
+
+
+@convert.command(name="datasets")
+def convert_datasets(
+    source: Source,
+    out: Out,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write tensors and speech as a folder for Hugging Face `datasets`.
+
+    Example: duplex convert datasets configs/pocket.yaml dataset/
+    """
+    from pipeline import convert as conversions
+
+    conversions.datasets(source, out, runs=runs, overrides=overrides, as_json=as_json)
+
+
 @app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,

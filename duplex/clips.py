@@ -12,7 +12,7 @@ import numpy as np
 
 from duplex.alignment import TextTurn, word_starts
 from duplex.frames import frame_at, frames_covering_seconds
-from duplex.records import FrameSpan, SpokenTurn, canonical_json
+from duplex.records import FrameSpan, SpokenTurn, Turn, canonical_json
 from duplex.streams import AGENT_ROWS, NUM_ROWS, TEXT_ROW, USER_ROWS
 
 LEAD_FRAMES = 4  # silence kept before the first turn of a cut-out window, at most
@@ -144,7 +144,7 @@ def assemble(prompt: np.ndarray | None, text_row: np.ndarray, audio: np.ndarray)
     return dialogue if prompt is None else np.concatenate([prompt, dialogue], axis=1)
 
 
-def text_digest(turns: Sequence[SpokenTurn]) -> str:
+def text_digest(turns: Sequence[SpokenTurn | Turn]) -> str:
     """sha256 of who says what, whatever the case, spacing and voices."""
     said = [[turn.role, " ".join(turn.text.casefold().split())] for turn in turns]
     return hashlib.sha256(canonical_json(said).encode()).hexdigest()

@@ -5,9 +5,11 @@ fsync and rename cost about 0.4 ms a file on a local disk.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from duplex.errors import CorruptFileError
+from duplex.errors import CorruptFileError, RequestError
 
 CHUNK_BYTES = 1 << 20
 
@@ -154,3 +156,49 @@ def read_verified(path: Path, sha256: str) -> bytes:
             "or damaged. Remove it and its stage folder, then run again."
         )
     return content
+
+
+def require_free(out: Path) -> None:
+    """
+    Raises:
+        RequestError: `out` is neither free nor an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out} must not exist or be empty, found something there.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and else goes.
+
+    Raises:
+        RequestError: `out` is taken.
+    """
+    require_free(out)
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.unfinished-"
+    for leftover in out.parent.glob(f"{glob.escape(prefix)}*"):  # of a process that was killed
+        if not _is_running(leftover.name.removeprefix(prefix)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    folder = out.parent / f"{prefix}{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        for path in folder.rglob("*"):
+            sync_file(path)
+        sync_folder(folder)
+        folder.replace(out)
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()

@@ -1,5 +1,7 @@
 """Tensors from outside: a folder of bare `[17, T]` .pt files, as `duplex import` takes them.
 
+A TensorClip record beside one (`duplex convert tensors`) is checked against it and taken over.
+
 Read with `weights_only=True`: files from outside are hostile.
 """
 
@@ -17,6 +19,7 @@ from duplex.config import Config
 from duplex.errors import DuplexError, RecordError
 from duplex.records import FrameSpan, TensorClip
 from duplex.streams import TEXT_PAD, TEXT_ROW, USER_ROWS, ZERO_TOKEN, check_codes
+from pipeline.converters.sidecar import check_record, record_beside
 from pipeline.imported import Imported, slug
 
 
@@ -44,8 +47,9 @@ def _read_tensor(
 ) -> None:
     import torch
 
+    content = file.read_bytes()
     try:
-        tensor = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
+        tensor = torch.load(io.BytesIO(content), weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecordError(f"must be a tensor saved by torch.save: {reason[:200]}") from None
@@ -62,11 +66,18 @@ def _read_tensor(
         raise RecordError("; ".join(faults))
     if silent:
         imported.notes.append(f"{file.name}: {silent} text frames of -1 became PAD")
+    clip = record_beside(file)
+    if clip is not None:
+        check_record(clip, content, codes.shape[1], *digests)
     prompt_frames = leading_constant_frames(codes[USER_ROWS])
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(codes), buffer)
     name = slug(file.stem)
     tensor_digest = imported.add_bytes(buffer.getvalue(), ".pt")
+    if clip is not None:
+        own = {"id": name, "tensor": tensor_digest, "padding": "pad", "voice_sample": None}
+        imported.records.append(clip.model_copy(update=own))
+        return
     imported.records.append(
         TensorClip(
             id=name,

@@ -3,7 +3,8 @@
     dialogues   .json (a list) or .jsonl; the predecessor's records or our own
     speech      stereo recordings (left = model), with word times beside them or without: a
                 folder, one file, or a moshi-finetune set's .jsonl (see pipeline/recordings.py)
-    tensors     a folder of bare `[17, T]` .pt files
+    tensors     a folder of bare `[17, T]` .pt files; a TensorClip record beside one, as
+                `duplex convert` writes it, is taken over
 
 The folder gets a key of its content, a manifest like any other, and a pointer in
 `<run>/imports/`, which `duplex run` follows instead of working the stage off.

@@ -31,6 +31,7 @@ LAYERS = [
             "duplex.alignment",
             "duplex.streams",
             "duplex.splits",
+            "duplex.coffee",
             "duplex.clips",
             "duplex.mixing",
             "duplex.metrics",

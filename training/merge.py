@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ import torch
 from safetensors import safe_open
 
 from duplex.errors import MergeError, RequestError
-from duplex.files import sha256_file, sync_file, sync_folder, write_json
+from duplex.files import new_folder, require_free, sha256_file, write_json
 from pipeline.engines.checkpoint import Checkpoint
 from training.adapter import Adapter
 from training.mergeplan import Plan, check_plan, make_plan
@@ -79,15 +77,14 @@ def merge_checkpoint(
         MissingInputError: a file of the base or of the adapter is not there.
         MergeError: adapter and base do not fit, or the result is not what it must be.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RequestError(f"{out} must not exist or be empty, found something there.")
+    require_free(out)
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype}")
     source, lora = Checkpoint.open(base), Adapter.open(adapter)
     base_sha256 = source.digest("moshi")
     plan = make_plan(source, lora, DTYPES[dtype] if dtype else None)
     check_plan(source, lora, plan, base_sha256)
-    with _unfinished(out) as folder:
+    with new_folder(out) as folder:
         changes = apply_plan(source, lora, plan, folder / NAMES["moshi"])
         check_weights(source, plan, folder / NAMES["moshi"])
         weights_sha256 = sha256_file(folder / NAMES["moshi"])
@@ -238,35 +235,3 @@ def _written_dtype(plan: Plan) -> str:
     """The coarsest dtype among the targeted tensors."""
     names = {str(plan.specs[key].dtype).removeprefix("torch.") for key in plan.targets}
     return max(names, key=lambda name: ROUNDING[name])
-
-
-@contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and else goes."""
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.merging-"
-    for leftover in out.parent.glob(f"{prefix}*"):  # of a merge that was killed
-        if not _is_running(leftover.name.removeprefix(prefix)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    folder = out.parent / f"{prefix}{os.getpid()}"
-    folder.mkdir()
-    try:
-        yield folder
-        for path in folder.iterdir():
-            sync_file(path)
-        sync_folder(folder)
-        folder.replace(out)
-        sync_folder(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return int(pid) != os.getpid()

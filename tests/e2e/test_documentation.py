@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tests.e2e.conftest import ROOT, SMALL, environment, make_workplace
@@ -78,6 +79,38 @@ def test_readme_command(checkout, command, monkeypatch):
     else:
         assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_conversion_commands(checkout, tmp_path):
+    """docs/conversions.md from its first command to its last, on the small run."""
+    place = tmp_path / "place"
+    shutil.copytree(checkout, place, symlinks=True)
+    speeches = next((place / "runs" / "pocket").glob("02-dialogues-*/parts/part-00000.jsonl"))
+    records = [json.loads(line) for line in speeches.read_text().splitlines()]
+    (place / "training.json").write_text(json.dumps(records))
+    text = (ROOT / "docs" / "conversions.md").read_text()
+    before = "duplex convert tensors configs/pocket.yaml pt_files --to coffee"
+    commands = [before, *shell_lines(text)]
+    for command in commands:
+        result = run(command, place)
+        assert result.returncode == 0, command + result.stdout + result.stderr
+    assert [line.split()[1] for line in commands].count("convert") == 5
+    for name in sorted(path.name for path in (place / "pt_files").glob("*.pt")):
+        pair = [
+            torch.load(place / folder / name, weights_only=True)
+            for folder in ("pt_files", "pt_again")
+        ]
+        assert torch.equal(*pair)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code += (
+        "\nassert len(clips['train'][0]['codes']) == 17 and spoken['train'][0]['audio']['bytes']"
+    )
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, env=environment() | cache,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 def test_readme_serve_and_probe(checkout):

@@ -193,7 +193,7 @@ def test_a_kill_leaves_nothing_half_written(tiny_checkpoint, adapter, tmp_path):
     )  # fmt: skip
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not out.exists()
-    assert len(list(tmp_path.glob(".out.merging-*"))) == 1, "it was in the middle"
+    assert len(list(tmp_path.glob(".out.unfinished-*"))) == 1, "it was in the middle"
     merge_checkpoint(tiny_checkpoint, adapter, out)
     assert {path.name for path in out.iterdir()} == FILES
     assert not list(tmp_path.glob(".out*"))
