@@ -19,8 +19,9 @@ from duplex.config import Config
 from duplex.errors import DuplexError, RecordError
 from duplex.records import FrameSpan, TensorClip
 from duplex.streams import TEXT_PAD, TEXT_ROW, USER_ROWS, ZERO_TOKEN, check_codes
-from pipeline.converters.sidecar import check_record, record_beside
 from pipeline.imported import Imported, slug
+from pipeline.inspecting.reading import read_codes
+from pipeline.sidecar import check_record, record_beside
 
 
 def read_tensors(path: Path, config: Config, runs_root: Path) -> Imported:
@@ -47,16 +48,8 @@ def _read_tensor(
 ) -> None:
     import torch
 
-    content = file.read_bytes()
-    try:
-        tensor = torch.load(io.BytesIO(content), weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecordError(f"must be a tensor saved by torch.save: {reason[:200]}") from None
-    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-    if not dense or tensor.is_floating_point() or tensor.is_complex():
-        raise RecordError(f"must hold one integer tensor, found {type(tensor).__name__}")
-    codes = tensor.to(torch.int64).numpy().copy()
+    codes, _ = read_codes(file)
+    codes = codes.copy()
     silent = 0
     if codes.ndim == 2 and codes.shape[0] > TEXT_ROW:
         silent = int((codes[TEXT_ROW] == ZERO_TOKEN).sum())
@@ -65,10 +58,13 @@ def _read_tensor(
     if faults:
         raise RecordError("; ".join(faults))
     if silent:
-        imported.notes.append(f"{file.name}: {silent} text frames of -1 became PAD")
+        imported.notes.append(
+            f"{file.name}: {silent} text frames of -1 became PAD; where the predecessor made it, "
+            "`duplex convert tensors` mends its prompt too"
+        )
     clip = record_beside(file)
     if clip is not None:
-        check_record(clip, content, codes.shape[1], *digests)
+        check_record(clip, file.read_bytes(), codes.shape[1], *digests)
     prompt_frames = leading_constant_frames(codes[USER_ROWS])
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(codes), buffer)

@@ -20,8 +20,8 @@ from duplex.records import TensorClip
 from duplex.store import MANIFEST, StageFolder
 from duplex.streams import CodecTokens
 from pipeline.converters.common import is_config, records_of, stage_folders
-from pipeline.converters.sidecar import record_beside
 from pipeline.inspecting.reading import read_codes
+from pipeline.sidecar import record_beside
 
 
 @dataclass(frozen=True)

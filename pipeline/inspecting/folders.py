@@ -27,6 +27,7 @@ from duplex.splits import Member, Split, overlaps
 from duplex.store import MANIFEST, StageFolder, folders_of
 from pipeline.inspecting.known import audio_of, find_checkpoint, loudness_lufs, speeches_of
 from pipeline.inspecting.reading import NotCodesError, read_codes
+from pipeline.sidecar import record_beside
 
 TENSORS_NUMBER = 5
 Speeches = dict[str, tuple[Speech, StageFolder]]
@@ -137,7 +138,12 @@ class FolderReport:
 def inspect_file(
     path: Path, known: Known, *, name: str, speeches: Speeches, audio: bool = True
 ) -> Inspection:
-    """Read, measure and judge one file; what is no tensor of codes becomes a finding."""
+    """Read, measure and judge one file; what is no tensor of codes becomes a finding.
+
+    A record beside it (`duplex convert tensors` writes one) is taken where nothing else is known.
+    """
+    beside = record_beside(path) if known.clip is None else None
+    known = replace(known, clip=beside) if beside else known
     try:
         codes, dtype = read_codes(path)
     except NotCodesError as error:
@@ -145,6 +151,9 @@ def inspect_file(
         guess = Profile("unknown", ())
         return Inspection(name, "", None, guess, (error.finding,), record_id=record_id)
     inspection = inspect_codes(codes, known, name=name, dtype=dtype)
+    if beside and sha256_file(path) != beside.tensor:
+        fault = finding("record-mismatch", f"a record of another content beside {path.name}")
+        inspection = replace(inspection, findings=by_severity([*inspection.findings, fault]))
     wav = audio_of(path, known.clip, speeches) if audio else None
     if wav is None or inspection.measures is None:
         return inspection

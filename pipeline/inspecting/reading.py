@@ -4,6 +4,7 @@ unpacked, `weights_only=True` runs no code, and whatever torch refuses becomes a
 
 from __future__ import annotations
 
+import io
 import warnings
 import zipfile
 from pathlib import Path
@@ -39,13 +40,12 @@ def read_codes(path: Path) -> tuple[np.ndarray, str]:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise NotCodesError("not-codes", f"a file of {size >> 20} MiB, more than {MAX_BYTES >> 20}")
-    _check_unpacked_size(path)
+    content = path.read_bytes()
+    _check_unpacked_size(content)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign pickle protocols: the result is judged
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+            value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
         raise NotCodesError("not-codes", _refusal(error)) from None
     if not isinstance(value, torch.Tensor):
@@ -68,10 +68,10 @@ def read_codes(path: Path) -> tuple[np.ndarray, str]:
     return value.detach().to(torch.int64).contiguous().numpy(), dtype
 
 
-def _check_unpacked_size(path: Path) -> None:
+def _check_unpacked_size(content: bytes) -> None:
     """torch's own files are stored, not packed; a packed one may unfold without end."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
         return  # the old format, or rubbish: torch says which

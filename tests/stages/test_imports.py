@@ -190,7 +190,10 @@ def test_bare_tensors_become_clips_with_their_prompt_found(tmp_path, tiny_checkp
     assert (first.prompt[0].start, first.prompt[0].end) == (0, 12)
     assert {first.split, second.split} == {"train", "valid"}
     assert "does not say which codec" in imported.notes[0]
-    assert imported.notes[1:] == ["two.pt: 40 text frames of -1 became PAD"]
+    assert imported.notes[1:] == [
+        "two.pt: 40 text frames of -1 became PAD; where the predecessor made it, "
+        "`duplex convert tensors` mends its prompt too"
+    ]
     blob = folder / "blobs" / f"{second.tensor}.pt"
     assert (torch.load(io.BytesIO(blob.read_bytes()), weights_only=True)[0] == TEXT_PAD).all()
 
@@ -219,8 +222,8 @@ def test_hostile_and_damaged_tensors_are_refused_and_run_nothing(tmp_path, tiny_
     _, imported = import_stage(tensor_config(tiny_checkpoint), tmp_path / "runs", "tensors", files)
     assert [record.id for record in imported.records] == ["good"]
     reasons = dict(imported.refused)
-    assert "saved by torch.save" in reasons["trap.pt"] and "torch.save" in reasons["rubbish.pt"]
-    assert "one integer tensor" in reasons["floats.pt"] and "shape" in reasons["nine.pt"]
+    assert "may run code" in reasons["trap.pt"] and "torch.save" in reasons["rubbish.pt"]
+    assert "dense integer tensor" in reasons["floats.pt"] and "shape" in reasons["nine.pt"]
     assert "found 64 in row 3, frame 5" in reasons["range.pt"]
     assert not (tmp_path / "sprung").exists()
 
