@@ -188,3 +188,17 @@ def test_a_stream_without_frames_has_no_mean_and_no_weight():
     sums = stream_sums(output, codes, loss_mask)
     assert stream_means(sums.detached())["text_nonpad"] is None
     assert text_loss(sums, padding_weight=0).item() == 0
+
+
+def test_the_predecessors_loss_is_a_weighted_sum_of_means():
+    """CE_text + 100 CE_semantic + mean CE_acoustic, and its first value as it was expected."""
+    output, codes, loss_mask = example()
+    sums = stream_sums(output, codes, loss_mask)
+    section = LossSection(text_padding_weight=1, normalize=False)
+    nll, count = sums.nll, sums.count
+    text = (nll[0] + nll[1]) / (count[0] + count[1])
+    expected = text + 100 * nll[2] / count[2] + sum(nll[k] / count[k] for k in range(3, 10)) / 7
+    assert training_loss(sums, section).item() == pytest.approx(expected.item(), rel=1e-6)
+    share = text / training_loss(sums, section)
+    assert share < 0.05, "text drowns in it"
+    assert text / training_loss(sums, LossSection(text_padding_weight=1)) > 0.3
