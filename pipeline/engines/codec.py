@@ -1,12 +1,17 @@
 """Mimi as the stages use it: float audio -> codes, and the codec's own constants.
 
-A recording is encoded whole, its two channels as one batch. That gives the latents of the
-server's frame-by-frame encoding to 1e-5 (the codec is causal), without its cost. Recordings
-longer than `WINDOW_FRAMES` go in windows, each with as much sound before it as the codec can
-look back on, so that memory is bounded and the codes are those of the whole.
+A recording is encoded whole, its two channels as one batch: the latents are those of the
+server's frame-by-frame encoding to 1e-5 (the codec is causal), without its cost. Within, each
+part of the codec goes as far at once as it should:
 
-Streaming in blocks is no way to do this: a block of T positions overwrites T places of the
-attention's ring before its first position is read (moshi 0.2.13).
+    convolutions   `CHUNK_FRAMES` at a time, each with what they look back on: their activations
+                   at 24 kHz are what takes the memory, and what fits the cache goes faster
+    transformer    `WINDOW_FRAMES` at a time, with all that its layers look back on
+    quantizer      `WINDOW_FRAMES` at a time
+
+so an hour takes little more memory than a minute. Streaming in blocks is no way to do this: a
+block of T positions overwrites T places of the attention's ring before its first position is
+read (moshi 0.2.13).
 """
 
 from __future__ import annotations
@@ -25,14 +30,16 @@ from duplex.frames import FRAME_RATE, FRAME_SAMPLES, SAMPLE_RATE, frames_coverin
 from duplex.streams import CODEBOOKS, CodecTokens
 
 if TYPE_CHECKING:
+    import torch
     from moshi.models.compression import MimiModel
 
 STEADY_STATE_FRAMES = 375  # beyond the codec transformer's context of 250 frames
 SINE_HZ = 440.0
 SINE_AMPLITUDE = 0.5
+CHUNK_FRAMES = 125
 WINDOW_FRAMES = 3000  # as long as the LM's context: no dialogue for one clip is longer
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in <malloc.h>
-CONV_FRAMES = 13  # more than the convolutions look back on
+CONV_FRAMES = 8  # more than the convolutions look back on
 # Whose steady tokens are `streams.KYUTAI_TOKENS`.
 KYUTAI_CODEC = "tokenizer-e351c8d8-checkpoint125.safetensors"
 
@@ -46,17 +53,74 @@ def encode(mimi: MimiModel, channels: np.ndarray) -> np.ndarray:
     Returns:
         int64 [C, 8, T].
     """
+    return encode_long(mimi, lambda start, stop: channels[:, start:stop], channels.shape[1])
+
+
+def encode_long(
+    mimi: MimiModel,
+    read: Callable[[int, int], np.ndarray],
+    num_samples: int,
+    *,
+    window_frames: int = WINDOW_FRAMES,
+    chunk_frames: int = CHUNK_FRAMES,
+) -> np.ndarray:
+    """Codes of a recording of any length in bounded memory.
+
+    Args:
+        read: float32 [C, stop - start] of samples [start, stop).
+
+    Returns:
+        int64 [C, 8, T].
+    """
     import torch
     from moshi.utils.compile import no_compile
 
-    num_frames = frames_covering_samples(channels.shape[1])
-    padded = np.zeros((channels.shape[0], num_frames * FRAME_SAMPLES), dtype=np.float32)
-    padded[:, : channels.shape[1]] = channels
-    device = next(mimi.parameters()).device
     # Without no_compile the library compiles on first use: dear, and it needs a compiler.
     with torch.no_grad(), no_compile(), _one_thread():
-        codes = mimi.encode(torch.from_numpy(padded)[:, None].to(device))
-    return codes[:, :CODEBOOKS].cpu().numpy().astype(np.int64)
+        sound = torch.cat(list(_convolved(mimi, read, num_samples, chunk_frames)), dim=2)
+        latents = mimi._to_framerate(_attended(mimi, sound, window_frames))  # [C, D, T]
+        codes = [mimi.quantizer.encode(part) for part in latents.split(window_frames, dim=2)]
+        return torch.cat(codes, dim=2)[:, :CODEBOOKS].cpu().numpy().astype(np.int64)
+
+
+def _convolved(
+    mimi: MimiModel, read: Callable[[int, int], np.ndarray], num_samples: int, chunk_frames: int
+) -> Iterator[torch.Tensor]:
+    """[C, D, chunk * P] of each chunk in turn: the convolutions' output, P positions a frame."""
+    import torch
+
+    device = next(mimi.parameters()).device
+    per_frame = _positions_per_frame(mimi)
+    for start in range(0, frames_covering_samples(num_samples), chunk_frames):
+        first = max(0, start - CONV_FRAMES)
+        samples = read(
+            first * FRAME_SAMPLES, min((start + chunk_frames) * FRAME_SAMPLES, num_samples)
+        )
+        missing = -samples.shape[1] % FRAME_SAMPLES
+        whole = np.pad(samples, ((0, 0), (0, missing))).astype(np.float32, copy=False)
+        yield mimi.encoder(torch.from_numpy(whole)[:, None].to(device))[
+            :, :, (start - first) * per_frame :
+        ]
+
+
+def _attended(mimi: MimiModel, sound: torch.Tensor, window_frames: int) -> torch.Tensor:
+    """[C, D, T * P]: the codec's transformer over all of it, window by window."""
+    import torch
+
+    if mimi.encoder_transformer is None:
+        return sound
+    per_frame = _positions_per_frame(mimi)
+    lookback, parts = lookback_frames(mimi), []
+    for start in range(0, sound.shape[2] // per_frame, window_frames):
+        first = max(0, start - lookback)
+        window = sound[:, :, first * per_frame : (start + window_frames) * per_frame]
+        (attended,) = mimi.encoder_transformer(window)
+        parts.append(attended[:, :, (start - first) * per_frame :])
+    return torch.cat(parts, dim=2)
+
+
+def _positions_per_frame(mimi: MimiModel) -> int:
+    return round(mimi.encoder_frame_rate / mimi.frame_rate)
 
 
 @contextmanager
@@ -110,38 +174,10 @@ def encode_batch(mimi: MimiModel, recordings: Sequence[np.ndarray]) -> list[np.n
 
 
 def lookback_frames(mimi: MimiModel) -> int:
-    """How many frames before a frame can have a say in its codes."""
+    """How many frames before a frame the codec's transformer can look back on."""
     encoder: Any = mimi.encoder_transformer
-    layers = list(encoder.transformer.layers)
-    positions = sum(layer.self_attn.context - 1 for layer in layers)
-    positions_per_frame = mimi.encoder_frame_rate / mimi.frame_rate
-    return math.ceil(positions / positions_per_frame) + CONV_FRAMES
-
-
-def encode_long(
-    mimi: MimiModel,
-    read: Callable[[int, int], np.ndarray],
-    num_samples: int,
-    window_frames: int = WINDOW_FRAMES,
-) -> np.ndarray:
-    """Codes of a recording of any length in bounded memory.
-
-    Args:
-        read: float32 [C, stop - start] of samples [start, stop).
-        window_frames: new frames in a window, on top of those looked back on.
-
-    Returns:
-        int64 [C, 8, T], equal to `encode` of the whole up to near ties.
-    """
-    num_frames = frames_covering_samples(num_samples)
-    lookback = lookback_frames(mimi)
-    parts = []
-    for start in range(0, num_frames, window_frames):
-        first = max(0, start - lookback)
-        stop = min((start + window_frames) * FRAME_SAMPLES, num_samples)
-        codes = encode(mimi, read(first * FRAME_SAMPLES, stop))
-        parts.append(codes[:, :, start - first :])
-    return np.concatenate(parts, axis=2)
+    positions = sum(layer.self_attn.context - 1 for layer in encoder.transformer.layers)
+    return math.ceil(positions / _positions_per_frame(mimi))
 
 
 def measure_tokens(mimi: MimiModel) -> CodecTokens:

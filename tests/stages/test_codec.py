@@ -46,6 +46,25 @@ def reader(audio):
     return lambda start, stop: audio[:, start:stop]
 
 
+def by_the_library(mimi, audio):
+    with torch.no_grad(), no_compile():
+        return mimi.encode(torch.from_numpy(audio)[:, None])[:, :8].numpy()
+
+
+def test_the_codes_are_the_librarys(mimi):
+    audio = noise(400)
+    for chunk_frames in (40, 125, 1000):
+        codes = codec.encode_long(mimi, reader(audio), audio.shape[1], chunk_frames=chunk_frames)
+        assert agreement(codes, by_the_library(mimi, audio)) > NEARLY_ALL
+
+
+def test_convolutions_that_look_back_on_too_little_would_be_noticed(mimi, monkeypatch):
+    audio = noise(400)
+    monkeypatch.setattr(codec, "CONV_FRAMES", 1)
+    codes = codec.encode_long(mimi, reader(audio), audio.shape[1], chunk_frames=40)
+    assert agreement(codes, by_the_library(mimi, audio)) < NEARLY_ALL
+
+
 def test_windows_give_the_codes_of_the_whole(mimi):
     audio = noise(400)
     whole = codec.encode(mimi, audio)
