@@ -242,6 +242,7 @@ class TensorsStage(MapStage):
         # The predecessor's files hold frame 0 too.
         head = prompt and (prompt.codes if section.layout == "coffee" else prompt.training_codes())
         recording = self._recording(speech)
+        check_streams(speech, recording.peaks())
         budget = section.max_frames - (head.shape[1] if head is not None else 0)
         start_s = frames_to_seconds(recording.start_frame)
         turns = shift_turns(speech.turns, start_s, float("inf"))
@@ -319,6 +320,11 @@ class TensorsStage(MapStage):
             drop=section.overflow == "drop",
             padding=ZERO_TOKEN if section.padding == "zero" else TEXT_PAD,
         )
+        if text.dropped and section.overflow == "continue":
+            raise RecordError(
+                f"every text token must have a frame, found {text.dropped} after the clip's last. "
+                "Raise speech.tail_s, or let them go with tensors.overflow: drop."
+            )
         codes = assemble(head, text.row, audio)
         faults = check_codes(
             codes,
@@ -353,6 +359,19 @@ class TensorsStage(MapStage):
             codec_digest=loaded.digests[0],
             tokenizer_digest=loaded.digests[1],
         )
+
+
+def check_streams(speech: Speech, peaks: np.ndarray) -> None:
+    """
+    Raises:
+        RecordError: the agent says nothing, or one side's channel holds digital silence alone.
+    """
+    if not agent_voices(speech):
+        raise RecordError("the agent must have a turn, found none: there is nothing to learn")
+    for role, channel in CHANNEL.items():
+        spoken = any(turn.role == role for turn in speech.turns)
+        if spoken and peaks[channel] == 0:
+            raise RecordError(f"the {role}'s channel must hold its turns, found digital silence")
 
 
 def prompt_spans(prompt: Prompt | None, layout: str) -> tuple[FrameSpan, ...]:

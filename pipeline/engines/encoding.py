@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CACHE_VERSION = 1  # raised when the same part of the same audio gets other codes
 DIGEST_BYTES = 32
+PEAK_BLOCK = 60 * SAMPLE_RATE
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class Recording:
         """float32 [2, stop - start], samples counted from `start_frame`."""
         offset = self.start_frame * FRAME_SAMPLES
         return read_stereo(self.path, offset + start, offset + stop)
+
+    def peaks(self) -> np.ndarray:
+        """float [2]: the loudest sample of each channel, read block by block."""
+        length = self.num_samples - self.start_frame * FRAME_SAMPLES
+        blocks = range(0, length, PEAK_BLOCK)
+        return np.max(
+            [np.abs(self.read(s, min(s + PEAK_BLOCK, length))).max(axis=1) for s in blocks], axis=0
+        )
 
 
 class Encoder:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LONGEST_S = 30.0
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,95}")
-SUFFIXES = (".wav", ".flac")
+SUFFIXES = (".wav", ".flac", ".pt")  # a .pt is none, and `read_voice` says what it is instead
 
 
 class VoiceList:

@@ -18,7 +18,7 @@ DETERMINISTIC = STAGE_NAMES[: STAGE_NAMES.index("merge") + 1]
 
 def start(workplace):
     return subprocess.Popen(
-        [sys.executable, "-m", "duplex.cli", "run", "small.yaml"],
+        [sys.executable, "-m", "duplex.cli", "run", "small.yaml", "--workers", "2"],
         cwd=workplace.folder, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, bufsize=1, start_new_session=True,
     )  # fmt: skip

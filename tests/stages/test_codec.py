@@ -186,6 +186,13 @@ def test_personaplexs_packaged_voices_are_named(tmp_path):
         read_voice(tmp_path / "x.pt")
 
 
+def test_a_folder_of_packaged_voices_stops_the_server_by_name(tmp_path, mimi):
+    torch.save({"embeddings": torch.zeros(9, 1, 1, 8), "cache": torch.zeros(1, 17, 4)},
+               tmp_path / "VARM3.pt")  # fmt: skip
+    with pytest.raises(RequestError, match="PersonaPlex's packaged voice VARM3"):
+        VoiceList.load(files_in(tmp_path), mimi)
+
+
 def test_a_voice_that_would_run_code_does_not(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -9,11 +9,13 @@ import torch
 
 from duplex.errors import StageFailedError
 from duplex.records import TensorClip, VoiceSample, parse_record
+from duplex.store import FolderBlobs
 from duplex.streams import AGENT_ROWS, TEXT_EPAD, TEXT_PAD, TEXT_ROW, USER_ROWS
 from pipeline.engines import encoding
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.engines.codec import encode, measure_tokens
 from pipeline.runners.local import execute
+from pipeline.speech import wav_bytes
 from pipeline.tensors import TensorsStage
 from tests.stages.tensor_factories import (
     FRAME,
@@ -200,6 +202,31 @@ def test_a_prompt_beyond_the_clip_is_an_error_with_the_count(tmp_path, tiny_chec
     for long in ("reject", "cut"):
         with pytest.raises(StageFailedError, match=r"found \d+ \(\d+ of them prompt\)"):
             run(tmp_path, tiny_checkpoint, folder, max_frames=60, long=long)
+
+
+def test_an_empty_stream_is_refused_with_its_side(tmp_path, tiny_checkpoint):
+    folder = speech_stage(tmp_path / "s", count=1)
+    audio = np.zeros((2, 116 * FRAME), dtype=np.float32)
+    audio[1] = 0.1
+    silent = FolderBlobs(folder).put(wav_bytes(audio), ".wav")
+    finish(folder, [make_speech(folder, "c0", audio=silent)])
+    with pytest.raises(StageFailedError, match="agent's channel must hold its turns"):
+        run(tmp_path, tiny_checkpoint, folder)
+    finish(folder, [make_speech(folder, "c0", turns=(TURNS[0], TURNS[2]))])
+    with pytest.raises(StageFailedError, match="agent must have a turn"):
+        run(tmp_path, tiny_checkpoint, folder)
+
+
+def test_text_without_a_frame_is_an_error_unless_it_may_go(tmp_path, tiny_checkpoint):
+    folder = speech_stage(tmp_path / "s", count=1)
+    turns = (TURNS[0], ("agent", 28, 40, "a large oat latte please and be quick " * 3))
+    finish(folder, [make_speech(folder, "c0", turns=turns, num_frames=42)])
+    with pytest.raises(
+        StageFailedError, match=r"c0: every text token must have a frame, found \d+"
+    ):
+        run(tmp_path, tiny_checkpoint, folder)
+    clips, *_ = run(tmp_path, tiny_checkpoint, folder, overflow="drop")
+    assert clips["c0"].dropped_tokens > 0
 
 
 def test_bytes_are_the_same_with_workers_with_the_cache_and_in_batches(
