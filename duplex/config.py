@@ -128,12 +128,6 @@ class SpeechSection(StageSection):
 
 class TensorsRuntime(Runtime):
     device: Device = "auto"
-    batch: int | None = Field(
-        default=None,
-        ge=1,
-        le=64,
-        description="conversations in one encoding; None: 8 on a GPU, 1 on a CPU",
-    )
     cache: bool = Field(default=True, description="keep codes by content, for another alignment")
 
 
@@ -156,6 +150,12 @@ class TensorsSection(StageSection):
     )
     encoding: Literal["conversation", "turn"] = Field(
         default="conversation", description="turn: each by itself, constant silence between"
+    )
+    batch: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="a persona's conversations in one encoding; more is for a GPU",
     )
     split: Literal["persona", "conversation"] = "persona"
     valid_fraction: Probability = Field(

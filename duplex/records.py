@@ -258,6 +258,7 @@ class TensorClip(Record):
     padding: Literal["pad", "zero"] = "pad"
     layout: Literal["personaplex", "coffee"] = "personaplex"
     split: Literal["train", "valid"]
+    split_by: Literal["persona", "conversation"] | None = None
     codec_digest: Sha256
     tokenizer_digest: Sha256
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,15 @@ def system_text(text: str) -> str:
     return f"{SYSTEM_TAG} {text.strip()} {SYSTEM_TAG}"
 
 
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a system text between its tags; none for an empty one.
+
+    Args:
+        tokenizer: a SentencePieceProcessor.
+    """
+    return list(tokenizer.encode(system_text(text))) if text.strip() else []
+
+
 def coffee_text(text: str) -> str:
     """The text between the predecessor's tags."""
     return f"{SYSTEM_TAG} {text.strip()} {COFFEE_CLOSING_TAG}"
@@ -129,6 +139,16 @@ def build_prompt(
         spans.append((label, start, start + len(text_row)))
         start += len(text_row)
     return Prompt(np.concatenate(blocks, axis=1), tuple(spans), tuple(tokens))
+
+
+def bare_prompt(codec: CodecTokens) -> Prompt:
+    """What a conversation without any prompt starts with: one frame, which is never seen.
+
+    A tensor without a prompt starts with the first frame of its dialogue, so the server must
+    pass something before that.
+    """
+    prompt = build_prompt((), codec)
+    return Prompt(prompt.codes[:, :1], (), ())
 
 
 def _padding_for(name: str, codes: np.ndarray) -> np.ndarray:

@@ -1,8 +1,11 @@
-"""`duplex clean`: removes stage folders that no given config needs, largest first."""
+"""`duplex clean`: removes stage folders that no given config needs, largest first; with them
+what kills left behind and codes that nobody has used for long."""
 
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,10 @@ from duplex.config import Config
 from duplex.lock import RunLock
 from duplex.store import folders_of
 from pipeline.run import STAGES, plan, run_folder_of
+from pipeline.tensors import CACHE_FOLDER
+
+HOUR_S = 3600
+CACHE_DAYS = 30
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,22 @@ def plan_removals(config: Config, runs_root: Path) -> list[Removal]:
         for folder in folders_of(run_folder, stage.number, stage.name):
             if folder.path != step.folder.path:
                 removals.append(Removal(folder.path, freed_bytes(folder.path)))
-    return sorted(removals, key=lambda removal: -removal.num_bytes)
+    return sorted([*removals, *_leftovers(config, runs_root)], key=lambda r: -r.num_bytes)
+
+
+def _leftovers(config: Config, runs_root: Path) -> Iterator[Removal]:
+    """What kills left half-written, and codes that no run has asked for in a month."""
+    now = time.time()
+    run_folder, cache = run_folder_of(config, runs_root), runs_root / CACHE_FOLDER
+    for folder, pattern, age_s in (
+        (run_folder, "*.tmp", HOUR_S),
+        (cache, "*.tmp", HOUR_S),
+        (cache, "*.codes", CACHE_DAYS * 24 * HOUR_S),
+    ):
+        for path in folder.rglob(pattern) if folder.is_dir() else ():
+            stat = path.lstat()
+            if path.is_file() and now - stat.st_mtime > age_s:
+                yield Removal(path, stat.st_size)
 
 
 def freed_bytes(folder: Path) -> int:
@@ -47,6 +69,9 @@ def remove(removals: list[Removal], config: Config, runs_root: Path) -> None:
     """Remove what was planned, under the run's lock."""
     with RunLock(run_folder_of(config, runs_root)):
         for removal in removals:
+            if removal.path.is_file():
+                removal.path.unlink()
+                continue
             # The manifest goes first: a kill in between leaves no folder that looks complete.
             (removal.path / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(removal.path)

@@ -124,6 +124,8 @@ def persona_urls(config: Config, runs: Path, base: str) -> list[tuple[str, str]]
     """The page of each persona, with its voice where the run's tensors have one."""
     from pipeline.serving.wire import page_url, prompt_audio
 
+    if not config.tensors.prompt:
+        return [("without a prompt", f"{base}/")]
     voices = run_voices(config, runs)
     step = plan(config, runs)[0]
     records = step.folder.records() if step.done and step.folder else ()
@@ -270,6 +272,7 @@ def serve(
         command += ["--sampling", config.serve.sampling.model_dump_json()]
         files = {name: str(path.resolve()) for name, path in run_voices(config, runs).items()}
         command += ["--voice-files", json.dumps(files)] if files else []
+        command += [] if config.tensors.prompt else ["--bare"]
     command += ["--voices", str(voices)] if voices else []
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     if token:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.converters.common import Outcome
+from pipeline.converters.common import ConversionReport
 
 
 def tensors(
@@ -63,7 +63,7 @@ def datasets(
     )
 
 
-def show(outcome: Outcome, out: Path, what: str, *, as_json: bool) -> None:
+def show(outcome: ConversionReport, out: Path, what: str, *, as_json: bool) -> None:
     if as_json:
         value = {"out": str(out), "written": outcome.written, "refused": dict(outcome.refused),
                  "notes": outcome.notes, "rows": outcome.rows}  # fmt: skip

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -73,6 +74,7 @@ class EvaluateStage(WholeStage):
         prompt_audio = voices_of_items(spoken, context.records("personas", Persona), voices)
         tokenizer = base.files()["tokenizer"].read_bytes()
         settings = play_settings(section, tokenizer, prompt_audio)
+        settings = replace(settings, bare=not config.tensors.prompt)
         played, started_s = _play_checkpoints(checkpoints, spoken, settings, context, voices)
         require_proofs(played)
         about = {
@@ -177,6 +179,7 @@ def _play_checkpoints(
                 device=runtime.device,
                 timeout_s=runtime.start_timeout_s,
                 voices=voices,
+                bare=not context.config.tensors.prompt,
             )
         )
         started_s[label] = time.monotonic() - started
@@ -225,6 +228,7 @@ def _protocol(section: EvaluateSection, settings: PlaySettings) -> dict[str, Any
         "answer_pause_s": section.answer_s,
         "user_voice": f"{espeak.revision()}, {USER_VOICE['voice']}, {LOUDNESS_DBFS:g} dBFS RMS",
         "codec": "24 kHz int16 PCM on the wire, format=pcm; the model's own codec behind it",
+        "bare": settings.bare,
         "prompt_audio": dict(settings.prompt_audio),
         "prompt_proof": "against our own tokenization"
         if settings.tokenizer

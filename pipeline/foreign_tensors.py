@@ -18,10 +18,14 @@ from pydantic import ValidationError
 from duplex.config import Config
 from duplex.errors import DuplexError, RecordError
 from duplex.records import FrameSpan, TensorClip
+from duplex.splits import Member, assign_splits
 from duplex.streams import TEXT_PAD, TEXT_ROW, USER_ROWS, ZERO_TOKEN, check_codes
+from pipeline.engines.tensor_file import read_codes
 from pipeline.imported import Imported, slug
-from pipeline.inspecting.reading import read_codes
 from pipeline.sidecar import check_record, record_beside
+
+VALID_FRACTION = 0.1
+SPLIT_SEED = 42
 
 
 def read_tensors(path: Path, config: Config, runs_root: Path) -> Imported:
@@ -37,10 +41,22 @@ def read_tensors(path: Path, config: Config, runs_root: Path) -> Imported:
     for file in files:
         try:
             _read_tensor(file, checkpoint.config, digests, imported)
-        except (DuplexError, ValidationError) as error:
+        except (DuplexError, ValidationError, OSError) as error:
             imported.refused.append((file.name, str(error)))
     imported.refuse_doubles()
+    _split(imported)
     return imported
+
+
+def _split(imported: Imported) -> None:
+    """Give the bare files their sides: equal dialogues on one, a tenth of them held out."""
+    bare = [clip for clip in imported.records if isinstance(clip, TensorClip) and not clip.split_by]
+    members = [Member(clip.id, clip.id, clip.id, clip.text_digest or clip.id) for clip in bare]
+    split = assign_splits(members, "conversation", VALID_FRACTION, SPLIT_SEED)
+    for index, record in enumerate(imported.records):
+        if isinstance(record, TensorClip) and record.id in split:
+            own = {"split": split[record.id], "split_by": "conversation"}
+            imported.records[index] = record.model_copy(update=own)
 
 
 def _read_tensor(
@@ -88,7 +104,8 @@ def _read_tensor(
             text_tokens=int((codes[TEXT_ROW, prompt_frames:] != TEXT_PAD).sum()),
             dropped_tokens=0,
             alignment="import",
-            split="valid" if _held_out(name, imported) else "train",
+            text_digest=hashlib.sha256(codes[:, prompt_frames:].tobytes()).hexdigest(),
+            split="train",  # until all are there: see `_split`
             codec_digest=digests[0],
             tokenizer_digest=digests[1],
         )
@@ -103,9 +120,3 @@ def leading_constant_frames(user_rows: np.ndarray) -> int:
     same = (user_rows == user_rows[:, :1]).all(axis=0)
     count = len(same) if same.all() else int(np.argmin(same))
     return count if 8 <= count < len(same) else 0
-
-
-def _held_out(name: str, imported: Imported) -> bool:
-    """A tenth by hash, and the second file at the latest, so that validation is never empty."""
-    by_hash = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
-    return by_hash or len(imported.records) == 1

@@ -58,8 +58,8 @@ def show(
             f"--picture needs codes [17, T], found none in {path}: {inspection.findings[0].message}"
         )
     if picture:
+        from pipeline.engines.tensor_file import read_codes
         from pipeline.inspecting.picture import draw_timeline
-        from pipeline.inspecting.reading import read_codes
 
         draw_timeline(read_codes(path)[0], inspection, picture)
     if as_json:

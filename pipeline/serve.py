@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from duplex.errors import ServerError
-from duplex.records import Persona, Proof, Record, TensorClip
+from duplex.records import Persona, Proof, Record, TensorClip, VoiceSample
 from duplex.stage import StageContext, WholeStage
 from duplex.streams import TEXT_ROW, apply_delays
 
@@ -50,18 +50,22 @@ class ServeStage(WholeStage):
         proofs: list[Record] = []
         voices = files_of_run(context.inputs["tensors"])
         trained = trained_prompts(context.inputs["tensors"], personas, Checkpoint.open(folder))
+        # A model that was trained without prompts is served and proven without one.
+        has_prompt = context.config.tensors.prompt
+        prompts = {p.id: p.prompts[0] for p in personas} if has_prompt else {"no-prompt": ""}
+        on_cpu = runs_on_cpu(section.runtime.device)
         with running_server(
             folder,
             device=section.runtime.device,
             timeout_s=section.runtime.start_timeout_s,
             voices=voices,
+            bare=not has_prompt,
         ) as url:
-            for persona in personas:
-                audio = prompt_audio(persona.id, voices)
-                address = chat_url(url, text_prompt=persona.prompts[0], **audio, **sampling)
+            for name, text in prompts.items():
+                address = chat_url(url, text_prompt=text, **prompt_audio(name, voices), **sampling)
                 result = probe_sync(address, tokenizer=tokenizer)
-                proofs.append(proof_of(persona.id, result, trained.get(persona.id)))
-                context.report(f"{persona.id}: {result.reason}")
+                proofs.append(proof_of(name, result, trained.get(name), on_cpu=on_cpu))
+                context.report(f"{name}: {result.reason}")
         return proofs
 
 
@@ -69,36 +73,37 @@ class ServeStage(WholeStage):
 class TrainedPrompt:
     """The prompt of a training tensor: digest of what the model reads of it, and its clip.
 
-    has_voice: a recording is in it, whose codes may differ from a server's in near ties when
-        one of them runs on a GPU.
+    has_audio: a voice or a greeting is in it, whose codes may differ from a server's in near
+        ties when one of them runs on a GPU.
     """
 
     frames_digest: str
     clip_id: str
-    has_voice: bool
+    has_audio: bool
 
 
 def trained_prompts(
     tensors: StageFolder, personas: list[Persona], checkpoint: Checkpoint
 ) -> dict[str, TrainedPrompt]:
-    """For each persona a tensor with its first prompt and its own voice sample, by its id.
-
-    Tensors with a greeting are left out: theirs is the conversation's own.
-    """
+    """For each persona a tensor with its first prompt, its own voice sample and the greeting
+    that the server has, by its id; personas without one are left out."""
     from pipeline.serving.wire import prompt_digest, prompt_tokens
 
     tokenizer = checkpoint.load_tokenizer()
     wanted = {p.id: prompt_tokens(tokenizer, p.prompts[0]) for p in personas}
+    records = list(tensors.records())
+    greeter = next((r.speech_id for r in records if _is_greeting(r)), None)
     found: dict[str, TrainedPrompt] = {}
-    for clip in tensors.records():
+    for clip in records:
         if not isinstance(clip, TensorClip) or clip.layout != "personaplex":
             continue
         spans = {span.label: span for span in clip.prompt}
         tokens = wanted.get(clip.persona_id)
-        first_choice = clip.voice_sample is None or clip.voice_sample.endswith(".0")
-        if clip.persona_id in found or not first_choice or "greeting" in spans:
+        own_voice = clip.voice_sample is None or clip.voice_sample.endswith(".0")
+        own_greeting = clip.speech_id == greeter if greeter else "greeting" not in spans
+        if clip.persona_id in found or tokens is None or "text" not in spans:
             continue
-        if tokens is None or "text" not in spans:
+        if not (own_voice and own_greeting):
             continue
         codes = _read_codes(tensors, clip)
         if codes[TEXT_ROW, spans["text"].start : spans["text"].end].tolist() != tokens:
@@ -106,8 +111,20 @@ def trained_prompts(
         end = max(span.end for span in clip.prompt)
         card, text_card = checkpoint.config["card"], checkpoint.config["text_card"]
         digest = prompt_digest(apply_delays(codes[:, :end], card, text_card))
-        found[clip.persona_id] = TrainedPrompt(digest, clip.id, clip.voice_sample is not None)
+        has_audio = bool({"voice", "greeting"} & set(spans))
+        found[clip.persona_id] = TrainedPrompt(digest, clip.id, has_audio)
     return found
+
+
+def _is_greeting(record: Record) -> TypeGuard[VoiceSample]:
+    return isinstance(record, VoiceSample) and record.kind == "greeting"
+
+
+def runs_on_cpu(device: str) -> bool:
+    """Whether tensors and server of this machine run on a CPU, where codes repeat."""
+    import torch
+
+    return device == "cpu" or not torch.cuda.is_available()
 
 
 def _read_codes(tensors: StageFolder, clip: TensorClip) -> np.ndarray:
@@ -117,7 +134,13 @@ def _read_codes(tensors: StageFolder, clip: TensorClip) -> np.ndarray:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True).numpy()
 
 
-def proof_of(persona_id: str, result: ProbeResult, trained: TrainedPrompt | None = None) -> Proof:
+def proof_of(
+    persona_id: str,
+    result: ProbeResult,
+    trained: TrainedPrompt | None = None,
+    *,
+    on_cpu: bool = True,
+) -> Proof:
     """The record of a probe that proved its prompt.
 
     Raises:
@@ -131,7 +154,7 @@ def proof_of(persona_id: str, result: ProbeResult, trained: TrainedPrompt | None
     equal = None
     if trained is not None and result.frames_digest is not None:
         equal = trained.frames_digest == result.frames_digest
-        if not equal and not trained.has_voice:
+        if not equal and (on_cpu or not trained.has_audio):
             raise ServerError(
                 f"the prompt of {persona_id} must be fed as in training, and its frames differ "
                 f"from those of {trained.clip_id}: another codec, or tensors of another version. "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from duplex.clips import (
     turn_spans,
 )
 from duplex.config import Config, TensorsSection
-from duplex.errors import RecordError
+from duplex.errors import CorruptFileError, RecordError
 from duplex.frames import (
     FRAME_SAMPLES,
     frames_to_seconds,
     samples_at,
 )
-from duplex.records import FrameSpan, Record, Speech, SpokenTurn, TensorClip, VoiceSample
+from duplex.mixing import CHANNELS
+from duplex.records import Record, Speech, SpokenTurn, TensorClip, VoiceSample
 from duplex.splits import Split
 from duplex.stage import BlobSink, MapStage, StageContext, Task
 from duplex.streams import (
@@ -45,24 +47,26 @@ from duplex.streams import (
     build_prompt,
     check_codes,
     coffee_text,
-    system_text,
+    prompt_tokens,
 )
 from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
 from pipeline.engines.clipplan import (
     Excerpt,
     agent_voices,
+    check_names,
+    check_streams,
     choose_excerpts,
     dialogue_start,
     fixed_batches,
     greeting_excerpt,
+    opening,
+    prompt_spans,
     split_of,
 )
 from pipeline.engines.encoding import Encoder, Recording, mono_wav_bytes, quantize, read_stereo
 from pipeline.engines.voicesample import voice_sample
 
-CHANNEL = {"agent": 0, "user": 1}
 CACHE_FOLDER = ".cache/codes"
-BATCH_ON_GPU = 8
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,6 @@ class _Loaded:
     tokens: Any
     config: dict[str, Any]
     digests: tuple[str, str]
-    batched: bool
 
 
 class TensorsStage(MapStage):
@@ -94,7 +97,7 @@ class TensorsStage(MapStage):
     version = 2
     reads = ("speech",)
     # A clip's split is among its task's sources.
-    set_only = frozenset({"valid_fraction", "split"})
+    set_only = frozenset({"valid_fraction"})
 
     def __init__(self) -> None:
         self._loaded: _Loaded | None = None
@@ -110,7 +113,7 @@ class TensorsStage(MapStage):
         on_gpu = runtime.device == "cuda" or (
             runtime.device == "auto" and torch.cuda.is_available()
         )
-        return not on_gpu and runtime.batch is None
+        return not on_gpu and config.tensors.batch == 1
 
     def tasks(self, context: StageContext) -> list[Task]:
         section, seed = context.config.tensors, context.config.seed
@@ -126,13 +129,17 @@ class TensorsStage(MapStage):
         if greeting:
             sources = ("greeting", greeting.speech.digest, str(greeting.turn))
             tasks.append(Task(greeting.id, sources, greeting))
-        batches = fixed_batches(speeches, section.runtime.batch or BATCH_ON_GPU)
+        batches = fixed_batches(speeches, section.batch)
         for speech in speeches:
             excerpt = excerpts[speech.id]
             sources = (speech.digest, split[speech.id])
-            sources += (excerpt.speech.digest, str(excerpt.turn)) if excerpt else ()
-            payload = ClipTask(speech, split[speech.id], excerpt, batches[speech.id])
-            tasks.append(Task(speech.id, sources, payload))
+            sources += (excerpt.id, excerpt.speech.digest, str(excerpt.turn)) if excerpt else ()
+            batch = batches[speech.id]
+            sources += tuple(mate.audio for mate in batch) if len(batch) > 1 else ()
+            tasks.append(
+                Task(speech.id, sources, ClipTask(speech, split[speech.id], excerpt, batch))
+            )
+        check_names(tasks, speeches)
         return tasks
 
     def prepare(self, context: StageContext) -> None:
@@ -160,7 +167,6 @@ class TensorsStage(MapStage):
             tokens=measure_tokens(mimi),
             config=checkpoint.config,
             digests=(codec_digest, checkpoint.digest("tokenizer")),
-            batched=device != "cpu" or runtime.batch is not None,
         )
 
     def process(self, task: Task, seed: int, blobs: BlobSink) -> list[Record]:
@@ -169,8 +175,8 @@ class TensorsStage(MapStage):
             if isinstance(task.payload, Excerpt):
                 return [self._sample_record(task.payload, blobs)]
             return self._clips(task.payload, blobs)
-        except (RecordError, ValueError) as error:
-            raise RecordError(f"{task.id}: {error}") from error
+        except ValueError as error:
+            raise RecordError(str(error)) from error
 
     def close(self) -> None:
         self._loaded = None
@@ -215,7 +221,20 @@ class TensorsStage(MapStage):
 
     def _recording(self, speech: Speech) -> Recording:
         start = dialogue_start(speech, greeting=self._section.greeting)
-        return Recording(self._audio(speech), speech.audio, speech.num_samples, start)
+        return Recording(partial(self._audio, speech), speech.audio, speech.num_samples, start)
+
+    def _batch(self, clip: ClipTask) -> list[Recording]:
+        """The clip's fixed batch, less those that cannot be encoded: they are refused by
+        themselves, and must not take the others with them."""
+        members = []
+        for speech in clip.batch:
+            try:
+                recording = self._recording(speech)
+                check_streams(speech, recording.peaks())
+            except (RecordError, CorruptFileError):
+                continue
+            members.append(recording)
+        return members
 
     def _prompt(self, clip: ClipTask) -> Prompt | None:
         section, loaded = self._section, self._loaded
@@ -229,10 +248,10 @@ class TensorsStage(MapStage):
         voice = greeting = None
         if clip.sample:
             voice = loaded.encoder.mono(self._excerpt_samples(clip.sample))
-        if section.greeting and speech.first_speaker == "user":
+        if section.greeting and opening(speech):
             own = Excerpt(speech, 0, "greeting", "greeting")
             greeting = loaded.encoder.mono(self._excerpt_samples(own))
-        tokens = loaded.tokenizer.encode(system_text(speech.system_prompt))
+        tokens = prompt_tokens(loaded.tokenizer, speech.system_prompt)
         return build_prompt(tokens, loaded.tokens, voice=voice, greeting=greeting)
 
     def _clips(self, clip: ClipTask, blobs: BlobSink) -> list[Record]:
@@ -243,10 +262,11 @@ class TensorsStage(MapStage):
         head = prompt and (prompt.codes if section.layout == "coffee" else prompt.training_codes())
         recording = self._recording(speech)
         check_streams(speech, recording.peaks())
-        budget = section.max_frames - (head.shape[1] if head is not None else 0)
+        longest = min(section.max_frames, loaded.config.get("context") or section.max_frames)
+        budget = longest - (head.shape[1] if head is not None else 0)
         start_s = frames_to_seconds(recording.start_frame)
         turns = shift_turns(speech.turns, start_s, float("inf"))
-        windows = self._windows(speech, turns, recording.num_frames, budget)
+        windows = self._windows(turns, recording.num_frames, budget, longest)
         audio = self._codes(recording, turns, clip)
         records: list[Record] = []
         for number, (start, end) in enumerate(windows):
@@ -259,18 +279,17 @@ class TensorsStage(MapStage):
         return records
 
     def _windows(
-        self, speech: Speech, turns: tuple[SpokenTurn, ...], num_frames: int, budget: int
+        self, turns: tuple[SpokenTurn, ...], num_frames: int, budget: int, longest: int
     ) -> list[tuple[int, int]]:
-        section = self._section
         if num_frames <= budget:
             return [(0, num_frames)]
-        prompt_frames = section.max_frames - budget
-        if section.long == "reject" or budget < 1:
+        prompt_frames = longest - budget
+        if self._section.long == "reject" or budget < 1:
             raise RecordError(
-                f"a clip must have at most {section.max_frames} frames, found "
-                f"{num_frames + prompt_frames} ({prompt_frames} of them prompt). Set tensors.long: "
-                "cut, shorten dialogues.max_turns or the prompt, or raise tensors.max_frames up to "
-                "the model's context."
+                f"a clip must have at most {longest} frames (tensors.max_frames, and the model's "
+                f"context), found {num_frames + prompt_frames} ({prompt_frames} of them prompt). "
+                "Set tensors.long: cut, shorten dialogues.max_turns or the prompt, or raise "
+                "tensors.max_frames."
             )
         windows = cut_windows(turns, num_frames, budget)
         if windows is None:
@@ -286,14 +305,12 @@ class TensorsStage(MapStage):
         loaded, section = self._loaded, self._section
         assert loaded is not None
         if section.encoding == "turn":
-            spans = [
-                (CHANNEL[turn.role], recording.start_frame + start, recording.start_frame + end)
-                for turn in turns
-                for start, end in [turn_frames(turn)]
-            ]
+            spans = [(CHANNELS.index(turn.role), *turn_frames(turn)) for turn in turns]
             return loaded.encoder.turns(recording, spans, loaded.tokens.silence)
-        batch = [self._recording(speech) for speech in clip.batch] if loaded.batched else []
-        return loaded.encoder.conversation(recording, batch)
+        if len(clip.batch) < 2:
+            return loaded.encoder.conversation(recording)
+        planned = [mate.audio for mate in clip.batch]
+        return loaded.encoder.conversation_of_batch(recording, planned, partial(self._batch, clip))
 
     def _clip(
         self,
@@ -356,29 +373,10 @@ class TensorsStage(MapStage):
             padding=section.padding,
             layout=section.layout,
             split=clip.split,
+            split_by=section.split,
             codec_digest=loaded.digests[0],
             tokenizer_digest=loaded.digests[1],
         )
-
-
-def check_streams(speech: Speech, peaks: np.ndarray) -> None:
-    """
-    Raises:
-        RecordError: the agent says nothing, or one side's channel holds digital silence alone.
-    """
-    if not agent_voices(speech):
-        raise RecordError("the agent must have a turn, found none: there is nothing to learn")
-    for role, channel in CHANNEL.items():
-        spoken = any(turn.role == role for turn in speech.turns)
-        if spoken and peaks[channel] == 0:
-            raise RecordError(f"the {role}'s channel must hold its turns, found digital silence")
-
-
-def prompt_spans(prompt: Prompt | None, layout: str) -> tuple[FrameSpan, ...]:
-    if prompt is None:
-        return ()
-    spans = prompt.spans if layout == "coffee" else prompt.training_spans()
-    return tuple(FrameSpan(label=label, start=start, end=end) for label, start, end in spans)
 
 
 if __name__ == "__main__":

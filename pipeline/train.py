@@ -22,6 +22,7 @@ from duplex.config import Config, TrainSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes, write_atomic
 from duplex.records import Record, TensorClip, canonical_json
+from duplex.splits import Member, overlaps
 from duplex.stage import StageContext, WholeStage, record_seed
 from duplex.store import FileWriter
 from pipeline.engines.checkpoint import Checkpoint, model_identity, resolve_checkpoint
@@ -55,6 +56,7 @@ class TrainStage(WholeStage):
         checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
         records: list[TensorClip] = list(context.records("tensors", TensorClip))
         check_origin(records, checkpoint)
+        check_split(records)
         clips = _read_clips(context, records, checkpoint)
 
         import torch
@@ -121,6 +123,32 @@ def check_origin(records: list[TensorClip], checkpoint: Checkpoint) -> None:
                 f"{expected[:12]}…; found {len(foreign)} of {len(records)} made with another "
                 f"(first {foreign[0][0]}: {foreign[0][1][:12]}…). "
                 "Make the tensors again with this model.base, or train the model they belong to."
+            )
+
+
+def check_split(records: list[TensorClip]) -> None:
+    """
+    Raises:
+        RequestError: a conversation, a text or a tensor on both sides, so that validation would
+            measure what was trained on; for a split by persona a persona or a voice too.
+    """
+    for by in ("conversation", "persona"):
+        chosen = [r for r in records if by == "conversation" or r.split_by == "persona"]
+        members = [
+            Member(
+                id=record.id,
+                persona=record.persona_id,
+                conversation=record.dialogue_id or record.speech_id,
+                text=record.text_digest or record.tensor,
+                voices=record.voices,
+            )
+            for record in chosen
+        ]
+        faults = overlaps(members, {record.id: record.split for record in chosen}, by)
+        if faults:
+            raise RequestError(
+                f"training and validation must share nothing: {'; '.join(faults)}. Make the "
+                "tensors again, or import them again: imports split by what is in them."
             )
 
 

@@ -44,7 +44,7 @@ from duplex.streams import (
     coffee_text,
     system_text,
 )
-from pipeline.converters.common import Outcome, is_config, track
+from pipeline.converters.common import ConversionReport, is_config, track
 from pipeline.converters.tensor_sources import Model, Source, find_sources, load_model
 from pipeline.imported import slug
 from pipeline.imports import read_dialogues
@@ -80,7 +80,7 @@ def convert_tensors(
     skip_refused: bool,
     runs: Path,
     overrides: list[str] | None = None,
-) -> Outcome:
+) -> ConversionReport:
     """Convert a .pt file, a folder of them, or a tensors stage's clips into the folder `out`.
 
     Args:
@@ -106,7 +106,7 @@ def convert_tensors(
     sources = find_sources(source, runs, overrides)
     texts = _dialogues_by_id(dialogues)
     with new_folder(out) as folder:
-        outcome = Outcome()
+        outcome = ConversionReport()
         loaded = load_model(section, runs)
         fill = TEXT_PAD if prompt_fill == "pad" else ZERO_TOKEN
         finished = []
@@ -301,4 +301,4 @@ def _with_splits(
     by = "persona" if several else "conversation"
     split = assign_splits(members, by, VALID_FRACTION, SPLIT_SEED)
     for name, member, clip in finished:
-        yield name, clip.model_copy(update={"split": split[member.id]})
+        yield name, clip.model_copy(update={"split": split[member.id], "split_by": by})

@@ -20,7 +20,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass
-class Outcome:
+class ConversionReport:
     """What a conversion wrote and what it refused, with the reason of each."""
 
     written: int = 0

@@ -23,8 +23,8 @@ from duplex.records import Speech, TensorClip, Voice
 from duplex.store import StageFolder, folders_of
 from duplex.streams import NUM_ROWS
 from pipeline.converters.card import Section, dataset_card
-from pipeline.converters.common import Outcome, records_of, stage_folders, track
-from pipeline.inspecting.reading import read_codes
+from pipeline.converters.common import ConversionReport, records_of, stage_folders, track
+from pipeline.engines.tensor_file import read_codes
 from pipeline.run import stage_named
 
 SPLITS = {"train": "train", "valid": "validation"}
@@ -34,7 +34,7 @@ GROUP_BYTES = 16 << 20
 
 def convert_datasets(
     source: Path, out: Path, *, runs: Path, overrides: list[str] | None = None
-) -> Outcome:
+) -> ConversionReport:
     """Write the tensors and the speech that `source` (a config or a stage folder) holds.
 
     Raises:
@@ -42,7 +42,7 @@ def convert_datasets(
         CorruptFileError: a stage folder or a blob in it is damaged; nothing was written.
     """
     folders = stage_folders(source, ("tensors", "speech"), runs, overrides)
-    outcome = Outcome()
+    outcome = ConversionReport()
     clips = [r for r in _records(folders, "tensors") if isinstance(r, TensorClip)]
     speeches = [r for r in _records(folders, "speech") if isinstance(r, Speech)]
     if not clips and not speeches:

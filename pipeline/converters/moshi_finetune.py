@@ -21,7 +21,7 @@ from duplex.errors import DuplexError, RecordError
 from duplex.files import new_folder, write_atomic
 from duplex.frames import SAMPLE_RATE
 from duplex.records import Speech
-from pipeline.converters.common import Outcome, records_of, stage_folders, track
+from pipeline.converters.common import ConversionReport, records_of, stage_folders, track
 
 INDEX = "data.jsonl"
 AUDIO_FOLDER = "data_stereo"
@@ -37,7 +37,7 @@ def convert_speech(
     skip_refused: bool,
     runs: Path,
     overrides: list[str] | None = None,
-) -> Outcome:
+) -> ConversionReport:
     """Write the recordings of a speech stage, named by a config or its folder, into `out`.
 
     Raises:
@@ -46,7 +46,7 @@ def convert_speech(
         CorruptFileError: the stage folder is damaged.
     """
     folder = stage_folders(source, ("speech",), runs, overrides)["speech"]
-    outcome = Outcome()
+    outcome = ConversionReport()
     lengthened = 0
     with new_folder(out) as target:
         (target / AUDIO_FOLDER).mkdir()

@@ -1,6 +1,6 @@
 """Tensors to convert, from a file, a folder or a stage, and what a model says about them.
 
-Files come from outside: see `pipeline/inspecting/reading.py`.
+Files come from outside: see `pipeline.engines.tensor_file.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from duplex.records import TensorClip
 from duplex.store import MANIFEST, StageFolder
 from duplex.streams import CodecTokens
 from pipeline.converters.common import is_config, records_of, stage_folders
-from pipeline.inspecting.reading import read_codes
+from pipeline.engines.tensor_file import read_codes
 from pipeline.sidecar import record_beside
 
 

@@ -7,19 +7,25 @@ there is no other. Ranks are hashes: one conversation more moves few samples.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from duplex.clips import text_digest, turn_frames
 from duplex.config import TensorsSection
-from duplex.errors import RecordError, StageFailedError
-from duplex.records import Speech
+from duplex.errors import RecordError, RequestError, StageFailedError
+from duplex.mixing import CHANNELS
+from duplex.records import FrameSpan, Speech, SpokenTurn
 from duplex.splits import Member, Split, assign_splits, overlaps
-from duplex.stage import record_seed
+from duplex.stage import Task, record_seed
+from duplex.streams import Prompt
 from pipeline.engines.voicesample import SHORTEST_S
 
 GREETING_ID = "greeting"
+LONGEST_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,22 @@ def _ranked(
             rank = record_seed(seed, "voice-sample", f"{voice}\x00{speech.id}")
             found.append((split[speech.id] == "valid", rank, speech.id, speech, -index))
     return [
-        Excerpt(speech, index, f"voice.{voice[:80]}.{number}")
+        Excerpt(speech, index, f"voice.{_short(voice)}.{number}")
         for number, (_, _, _, speech, index) in enumerate(sorted(found, key=lambda row: row[:3]))
     ]
+
+
+def _short(voice: str) -> str:
+    """A voice's id as a part of another id, still its own when it must be cut."""
+    if len(voice) <= LONGEST_NAME:
+        return voice
+    return f"{voice[: LONGEST_NAME - 9]}-{hashlib.sha256(voice.encode()).hexdigest()[:8]}"
+
+
+def opening(speech: Speech) -> SpokenTurn | None:
+    """The user's first turn where the conversation begins with it."""
+    first = speech.turns[0] if speech.turns else None
+    return first if first and first.role == "user" and speech.first_speaker == "user" else None
 
 
 def greeting_excerpt(
@@ -95,11 +114,7 @@ def greeting_excerpt(
 ) -> Excerpt | None:
     """The greeting that a server is given: the first turn of a training conversation that the
     user opens; None where there is none."""
-    opened = [
-        speech
-        for speech in speeches
-        if speech.first_speaker == "user" and split[speech.id] == "train"
-    ]
+    opened = [speech for speech in speeches if opening(speech) and split[speech.id] == "train"]
     if not opened:
         return None
     speech = max(opened, key=lambda s: (record_seed(seed, "greeting", s.id), s.id))
@@ -153,12 +168,47 @@ def dialogue_start(speech: Speech, *, greeting: bool) -> int:
     Raises:
         RecordError: the agent speaks over the greeting.
     """
-    if not greeting or speech.first_speaker != "user":
+    first = opening(speech) if greeting else None
+    if first is None:
         return 0
-    _, end = turn_frames(speech.turns[0])
+    _, end = turn_frames(first)
     if any(turn_frames(turn)[0] < end for turn in speech.turns[1:]):
         raise RecordError(
             "a greeting in the prompt must be heard out, found another turn that starts before it "
             "ends. Set tensors.greeting: false, or give the dialogue's second turn a gap."
         )
     return end
+
+
+def check_names(tasks: Sequence[Task], speeches: Sequence[Speech]) -> None:
+    """
+    Raises:
+        RequestError: a conversation that is called as a voice sample or the greeting is.
+    """
+    taken = {task.id for task in tasks if isinstance(task.payload, Excerpt)}
+    both = sorted(taken & {speech.id for speech in speeches})
+    if both:
+        raise RequestError(
+            "a conversation's id must not be that of a voice sample or the greeting, found "
+            f"{both[0]}. Rename the recording and import it again."
+        )
+
+
+def check_streams(speech: Speech, peaks: np.ndarray) -> None:
+    """
+    Raises:
+        RecordError: the agent says nothing, or one side's channel holds digital silence alone.
+    """
+    if not agent_voices(speech):
+        raise RecordError("the agent must have a turn, found none: there is nothing to learn")
+    for channel, role in enumerate(CHANNELS):
+        spoken = any(turn.role == role for turn in speech.turns)
+        if spoken and peaks[channel] == 0:
+            raise RecordError(f"the {role}'s channel must hold its turns, found digital silence")
+
+
+def prompt_spans(prompt: Prompt | None, layout: str) -> tuple[FrameSpan, ...]:
+    if prompt is None:
+        return ()
+    spans = prompt.spans if layout == "coffee" else prompt.training_spans()
+    return tuple(FrameSpan(label=label, start=start, end=end) for label, start, end in spans)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +34,28 @@ PEAK_BLOCK = 60 * SAMPLE_RATE
 
 @dataclass(frozen=True)
 class Recording:
-    """A stereo 24 kHz file of `num_samples`, to be encoded from frame `start_frame` on."""
+    """A stereo 24 kHz file, to be encoded from frame `start_frame` on.
 
-    path: Path
+    num_samples: of the whole file. locate: gives its path, its content checked.
+    """
+
+    locate: Callable[[], Path]
     sha256: str
     num_samples: int
     start_frame: int = 0
 
+    @cached_property
+    def path(self) -> Path:
+        return self.locate()
+
+    @property
+    def length(self) -> int:
+        """Samples from `start_frame` on."""
+        return self.num_samples - self.start_frame * FRAME_SAMPLES
+
     @property
     def num_frames(self) -> int:
-        return frames_covering_samples(self.num_samples) - self.start_frame
+        return frames_covering_samples(self.length)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float32 [2, stop - start], samples counted from `start_frame`."""
@@ -51,10 +64,10 @@ class Recording:
 
     def peaks(self) -> np.ndarray:
         """float [2]: the loudest sample of each channel, read block by block."""
-        length = self.num_samples - self.start_frame * FRAME_SAMPLES
-        blocks = range(0, length, PEAK_BLOCK)
+        blocks = range(0, self.length, PEAK_BLOCK)
         return np.max(
-            [np.abs(self.read(s, min(s + PEAK_BLOCK, length))).max(axis=1) for s in blocks], axis=0
+            [np.abs(self.read(s, min(s + PEAK_BLOCK, self.length))).max(axis=1) for s in blocks],
+            axis=0,
         )
 
 
@@ -66,31 +79,44 @@ class Encoder:
         self._codec_digest = codec_digest
         self._card = card
         self._cache = cache
+        self._batch: dict[str, np.ndarray] = {}  # of the latest batch, by name in the cache
         self.made = self.found = 0
 
-    def conversation(self, recording: Recording, batch: Sequence[Recording] = ()) -> np.ndarray:
-        """int64 [2, 8, T], agent first: the whole recording from its start frame on.
-
-        Args:
-            batch: the fixed batch that the recording belongs to, itself among them: all are
-                encoded in one pass, in this order, and go into the cache.
-        """
+    def conversation(self, recording: Recording) -> np.ndarray:
+        """int64 [2, 8, T], agent first: the whole recording from its start frame on."""
         what = ["conversation", recording.start_frame]
         codes = self._look_up(recording, what)
         if codes is not None:
             return codes
-        if len(batch) < 2 or max(mate.num_frames for mate in batch) > WINDOW_FRAMES:
-            num_samples = recording.num_samples - recording.start_frame * FRAME_SAMPLES
-            codes = encode_long(self.mimi, recording.read, num_samples)
-            return self._keep(recording, what, codes)
-        audio = [
-            mate.read(0, mate.num_samples - mate.start_frame * FRAME_SAMPLES) for mate in batch
-        ]
-        for mate, mate_codes in zip(batch, encode_batch(self.mimi, audio), strict=True):
-            kept = self._keep(mate, ["conversation", mate.start_frame], mate_codes)
-            codes = kept if mate == recording else codes
-        assert codes is not None, "a recording is a member of its batch"
-        return codes
+        codes = encode_long(self.mimi, recording.read, recording.length)
+        return self._keep(recording, what, codes)
+
+    def conversation_of_batch(
+        self, recording: Recording, planned: Sequence[str], batch: Callable[[], Sequence[Recording]]
+    ) -> np.ndarray:
+        """The same, encoded in one pass with its fixed batch: bytes repeat, whatever is done.
+
+        Args:
+            planned: audio digests of the whole batch, part of the codes' name in the cache,
+                since a batch of another make may round otherwise.
+            batch: gives those of it that can be encoded, `recording` among them, in a fixed
+                order. Not asked where the codes are known.
+        """
+
+        def what(mate: Recording) -> list[Any]:
+            return ["batch", mate.start_frame, list(planned)]
+
+        codes = self._look_up(recording, what(recording))
+        if codes is not None:
+            return codes
+        mates = [mate for mate in batch() if mate.num_frames <= WINDOW_FRAMES]
+        if recording.num_frames > WINDOW_FRAMES:
+            return self.conversation(recording)
+        made = encode_batch(self.mimi, [mate.read(0, mate.length) for mate in mates])
+        self._batch = {}
+        for mate, mate_codes in zip(mates, made, strict=True):
+            self._batch[self._name(mate, what(mate))] = self._keep(mate, what(mate), mate_codes)
+        return self._batch[self._name(recording, what(recording))]
 
     def turns(
         self, recording: Recording, spans: Sequence[tuple[int, int, int]], silence: tuple[int, ...]
@@ -98,7 +124,7 @@ class Encoder:
         """int64 [2, 8, T]: each turn encoded by itself, constant silence between.
 
         Args:
-            spans: (channel, first frame, end frame) of each turn.
+            spans: (channel, first frame, end frame) of each turn, counted from `start_frame`.
         """
         what = ["turns", recording.start_frame, [list(span) for span in spans], list(silence)]
         codes = self._look_up(recording, what)
@@ -107,7 +133,7 @@ class Encoder:
         constant = np.asarray(silence, dtype=np.int64)[None, :, None]
         codes = np.repeat(np.repeat(constant, 2, axis=0), recording.num_frames, axis=2)
         for channel, start, end in spans:
-            last = min(end * FRAME_SAMPLES, recording.num_samples)
+            last = min(end * FRAME_SAMPLES, recording.length)
             samples = recording.read(start * FRAME_SAMPLES, last)[channel]
             turn = encode(self.mimi, samples[None])[0]
             codes[channel, :, start : start + turn.shape[1]] = turn
@@ -119,30 +145,34 @@ class Encoder:
 
     # -- the cache
 
-    def _path(self, recording: Recording, what: list[Any]) -> Path | None:
-        if self._cache is None:
-            return None
+    def _name(self, recording: Recording, what: list[Any]) -> str:
         name = canonical_json([CACHE_VERSION, self._codec_digest, recording.sha256, what])
-        digest = hashlib.sha256(name.encode()).hexdigest()
-        return self._cache / digest[:2] / f"{digest}.codes"
+        return hashlib.sha256(name.encode()).hexdigest()
+
+    def _path(self, name: str) -> Path | None:
+        return None if self._cache is None else self._cache / name[:2] / f"{name}.codes"
 
     def _look_up(self, recording: Recording, what: list[Any]) -> np.ndarray | None:
-        path = self._path(recording, what)
-        codes = read_codes(path, self._card) if path is not None and path.exists() else None
+        name = self._name(recording, what)
+        path = self._path(name)
+        codes = self._batch.get(name)
+        if codes is None and path is not None and path.exists():
+            codes = read_cached(path, self._card)
+            path.touch()  # `duplex clean` removes what nobody has asked for in a month
         if codes is None or codes.shape != (2, CODEBOOKS, recording.num_frames):
             return None
         self.found += 1
         return codes
 
     def _keep(self, recording: Recording, what: list[Any], codes: np.ndarray) -> np.ndarray:
-        path = self._path(recording, what)
+        path = self._path(self._name(recording, what))
         if path is not None:
-            write_codes(path, codes)
+            write_cached(path, codes)
         self.made += 1
         return codes
 
 
-def write_codes(path: Path, codes: np.ndarray) -> None:
+def write_cached(path: Path, codes: np.ndarray) -> None:
     """int64 [C, 8, T] as int16 (int32 beyond it), after the sha256 of what follows."""
     dtype = np.int16 if codes.max(initial=0) <= np.iinfo(np.int16).max else np.int32
     buffer = io.BytesIO()
@@ -151,8 +181,8 @@ def write_codes(path: Path, codes: np.ndarray) -> None:
     write_atomic(path, hashlib.sha256(content).digest() + content)
 
 
-def read_codes(path: Path, card: int) -> np.ndarray | None:
-    """What `write_codes` wrote; None where the file is damaged or of another codec."""
+def read_cached(path: Path, card: int) -> np.ndarray | None:
+    """What `write_cached` wrote; None where the file is damaged or of another codec."""
     content = path.read_bytes()
     body = content[DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:

@@ -34,7 +34,7 @@ NO_REPEAT_NGRAM = 3
 MAX_COMPRESSION_RATIO = 2.4
 MIN_LOG_PROBABILITY = -1.0
 MAX_NO_SPEECH = 0.6
-LOOP_WORDS = 3  # the same word as often as this in a row ends the segment
+LOOP_WORDS = 6
 SCRIPTS = {
     **dict.fromkeys(("en", "de", "fr", "es", "it", "pt", "nl", "pl", "cs", "sv"), "LATIN"),
     **dict.fromkeys(("ru", "uk", "bg"), "CYRILLIC"),
@@ -173,7 +173,11 @@ def trusted_words(segments: Iterable[Any], language: str, seconds: float) -> lis
 
 
 def until_loop(words: Iterable[Any]) -> list[Any]:
-    """The words before one that comes three times in a row, with its first; empty ones left out."""
+    """The words before a loop, with its first word; empty ones left out.
+
+    A word `LOOP_WORDS` times in a row is a loop. The guard that this follows ends at the third
+    token, and tokens are smaller than words: people do say "no, no, no" and go on.
+    """
     kept: list[Any] = []
     run = 0
     for word in words:

@@ -6,7 +6,6 @@ voices are something else: input embeddings and a token cache, which no tokens c
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
 LOUDNESS_LUFS = -24.0
 PEAK_LIMIT = 0.99
 CLOSE_ENOUGH_DB = 0.05
+LONGEST_FILE_S = 240
 SHORTEST_S = 0.8  # the loudness meter's block is 0.4 s
 PACKAGED_VOICES = frozenset(
     [f"NAT{sex}{number}" for sex in "FM" for number in range(4)]
@@ -72,10 +72,13 @@ def read_voice(path: Path) -> np.ndarray:
     import soxr
 
     if path.suffix == ".pt":
-        raise RecordError(describe_voice_tensor(path))
+        raise RecordError(f"{path.name}: must be a mono WAV; {_describe_tensor(path)}")
     try:
+        length_s = soundfile.info(str(path)).duration
+        if length_s > LONGEST_FILE_S:
+            raise RecordError(f"{path.name}: must be at most {LONGEST_FILE_S} s, is {length_s:.0f}")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+    except (soundfile.LibsndfileError, OSError) as error:
         raise RecordError(f"{path.name}: must be a recording, cannot be read: {error}") from None
     if samples.shape[1] != 1:
         raise RecordError(f"{path.name}: must be mono, found {samples.shape[1]} channels")
@@ -87,24 +90,17 @@ def read_voice(path: Path) -> np.ndarray:
     return mono
 
 
-def describe_voice_tensor(path: Path) -> str:
-    """What a `.pt` given as a voice is, and why it cannot be one."""
-    import torch
+def _describe_tensor(path: Path) -> str:
+    """What a `.pt` given as a voice is instead."""
+    from pipeline.engines.tensor_file import NotCodesError, read_codes
 
     try:
-        value = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds on a hostile file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        return f"{path.name}: must be a mono WAV, found a .pt that cannot be read: {reason}"
-    if is_packaged_voice(value):
-        known = f"PersonaPlex's packaged voice {path.stem}"
-        name = known if path.stem in PACKAGED_VOICES else "a voice packaged as PersonaPlex's are"
-        frames = tuple(value["embeddings"].shape)
-        return (
-            f"{path.name}: is {name} (embeddings {list(frames)} and a token cache). It is no audio "
-            "and no codes, so no tensor can hold it: give a mono WAV of the voice instead."
-        )
-    return f"{path.name}: must be a mono WAV, found a .pt with {type(value).__name__}"
+        codes, _ = read_codes(path)
+    except NotCodesError as error:
+        return str(error)
+    except OSError as error:
+        return f"found a file that cannot be read: {error}"
+    return f"found a tensor {list(codes.shape)}"
 
 
 def is_packaged_voice(value: object) -> bool:

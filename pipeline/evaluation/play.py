@@ -32,13 +32,15 @@ BUSY_POLL_S = 0.1
 class PlaySettings:
     """How a conversation is held. `tokenizer`: SentencePiece model; None takes the server's,
     and then a prompt's proof rests on the server's own tokenizer. `prompt_audio`: query keys by
-    item id, for the voice and the greeting that the server is to prompt with."""
+    item id, for the voice and the greeting that the server is to prompt with. `bare`: the models
+    were trained without prompts, so none is sent."""
 
     seed: int = 0
     sampling: SamplingSection = field(default_factory=SamplingSection)
     lockstep: bool = True
     tokenizer: bytes | None = None
     prompt_audio: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    bare: bool = False
     token: str | None = None
     ready_timeout_s: float = 120
     frame_timeout_s: float = 30
@@ -106,7 +108,7 @@ async def play(
     measured: list[Measured] = []
     for spoken in items:
         conversation = await _converse(url, spoken, settings)
-        tokens = wire.prompt_tokens(tokenizer, spoken.item.text_prompt)
+        tokens = wire.prompt_tokens(tokenizer, _prompt_of(spoken, settings))
         proof = prove_prompt(conversation.prompt, wire.prompt_digest(tokens), len(tokens))
         measured.append(measure(spoken, label, conversation, proof))
         frame_ms = 1000 * float(np.median(conversation.wall.frame_s))
@@ -124,6 +126,10 @@ def same_answer(one: Conversation, other: Conversation) -> bool:
     return one.text == other.text and np.array_equal(one.agent, other.agent)
 
 
+def _prompt_of(spoken: SpokenItem, settings: PlaySettings) -> str:
+    return "" if settings.bare else spoken.item.text_prompt
+
+
 async def _converse(url: str, spoken: SpokenItem, settings: PlaySettings) -> Conversation:
     deadline_s = time.monotonic() + settings.busy_timeout_s
     url = wire.chat_url(url, **settings.prompt_audio.get(spoken.item.id, {}))
@@ -132,7 +138,7 @@ async def _converse(url: str, spoken: SpokenItem, settings: PlaySettings) -> Con
             return await converse(
                 url,
                 spoken.samples,
-                text_prompt=spoken.item.text_prompt,
+                text_prompt=_prompt_of(spoken, settings),
                 seed=settings.seed,
                 sampling=settings.sampling,
                 lockstep=settings.lockstep,

@@ -25,8 +25,8 @@ from duplex.phases import Known
 from duplex.records import Speech, TensorClip
 from duplex.splits import Member, Split, overlaps
 from duplex.store import MANIFEST, StageFolder, folders_of
+from pipeline.engines.tensor_file import NotCodesError, read_codes
 from pipeline.inspecting.known import audio_of, find_checkpoint, loudness_lufs, speeches_of
-from pipeline.inspecting.reading import NotCodesError, read_codes
 from pipeline.sidecar import record_beside
 
 TENSORS_NUMBER = 5
@@ -242,8 +242,8 @@ def _light(inspection: Inspection) -> Inspection:
 def split_findings(clips: Sequence[TensorClip], speeches: dict[str, Speech]) -> Iterator[Finding]:
     """What stands on both sides of the split.
 
-    The manifest does not say by what the split was made: where no persona is on both sides it
-    is taken as one by persona, which holds voices apart too.
+    A record says by what its split was made. Where it does not, a split without a persona on
+    both sides is taken as one by persona, which holds voices apart too.
     """
     split: dict[str, Split] = {clip.id: clip.split for clip in clips}
     if clips and len(set(split.values())) == 1:
@@ -262,7 +262,9 @@ def split_findings(clips: Sequence[TensorClip], speeches: dict[str, Speech]) -> 
     if shared:
         found = f"{len(shared)} on both sides, first {min(shared)}"
         yield finding("personas-on-both-sides", found)
-    for fault in overlaps(members, split, "conversation" if shared else "persona"):
+    said = {clip.split_by for clip in clips}
+    by_conversation = said == {"conversation"} or ("persona" not in said and shared)
+    for fault in overlaps(members, split, "conversation" if by_conversation else "persona"):
         yield finding("split-overlap", fault)
     for code, kind, values in (
         ("shared-user-voice", "user voices", lambda turn: turn.role == "user" and turn.voice_id),

@@ -72,8 +72,15 @@ def num_workers(stage: MapStage, context: StageContext, num_tasks: int) -> int:
         return 1
     wanted = context.config.section(stage.name).runtime.workers
     if wanted is None:
-        wanted = min(os.cpu_count() or 1, num_tasks // TASKS_PER_WORKER)
+        wanted = min(num_cores(), num_tasks // TASKS_PER_WORKER)
     return max(1, min(wanted, num_tasks))
+
+
+def num_cores() -> int:
+    """Cores that this process may use, which a container or an affinity mask may limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def work_off(stage: MapStage, context: StageContext, folder: StageFolder, task: Task) -> Outcome:
@@ -136,6 +143,11 @@ def _begin_worker(
         stage.setup(context)
     except DuplexError as error:  # raised here it would only be a broken pool
         _worker["error"] = error
+    except Exception as error:  # noqa: BLE001 - whatever it is, its message must come through
+        _worker["error"] = StageFailedError(
+            f"{stage.name}: a worker must be able to start, it raised {type(error).__name__}: "
+            f"{error}"
+        )
     _worker.update(stage=stage, context=context, folder=folder)
 
 

@@ -141,6 +141,7 @@ class Server:
                 "context": speaker.lm.context,
                 "device": str(speaker.device),
                 "voices": speaker.voices.names,
+                "bare": speaker.bare,
             }
         )
 
@@ -228,6 +229,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--voices", type=Path, help="folder of mono WAV files, for voice_prompt")
     parser.add_argument("--voice-files", type=json.loads, default={}, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--bare", action="store_true", help="feed no prompt: the model was trained without"
+    )
     parser.add_argument("--ready-file", type=Path, help='gets {"url": …} once it is up')
     parser.add_argument(
         "--die-with-stdin", action="store_true", help="stop when standard input ends"
@@ -299,7 +303,7 @@ def _load(args: argparse.Namespace) -> Speaker:
     voices = {name: Path(path) for name, path in args.voice_files.items()}
     if args.voices:
         voices |= files_in(args.voices)
-    speaker = Speaker.load(args.checkpoint, args.device, voices)
+    speaker = Speaker.load(args.checkpoint, args.device, voices, bare=args.bare)
     speaker.warm_up()
     return speaker
 

@@ -45,6 +45,7 @@ from duplex.streams import (
     USER_ROWS,
     CodecTokens,
     Prompt,
+    bare_prompt,
     build_prompt,
 )
 from pipeline.engines.checkpoint import Checkpoint
@@ -108,6 +109,7 @@ class Speaker:
         model_digest: str,
         tokenizer_file: bytes,
         voices: dict[str, Path] | None = None,
+        bare: bool = False,
     ):
         _check_layout(lm.dep_q, lm.n_q, lm.delays)
         if lm.fuser is not None:
@@ -121,6 +123,7 @@ class Speaker:
         self.tokenizer_file = tokenizer_file
         self.codec_tokens: CodecTokens = measure_tokens(mimi)
         self.voices = VoiceList.load(voices or {}, mimi)
+        self.bare = bare
         self.device = lm.device
         self._prompt_codes: torch.Tensor | None = None  # [17, P] while a prompt is forced
         self._sampling = SamplingSection()
@@ -132,12 +135,18 @@ class Speaker:
 
     @classmethod
     def load(
-        cls, folder: Path, device: str = "auto", voices: dict[str, Path] | None = None
+        cls,
+        folder: Path,
+        device: str = "auto",
+        voices: dict[str, Path] | None = None,
+        *,
+        bare: bool = False,
     ) -> Speaker:
         """Load a checkpoint folder: float32 on a CPU, bfloat16 on a GPU.
 
         Args:
             voices: recordings by the names that a query may give them.
+            bare: the model was trained without prompts, so none is fed.
 
         Raises:
             RequestError: a voice that is none.
@@ -159,6 +168,7 @@ class Speaker:
                 model_digest=digest.result(),
                 tokenizer_file=checkpoint.files()["tokenizer"].read_bytes(),
                 voices=voices,
+                bare=bare,
             )
 
     # -- a conversation
@@ -167,8 +177,16 @@ class Speaker:
         """The prompt in frames. Touches no state, so that it may be asked for at any time.
 
         Raises:
-            RequestError: it does not fit into the model's context, or names no voice of ours.
+            RequestError: it does not fit into the model's context, or names no voice of ours; or
+                the model takes no prompts and is given one.
         """
+        if self.bare:
+            if prompt_text.strip() or voice or greeting:
+                raise RequestError(
+                    "this model was trained without prompts (tensors.prompt: false) and takes "
+                    "none, found one. Leave text_prompt, voice_prompt and greeting out."
+                )
+            return bare_prompt(self.codec_tokens)
         prompt = build_prompt(
             prompt_tokens(self.tokenizer, prompt_text),
             self.codec_tokens,

@@ -32,12 +32,14 @@ def running_server(
     timeout_s: float = 600,
     port: int = 0,
     voices: dict[str, Path] | None = None,
+    bare: bool = False,
 ) -> Iterator[str]:
     """Serve `checkpoint` on loopback; gives the server's base URL once it is ready.
 
     Args:
         port: 0 takes any free one.
         voices: recordings by the names that a query may give them.
+        bare: the model was trained without prompts.
 
     Raises:
         ServerError: it ended, or was not ready within `timeout_s`; with the end of its log.
@@ -49,6 +51,7 @@ def running_server(
             *("--port", str(port), "--device", device),
             *("--ready-file", str(ready_file), "--die-with-stdin"),
         ]
+        command += ["--bare"] if bare else []
         if voices:
             command += ["--voice-files", json.dumps({n: str(p) for n, p in voices.items()})]
         with log.open("wb") as log_file:

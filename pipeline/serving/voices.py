@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from duplex.errors import RecordError, RequestError
-from duplex.frames import FRAME_SAMPLES, frames_covering_samples
+from duplex.frames import FRAME_SAMPLES
 from duplex.records import VoiceSample
 from duplex.store import StageFolder
 from pipeline.engines.voicesample import read_voice, voice_sample
@@ -27,38 +27,45 @@ SUFFIXES = (".wav", ".flac", ".pt")  # a .pt is none, and `read_voice` says what
 
 
 class VoiceList:
-    """Codes int64 [8, T] by name, for either use."""
+    """Codes int64 [8, T] by name, for either use. What is too short for a voice, or no speech,
+    may still be a greeting."""
 
-    def __init__(self, voices: dict[str, np.ndarray], greetings: dict[str, np.ndarray]):
+    def __init__(
+        self,
+        voices: dict[str, np.ndarray],
+        greetings: dict[str, np.ndarray],
+        no_voices: dict[str, str] | None = None,
+    ):
         self._voices = voices
         self._greetings = greetings
+        self._no_voices = no_voices or {}
 
     @classmethod
     def load(cls, files: dict[str, Path], mimi: MimiModel) -> VoiceList:
         """Encode all files; the codec must not be streaming yet.
 
         Raises:
-            RequestError: a file that is no mono recording of speech.
+            RequestError: a file that is no mono recording.
         """
         from pipeline.engines.codec import encode
 
-        voices, greetings = {}, {}
+        voices, greetings, no_voices = {}, {}, {}
         for name, path in files.items():
             try:
                 samples = read_voice(path)
-                sample = voice_sample(samples, LONGEST_S)
             except RecordError as error:
                 raise RequestError(f"voice {name}: {error}") from None
-            longest = round(LONGEST_S / 0.08) * FRAME_SAMPLES
-            whole = samples[:longest]
-            padding = frames_covering_samples(len(whole)) * FRAME_SAMPLES - len(whole)
-            voices[name] = encode(mimi, sample[None])[0]
-            greetings[name] = encode(mimi, np.pad(whole, (0, padding))[None])[0]
-        return cls(voices, greetings)
+            missing = -len(samples) % FRAME_SAMPLES
+            greetings[name] = encode(mimi, np.pad(samples, (0, missing))[None])[0]
+            try:
+                voices[name] = encode(mimi, voice_sample(samples, LONGEST_S)[None])[0]
+            except RecordError as error:
+                no_voices[name] = str(error)
+        return cls(voices, greetings, no_voices)
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._voices)
+        return sorted(self._greetings)
 
     def voice(self, name: str) -> np.ndarray | None:
         return self._find("voice_prompt", name, self._voices)
@@ -69,6 +76,8 @@ class VoiceList:
     def _find(self, key: str, name: str, table: dict[str, np.ndarray]) -> np.ndarray | None:
         if not name:
             return None
+        if name in self._no_voices and table is self._voices:
+            raise RequestError(f"{key} {name}: {self._no_voices[name]}")
         if name not in table:
             has = ", ".join(self.names) or "none; start it with --voices DIR"
             raise RequestError(

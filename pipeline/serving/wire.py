@@ -30,7 +30,9 @@ from pydantic import ValidationError
 
 from duplex.config import SamplingSection
 from duplex.errors import RequestError
-from duplex.streams import system_text
+from duplex.streams import prompt_tokens
+
+__all__ = ["prompt_tokens"]  # part of the protocol: what is digested
 
 PROTOCOL = 1
 CHAT_PATH = "/api/chat"
@@ -223,15 +225,6 @@ def page_url(base: str, prompt: str, /, **more: str) -> str:
 
 
 # -- what was fed
-
-
-def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a system text between its tags; none for an empty one.
-
-    Args:
-        tokenizer: a SentencePieceProcessor.
-    """
-    return list(tokenizer.encode(system_text(text))) if text.strip() else []
 
 
 def prompt_digest(tokens: Sequence[int] | np.ndarray) -> str:

@@ -25,15 +25,21 @@ from moshi.utils.compile import no_compile
 import pipeline.tensors
 from duplex.config import Config, SamplingSection
 from duplex.files import sha256_bytes
-from duplex.records import Speech, SpokenTurn, TensorClip, VoiceSample, Word
-from duplex.stage import StageContext, Task
+from duplex.records import Speech, SpokenTurn, TensorClip, Word, record_line
+from duplex.stage import StageContext
 from duplex.store import FolderBlobs, StageFolder
-from duplex.streams import TEXT_ROW, USER_ROWS, Prompt
+from duplex.streams import TEXT_ROW, USER_ROWS, Prompt, coffee_text
 from pipeline.engines.checkpoint import Checkpoint
-from pipeline.engines.clipplan import Excerpt
 from pipeline.engines.pocket import train_tokenizer
-from pipeline.serving.voices import VoiceList
-from pipeline.tensors import ClipTask, TensorsStage
+from pipeline.serving.voices import VoiceList, files_of_run
+from pipeline.serving.wire import (
+    ChatRequest,
+    chat_url,
+    parse_chat_request,
+    prompt_audio,
+    query_pairs,
+)
+from pipeline.tensors import TensorsStage
 
 GREEDY = SamplingSection(text_temperature=0, audio_temperature=0)
 WORDS = (
@@ -63,6 +69,8 @@ class Case:
     greeting: bool
     alignment: str
     seed: int
+    has_prompt: bool = True
+    encoding: str = "conversation"
 
 
 @st.composite
@@ -70,7 +78,7 @@ def cases(draw):
     turns, cursor = [], draw(st.integers(0, 4))
     role = draw(st.sampled_from(["agent", "user"]))
     for _ in range(draw(st.integers(2, 5))):
-        length = draw(st.integers(12, 24))
+        length = draw(st.integers(12, 24)) if turns else draw(st.integers(2, 24))
         words = tuple(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6)))
         turns.append((role, cursor, cursor + length, words))
         cursor += length + draw(st.integers(0, 6))
@@ -78,10 +86,12 @@ def cases(draw):
     return Case(
         prompt=" ".join(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=20))),
         turns=tuple(turns),
-        num_frames=cursor + draw(st.integers(1, 8)),
-        voice=draw(st.booleans()),
-        greeting=draw(st.booleans()),
+        num_frames=cursor + draw(st.integers(30, 36)),  # room for the last turn's tokens
+        voice=(prompt := draw(st.sampled_from([True, True, True, False]))) and draw(st.booleans()),
+        greeting=prompt and draw(st.booleans()),
+        has_prompt=prompt,
         alignment=draw(st.sampled_from(["onset", "word", "uniform"])),
+        encoding=draw(st.sampled_from(["conversation", "turn"])),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -155,7 +165,8 @@ class Workbench:
     def tensor(self, case: Case, **section) -> tuple[np.ndarray, TensorClip, dict[str, Path]]:
         """What training reads: codes int64 [17, T], the record, and the server's voices."""
         tensors = {"alignment": case.alignment, "greeting": case.greeting,
-                   "voice_prompt_s": 2 if case.voice else 0}  # fmt: skip
+                   "voice_prompt_s": 2 if case.voice else 0, "prompt": case.has_prompt,
+                   "encoding": case.encoding}  # fmt: skip
         config = Config.model_validate(
             {
                 "name": "contract",
@@ -167,27 +178,22 @@ class Workbench:
         if self.stage._loaded is None:
             self.stage.setup(context)
         self.stage._loaded = replace(self.stage._loaded, context=context)
-        speech = self.speech(case)
-        own = next(i for i, turn in enumerate(speech.turns) if turn.role == "agent")
-        sample = Excerpt(speech, own, "voice.agent-voice.0") if case.voice else None
-        tasks = [ClipTask(speech, "train", sample, (speech,)), sample]
-        if case.greeting and speech.first_speaker == "user":
-            tasks.append(Excerpt(speech, 0, "greeting", "greeting"))
+        counts = {"records": 1}
+        self.folder.complete(
+            [record_line(self.speech(case))], files=[], counts=counts, provenance={}
+        )
+        blobs = FolderBlobs(self.out)
         records = [
             record
-            for payload in tasks
-            if payload
-            for record in self.stage.process(Task("case", (), payload), 0, FolderBlobs(self.out))
+            for task in self.stage.tasks(context)
+            for record in self.stage.process(task, 0, blobs)
         ]
+        lines = [record_line(record) for record in records]
+        self.out.complete(lines, files=[], counts=counts, provenance={})
         clip = next(record for record in records if isinstance(record, TensorClip))
         content = self.out.read_blob(clip.tensor, ".pt")
         codes = torch.load(io.BytesIO(content), weights_only=True).numpy()
-        voices = {
-            record.kind: self.out.blob_path(record.audio, ".wav")
-            for record in records
-            if isinstance(record, VoiceSample)
-        }
-        return codes, clip, voices
+        return codes, clip, files_of_run(self.out)
 
     def read_by_training(self, codes: np.ndarray) -> np.ndarray:
         """int64 [17, T]: what `LMModel.forward` gives its transformer."""
@@ -201,13 +207,20 @@ class Workbench:
             del self.lm.forward_text
         return seen[0][0].numpy()
 
+    def asked(self, case: Case, voices: dict[str, Path]) -> ChatRequest:
+        """What a server reads in the URL that a run gives for this persona."""
+        text = case.prompt if case.has_prompt else ""
+        url = chat_url("http://127.0.0.1:1", text_prompt=text, **prompt_audio("maria", voices))
+        self.speaker.voices = VoiceList.load(voices, self.mimi)
+        self.speaker.bare = not case.has_prompt
+        return parse_chat_request(query_pairs(url))
+
     def read_by_server(self, case: Case, voices: dict[str, Path]) -> np.ndarray:
         """int64 [17, P]: what a conversation with this prompt feeds the model."""
-        self.speaker.voices = VoiceList.load(voices, self.mimi)
-        return self.speaker.begin(
-            case.prompt, GREEDY, 1, **{"voice": "voice"} if "voice" in voices else {},
-            greeting="greeting" if "greeting" in voices else "",
-        ).frames  # fmt: skip
+        wanted = self.asked(case, voices)
+        voice, greeting = wanted.voice_prompt, wanted.greeting
+        begin = self.speaker.begin
+        return begin(wanted.text_prompt, GREEDY, 1, voice=voice, greeting=greeting).frames
 
     def replayed_by_server(self, prompt: Prompt, codes: np.ndarray) -> np.ndarray:
         """int64 [17, T + 1]: the input cache when the tensor itself is forced, call by call."""
@@ -230,13 +243,13 @@ def contract_faults(bench: Workbench, case: Case, **section) -> list[str]:
     differs = np.flatnonzero((training[:, :prompt_frames] != served).any(axis=0))
     if len(differs):
         faults.append(f"position {differs[0]} of the prompt")
-    if max(span.end for span in clip.prompt) != prompt_frames - 1:
+    if max((span.end for span in clip.prompt), default=0) != prompt_frames - 1:
         faults.append("the record's prompt span")
     if (training[:, 1:] < 0).any():
         faults.append("an id below 0, which no server feeds")
     if not faults:
-        greeting = "greeting" if "greeting" in voices else ""
-        prompt = bench.speaker.plan(case.prompt, "voice" if case.voice else "", greeting)
+        wanted = bench.asked(case, voices)
+        prompt = bench.speaker.plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
         replayed = bench.replayed_by_server(prompt, codes)
         if not np.array_equal(replayed[:, : training.shape[1]], training):
             faults.append("a position of the dialogue")
@@ -283,9 +296,10 @@ def test_the_users_rows_are_what_the_server_hears(bench):
 
 
 def closing_tag(monkeypatch, bench):
-    from duplex.streams import coffee_text
+    def tokens(tokenizer, text):
+        return tokenizer.encode(coffee_text(text))
 
-    monkeypatch.setattr(pipeline.tensors, "system_text", coffee_text)
+    monkeypatch.setattr(pipeline.tensors, "prompt_tokens", tokens)
 
 
 def shifted_prompt(monkeypatch, bench):

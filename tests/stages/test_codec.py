@@ -177,12 +177,12 @@ def test_other_rates_are_resampled_and_stereo_is_refused(tmp_path):
 
 def test_personaplexs_packaged_voices_are_named(tmp_path):
     voice = {"embeddings": torch.zeros(50, 1, 1, 64), "cache": torch.zeros(1, 17, 4)}
-    for name, said in (("NATF2", "PersonaPlex's packaged voice NATF2"), ("mine", "packaged as")):
+    for name, said in (("NATF2", "packaged voice NATF2: input"), ("mine", "packaged voice: input")):
         torch.save(voice, tmp_path / f"{name}.pt")
         with pytest.raises(RecordError, match=said):
             read_voice(tmp_path / f"{name}.pt")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
-    with pytest.raises(RecordError, match=r"mono WAV, found a \.pt with dict"):
+    with pytest.raises(RecordError, match=r"must be a mono WAV; .* found a dict of 1"):
         read_voice(tmp_path / "x.pt")
 
 
@@ -199,7 +199,7 @@ def test_a_voice_that_would_run_code_does_not(tmp_path):
             return (open, (str(tmp_path / "pwned"), "w"))
 
     torch.save(Evil(), tmp_path / "NATF0.pt")
-    with pytest.raises(RecordError, match="cannot be read"):
+    with pytest.raises(RecordError, match="may run code"):
         read_voice(tmp_path / "NATF0.pt")
     assert not (tmp_path / "pwned").exists()
 
@@ -220,6 +220,14 @@ def test_voices_are_names_on_a_list(tmp_path, mimi):
         files_in(tmp_path)
     with pytest.raises(RequestError, match="must be a folder"):
         files_in(tmp_path / "none")
+
+
+def test_a_short_greeting_is_no_voice_and_still_a_greeting(tmp_path, mimi):
+    write_voice(tmp_path / "hi.wav", speech_like(0.5))
+    voices = VoiceList.load(files_in(tmp_path), mimi)
+    assert voices.greeting("hi").shape == (8, math.ceil(12_000 / FRAME))
+    with pytest.raises(RequestError, match=r"voice_prompt hi: .* at least 0.8 s"):
+        voices.voice("hi")
 
 
 def test_a_voice_file_that_is_none_stops_the_server_with_its_name(tmp_path, mimi):

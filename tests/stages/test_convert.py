@@ -23,8 +23,8 @@ from duplex.streams import (
     system_text,
 )
 from pipeline.converters.tensor_sources import load_model
+from pipeline.engines.tensor_file import MAX_BYTES
 from pipeline.imports import import_stage
-from pipeline.inspecting.reading import MAX_BYTES
 from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.test_imports import Trap
 

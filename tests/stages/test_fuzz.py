@@ -25,10 +25,10 @@ from duplex.records import TensorClip
 from duplex.streams import check_codes
 from pipeline.converters.coffee_files import convert_tensors
 from pipeline.engines.checkpoint import Checkpoint
+from pipeline.engines.tensor_file import read_codes
 from pipeline.engines.voicesample import read_voice
 from pipeline.imports import import_stage
 from pipeline.inspecting.folders import inspect_file
-from pipeline.inspecting.reading import read_codes
 
 EACH = 500  # files of each kind, four kinds
 

@@ -182,7 +182,9 @@ def test_bare_tensors_become_clips_with_their_prompt_found(tmp_path, tiny_checkp
     files = tmp_path / "pt"
     files.mkdir()
     torch.save(codes(), files / "one.pt")
-    torch.save(codes(fill=-1), files / "two.pt")
+    other = codes(fill=-1)
+    other[3, 30] += 1
+    torch.save(other, files / "two.pt")
     config = tensor_config(tiny_checkpoint)
     folder, imported = import_stage(config, tmp_path / "runs", "tensors", files)
     first, second = imported.records
@@ -206,6 +208,24 @@ class Trap:
 
     def __reduce__(self):
         return (open, (str(self.path), "w"))
+
+
+def test_equal_dialogues_are_never_split(tmp_path, tiny_checkpoint):
+    files = tmp_path / "pt"
+    files.mkdir()
+    for number in range(12):
+        tensor = codes(prompt=10 + number % 3)  # another prompt is no other conversation
+        tensor[1:9, 25] = number // 3
+        torch.save(tensor[:, number % 3 :] if number % 2 else tensor, files / f"f{number}.pt")
+    (files / "folder.pt").mkdir()
+    _, imported = import_stage(tensor_config(tiny_checkpoint), tmp_path / "runs", "tensors", files)
+    assert [name for name, _ in imported.refused] == ["folder.pt"]
+    sides = {}
+    for clip in imported.records:
+        assert clip.split_by == "conversation"
+        sides.setdefault(clip.text_digest, set()).add(clip.split)
+    assert all(len(splits) == 1 for splits in sides.values())
+    assert {"train"} in sides.values() and {"valid"} in sides.values()
 
 
 def test_hostile_and_damaged_tensors_are_refused_and_run_nothing(tmp_path, tiny_checkpoint):

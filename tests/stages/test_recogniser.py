@@ -204,10 +204,10 @@ def test_segments_that_the_guards_refuse_are_left_out():
 
 
 def test_a_loop_ends_where_it_begins():
-    looped = segment("well thank you you. You you you").words
+    looped = segment("well thank you you. You you you you you").words
     assert [word.word.strip() for word in until_loop(looped)] == ["well", "thank", "you"]
-    twice = segment("no no thank you").words
-    assert len(until_loop(twice)) == 4
+    angry = segment("no no No, no I said oat milk").words
+    assert len(until_loop(angry)) == 8, "people do say so"
 
 
 def test_times_stay_within_the_audio():

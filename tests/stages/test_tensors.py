@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from duplex.errors import StageFailedError
+from duplex.errors import RequestError, StageFailedError
 from duplex.records import TensorClip, VoiceSample, parse_record
 from duplex.store import FolderBlobs
 from duplex.streams import AGENT_ROWS, TEXT_EPAD, TEXT_PAD, TEXT_ROW, USER_ROWS
@@ -17,6 +17,7 @@ from pipeline.engines.codec import encode, measure_tokens
 from pipeline.runners.local import execute
 from pipeline.speech import wav_bytes
 from pipeline.tensors import TensorsStage
+from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.tensor_factories import (
     FRAME,
     TURNS,
@@ -167,6 +168,56 @@ def test_a_greeting_is_prompt_and_not_dialogue(tmp_path, tiny_checkpoint, speech
     assert samples["greeting"].num_frames == end - first
 
 
+def test_what_the_agent_says_first_is_no_greeting(tmp_path, tiny_checkpoint):
+    """As a transcript of one side gives it: the user opened, but nobody wrote down how."""
+    folder = speech_stage(tmp_path / "s", count=1)
+    turns = (TURNS[1], TURNS[2], TURNS[3])
+    finish(folder, [make_speech(folder, "c0", turns=turns, first_speaker="user")])
+    plain, *_ = run(tmp_path, tiny_checkpoint, folder)
+    clips, samples, *_ = run(tmp_path, tiny_checkpoint, folder, greeting=True)
+    assert not samples and clips["c0"].text_tokens == plain["c0"].text_tokens
+    assert [span.label for span in clips["c0"].prompt] == ["silence", "text", "silence"]
+
+
+def test_turn_by_turn_after_a_greeting_stands_where_it_should(tmp_path, tiny_checkpoint, speech):
+    _, _, whole, _ = run(tmp_path, tiny_checkpoint, speech, encoding="turn")
+    clips, _, codes, _ = run(tmp_path, tiny_checkpoint, speech, encoding="turn", greeting=True)
+    dialogue = codes["c0"][1:, prompt_end(clips["c0"]) :]
+    assert np.array_equal(dialogue, whole["c0"][1:, -dialogue.shape[1] :])
+
+
+def test_a_clip_fits_the_models_own_context(tmp_path, tiny_checkpoint, speech):
+    short = write_tiny_checkpoint(tmp_path / "short", context=100)
+    with pytest.raises(StageFailedError, match="at most 100 frames"):
+        run(tmp_path, short, speech)
+    clips, *_ = run(tmp_path, short, speech, long="cut")
+    assert clips and all(clip.num_frames <= 100 for clip in clips.values())
+
+
+def test_a_recording_called_as_the_greeting_is_refused(tmp_path, tiny_checkpoint):
+    folder = speech_stage(tmp_path / "s", count=1)
+    finish(folder, [make_speech(folder, "greeting")])
+    with pytest.raises(RequestError, match="must not be that of a voice sample or the greeting"):
+        run(tmp_path, tiny_checkpoint, folder, greeting=True)
+
+
+def test_one_conversation_more_renames_no_voice_sample_unnoticed(tmp_path, tiny_checkpoint):
+    """What a record holds is in its key: an adopted clip equals one that is made anew."""
+    folder = speech_stage(tmp_path / "s", count=1)
+    speeches = [make_speech(folder, f"c{i}", persona="p", seed=i) for i in range(6)]
+    made = []
+    for count in (4, 5, 6):
+        finish(folder, speeches[:count])
+        context, _ = tensors_context(
+            tmp_path, tiny_checkpoint, folder, voice_prompt_s=1.2, split="conversation"
+        )
+        stage = TensorsStage()
+        for task in stage.tasks(context):
+            if hasattr(task.payload, "sample"):
+                made.append((stage.record_key(context.config, task), task.payload.sample.id))
+    assert len(dict(made)) == len(set(made))
+
+
 def test_a_greeting_that_is_talked_over_is_refused(tmp_path, tiny_checkpoint):
     folder = speech_stage(tmp_path / "s", count=1)
     turns = (TURNS[0], ("agent", 20, 60, "a latte"), *TURNS[2:])
@@ -180,7 +231,9 @@ def test_too_long_a_conversation_is_refused_with_its_count_or_cut(tmp_path, tiny
     whole, _, reference, _ = run(tmp_path, tiny_checkpoint, folder)
     prompt_frames = prompt_end(whole["c0"])
     limit = prompt_frames + 90
-    message = f"at most {limit} frames, found {prompt_frames + 116} .{prompt_frames} of them prompt"
+    message = (
+        f"at most {limit} frames .*, found {prompt_frames + 116} .{prompt_frames} of them prompt"
+    )
     with pytest.raises(StageFailedError, match=message):
         run(tmp_path, tiny_checkpoint, folder, max_frames=limit)
     clips, _, codes, _ = run(tmp_path, tiny_checkpoint, folder, max_frames=limit, long="cut")
@@ -229,16 +282,13 @@ def test_text_without_a_frame_is_an_error_unless_it_may_go(tmp_path, tiny_checkp
     assert clips["c0"].dropped_tokens > 0
 
 
-def test_bytes_are_the_same_with_workers_with_the_cache_and_in_batches(
-    tmp_path, tiny_checkpoint, speech
-):
+def test_bytes_are_the_same_with_workers_and_with_the_cache(tmp_path, tiny_checkpoint, speech):
     digests = {}
     for name, runtime in {
         "alone": {"cache": False},
         "workers": {"cache": False, "workers": 2},
         "filling": {"cache": True},
         "cached": {"cache": True},
-        "batch": {"cache": False, "batch": 3},
     }.items():
         root = tmp_path / ("cache" if runtime.get("cache") else name)
         context, folder = tensors_context(root, tiny_checkpoint, speech, runtime=runtime)
@@ -246,6 +296,53 @@ def test_bytes_are_the_same_with_workers_with_the_cache_and_in_batches(
             folder.path = root / "05-tensors-again"
         digests[name] = execute(TensorsStage(), context, folder)["digest"]
     assert len(set(digests.values())) == 1, digests
+
+
+def silent_between(folder, name, seed):
+    """A conversation with digital silence between its turns, where near ties are many."""
+    rng = np.random.default_rng(seed)
+    audio = np.zeros((2, 116 * FRAME), dtype=np.float32)
+    for role, start, end, _ in TURNS:
+        span = slice(start * FRAME, end * FRAME)
+        audio[0 if role == "agent" else 1, span] = 0.1 * rng.standard_normal((end - start) * FRAME)
+    blob = FolderBlobs(folder).put(wav_bytes(audio), ".wav")
+    return make_speech(folder, name, persona="p", seed=seed, audio=blob)
+
+
+def test_batches_are_part_of_keys_and_their_bytes_repeat(tmp_path, tiny_checkpoint):
+    folder = speech_stage(tmp_path / "s", count=1)
+    speeches = [silent_between(folder, f"c{i}", i) for i in range(4)]
+    finish(folder, speeches)
+    digests, keys = [], []
+    for batch in (1, 2, 2):
+        root = tmp_path / f"r{len(digests)}"
+        context, out = tensors_context(
+            root, tiny_checkpoint, folder, batch=batch, runtime={"cache": False}
+        )
+        stage = TensorsStage()
+        keys.append(
+            {task.id: stage.record_key(context.config, task) for task in stage.tasks(context)}
+        )
+        digests.append(execute(stage, context, out)["digest"])
+    assert digests[1] == digests[2] and keys[1] == keys[2]
+    assert not set(keys[0].values()) & set(keys[1].values())
+    # One conversation more makes other batches, and so other keys where a batch is another.
+    finish(folder, [*speeches, silent_between(folder, "c00", 9)])
+    context, _ = tensors_context(tmp_path / "more", tiny_checkpoint, folder, batch=2)
+    stage = TensorsStage()
+    more = {task.id: stage.record_key(context.config, task) for task in stage.tasks(context)}
+    assert not set(more.values()) & set(keys[1].values())
+
+
+def test_a_bad_conversation_spoils_no_other_of_its_batch(tmp_path, tiny_checkpoint):
+    folder = speech_stage(tmp_path / "s", count=1)
+    speeches = [make_speech(folder, f"c{i}", persona="p", seed=i) for i in range(3)]
+    finish(folder, speeches)
+    (folder.path / "blobs" / f"{speeches[1].audio}.wav").write_bytes(b"RIFF rubbish")
+    context, out = tensors_context(tmp_path, tiny_checkpoint, folder, batch=3)
+    with pytest.raises(StageFailedError, match="1 of 3"):
+        execute(TensorsStage(), context, out)
+    assert set(out.ledger()) == {"c0", "c2"} and set(out.rejected()) == {"c1"}
 
 
 def test_another_alignment_encodes_nothing_again(tmp_path, tiny_checkpoint, speech, monkeypatch):
@@ -274,7 +371,7 @@ def test_a_batch_is_made_from_the_full_list(tmp_path, tiny_checkpoint, speech, m
         "encode_batch",
         lambda mimi, audio: (seen.append(len(audio)), inner(mimi, audio))[1],
     )
-    context, folder = tensors_context(tmp_path, tiny_checkpoint, speech, runtime={"batch": 2})
+    context, folder = tensors_context(tmp_path, tiny_checkpoint, speech, batch=2)
     stage = TensorsStage()
     tasks = {task.id: task for task in stage.tasks(context)}
     whole = {name: [s.id for s in task.payload.batch] for name, task in tasks.items()}

@@ -6,8 +6,9 @@ import torch
 
 from duplex.config import TrainSection
 from duplex.errors import CorruptFileError, RequestError
+from duplex.records import TensorClip
 from duplex.streams import TEXT_PAD, ZERO_TOKEN
-from pipeline.train import TrainStage, with_steps
+from pipeline.train import TrainStage, check_split, with_steps
 from tests.stages.training_factories import (
     PROMPT_FRAMES,
     make_codes,
@@ -87,3 +88,35 @@ def test_a_run_in_the_predecessors_way(tmp_path, tiny_checkpoint):
     expected = initial["text"] + 100 * initial["semantic"]
     expected += sum(initial[f"acoustic_{k}"] for k in range(1, 8)) / 7
     assert initial["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def clip_record(name, split, **changes):
+    fields = {
+        "id": name, "speech_id": name, "persona_id": name, "tensor": f"{ord(name[0]):064x}",
+        "num_frames": 9, "prompt": (), "turns": (), "text_tokens": 1, "dropped_tokens": 0,
+        "alignment": "onset", "split": split, "codec_digest": "0" * 64,
+        "tokenizer_digest": "0" * 64,
+    }  # fmt: skip
+    return TensorClip.model_validate(fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({}, False),
+        ({"tensor": f"{ord('a'):064x}"}, True),
+        ({"text_digest": "1" * 64}, True),
+        ({"dialogue_id": "a"}, True),
+        ({"persona_id": "a"}, False),  # bound to be so in a split by conversation
+        ({"persona_id": "a", "split_by": "persona"}, True),
+        ({"voices": ("v",), "split_by": "persona"}, True),
+    ],
+)
+def test_nothing_is_trained_on_that_is_validated_on(change, refused):
+    shared = {k: v for k, v in change.items() if k in ("text_digest", "voices", "split_by")}
+    records = [clip_record("a", "train", **shared), clip_record("b", "valid", **change)]
+    if refused:
+        with pytest.raises(RequestError, match="must share nothing"):
+            check_split(records)
+    else:
+        check_split(records)
