@@ -73,14 +73,26 @@ def encode_long(
         int64 [C, 8, T].
     """
     import torch
-    from moshi.utils.compile import no_compile
 
-    # Without no_compile the library compiles on first use: dear, and it needs a compiler.
-    with torch.no_grad(), no_compile(), _one_thread():
-        sound = torch.cat(list(_convolved(mimi, read, num_samples, chunk_frames)), dim=2)
-        latents = mimi._to_framerate(_attended(mimi, sound, window_frames))  # [C, D, T]
-        codes = [mimi.quantizer.encode(part) for part in latents.split(window_frames, dim=2)]
+    with _alone():
+        found = latents(mimi, read, num_samples, window_frames, chunk_frames)
+        codes = [mimi.quantizer.encode(part) for part in found.split(window_frames, dim=2)]
         return torch.cat(codes, dim=2)[:, :CODEBOOKS].cpu().numpy().astype(np.int64)
+
+
+def latents(
+    mimi: MimiModel,
+    read: Callable[[int, int], np.ndarray],
+    num_samples: int,
+    window_frames: int = WINDOW_FRAMES,
+    chunk_frames: int = CHUNK_FRAMES,
+) -> torch.Tensor:
+    """float32 [C, D, T] before the quantizer; arguments as in `encode_long`."""
+    import torch
+
+    with _alone():
+        sound = torch.cat(list(_convolved(mimi, read, num_samples, chunk_frames)), dim=2)
+        return mimi._to_framerate(_attended(mimi, sound, window_frames))
 
 
 def _convolved(
@@ -124,17 +136,21 @@ def _positions_per_frame(mimi: MimiModel) -> int:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """On a CPU the number of threads decides how sums are rounded, and so where near ties fall.
+def _alone() -> Iterator[None]:
+    """Without gradients, without the library's compiler, on one thread.
 
-    One thread gives training and server the same prompt; several processes give the speed.
+    The library compiles on first use: dear, and it needs a C++ compiler. On a CPU the number of
+    threads decides how sums are rounded, and so where near ties fall: one thread gives training
+    and server the same prompt, several processes give the speed.
     """
     import torch
+    from moshi.utils.compile import no_compile
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.no_grad(), no_compile():
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -227,3 +227,22 @@ def test_a_character_cut_short_is_marked_and_ends_nothing(speaker):
     parts = [pieces.append(token) for token in [*coffee[:2], *name]]
     assert "".join(parts) == "� Maria"
     assert [pieces.append(token) for token in (-2, 1, 2, TEXT_PAD, 10**6)] == [""] * 5
+
+
+def test_a_model_that_was_trained_without_prompts_is_fed_none(tiny_checkpoint, trainer):
+    """Then the first frame of a tensor is the first of its dialogue, and server call 1."""
+    bare = Speaker.load(tiny_checkpoint, "cpu", bare=True)
+    fed = bare.begin("", GREEDY, seed=1)
+    assert fed.frames.shape == (17, 1) and fed.tokens == () and fed.count == 0
+    audio = user_audio(12)
+    inputs = [fed.frames]
+    for frame in audio:
+        bare.step(frame)
+        inputs.append(bare._last_input()[:, None].numpy())
+    inputs = np.concatenate(inputs, axis=1)
+    recorded = encode(Checkpoint.open(tiny_checkpoint).load_mimi(), audio.reshape(1, -1))[0]
+    # The user's semantic row has no delay: position p holds dialogue frame p - 1.
+    assert np.array_equal(inputs[USER_ROWS][0, 1:], recorded[0, : inputs.shape[1] - 1])
+    for given in ({"prompt_text": "You are Ann."}, {"prompt_text": "", "voice": "ann"}):
+        with pytest.raises(RequestError, match="takes none"):
+            bare.plan(**given)
