@@ -293,7 +293,7 @@ class Proof(Record):
     same prompt; None where there is no such tensor to compare with.
     """
 
-    prompt: Text
+    prompt: str = Field(description="empty where the model was trained without prompts")
     expected_digest: Sha256
     served_digest: Sha256
     num_tokens: int
@@ -307,7 +307,7 @@ class Score(Record):
     item_id: Slug
     model: Literal["base", "merged"]
     persona_id: Slug | None = None
-    prompt: Text
+    prompt: str
     prompt_proven: bool
     transcript: str
     metrics: dict[str, float | int | None]

@@ -94,7 +94,7 @@ class EvaluateStage(WholeStage):
         for name, content in loose.items():
             # Not among the records: their lines are in the digest, and these bytes differ.
             _add(writer, name, content, deterministic=False)
-        return [*records, *_scores(played, audio)]
+        return [*records, *_scores(played, audio, bare=settings.bare)]
 
 
 def require_proofs(played: Sequence[Played]) -> None:
@@ -236,7 +236,7 @@ def _protocol(section: EvaluateSection, settings: PlaySettings) -> dict[str, Any
     }
 
 
-def _scores(played: Sequence[Played], audio: Mapping[str, bytes]) -> list[Score]:
+def _scores(played: Sequence[Played], audio: Mapping[str, bytes], *, bare: bool) -> list[Score]:
     from pipeline.evaluation.report import wav_name
 
     return [
@@ -244,7 +244,7 @@ def _scores(played: Sequence[Played], audio: Mapping[str, bytes]) -> list[Score]
             id=f"{measured.spoken.item.id}.{label}",
             item_id=measured.spoken.item.id,
             model=label,
-            prompt=measured.spoken.item.text_prompt,
+            prompt="" if bare else measured.spoken.item.text_prompt,
             prompt_proven=measured.proof.proven,
             transcript=measured.conversation.transcript,
             metrics=measured.metrics(),
