@@ -9,9 +9,11 @@ Ranked by a hash of their own, so that one persona or conversation more moves fe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from duplex.records import TensorClip
 
 Split = Literal["train", "valid"]
 SplitBy = Literal["persona", "conversation"]
@@ -26,6 +28,17 @@ class Member:
     conversation: str
     text: str
     voices: tuple[str, ...] = ()
+
+
+def member_of(clip: TensorClip) -> Member:
+    """A finished clip as far as splits go."""
+    return Member(
+        id=clip.id,
+        persona=clip.persona_id,
+        conversation=clip.dialogue_id or clip.speech_id,
+        text=clip.text_digest or clip.tensor,
+        voices=clip.voices,
+    )
 
 
 def assign_splits(
@@ -49,7 +62,7 @@ def hold_out(names: set[str], fraction: float, seed: int) -> set[str]:
     return set(ranked[:count])
 
 
-def overlaps(members: Iterable[Member], split: dict[str, Split], by: SplitBy) -> list[str]:
+def overlaps(members: Iterable[Member], split: Mapping[str, Split], by: SplitBy) -> list[str]:
     """What stands on both sides and must not; empty when the split is clean.
 
     A persona's prompts and its voice are bound to be on both sides of a split by conversation.

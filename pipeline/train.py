@@ -22,7 +22,7 @@ from duplex.config import Config, TrainSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes, write_atomic
 from duplex.records import Record, TensorClip, canonical_json
-from duplex.splits import Member, overlaps
+from duplex.splits import Split, member_of, overlaps
 from duplex.stage import StageContext, WholeStage, record_seed
 from duplex.store import FileWriter
 from pipeline.engines.checkpoint import Checkpoint, model_identity, resolve_checkpoint
@@ -134,17 +134,8 @@ def check_split(records: list[TensorClip]) -> None:
     """
     for by in ("conversation", "persona"):
         chosen = [r for r in records if by == "conversation" or r.split_by == "persona"]
-        members = [
-            Member(
-                id=record.id,
-                persona=record.persona_id,
-                conversation=record.dialogue_id or record.speech_id,
-                text=record.text_digest or record.tensor,
-                voices=record.voices,
-            )
-            for record in chosen
-        ]
-        faults = overlaps(members, {record.id: record.split for record in chosen}, by)
+        split: dict[str, Split] = {record.id: record.split for record in chosen}
+        faults = overlaps(map(member_of, chosen), split, by)
         if faults:
             raise RequestError(
                 f"training and validation must share nothing: {'; '.join(faults)}. Make the "

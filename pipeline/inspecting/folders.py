@@ -23,7 +23,7 @@ from duplex.judgement import (
 )
 from duplex.phases import Known
 from duplex.records import Speech, TensorClip
-from duplex.splits import Member, Split, overlaps
+from duplex.splits import Split, member_of, overlaps
 from duplex.store import MANIFEST, StageFolder, folders_of
 from pipeline.engines.tensor_file import NotCodesError, read_codes
 from pipeline.inspecting.known import audio_of, find_checkpoint, loudness_lufs, speeches_of
@@ -248,16 +248,7 @@ def split_findings(clips: Sequence[TensorClip], speeches: dict[str, Speech]) -> 
     split: dict[str, Split] = {clip.id: clip.split for clip in clips}
     if clips and len(set(split.values())) == 1:
         yield finding("one-sided", f"only {clips[0].split}")
-    members = [
-        Member(
-            id=clip.id,
-            persona=clip.persona_id,
-            conversation=clip.dialogue_id or clip.speech_id,
-            text=clip.text_digest or clip.id,
-            voices=clip.voices,
-        )
-        for clip in clips
-    ]
+    members = [member_of(clip) for clip in clips]
     shared = _on_both_sides(clips, lambda clip: {clip.persona_id})
     if shared:
         found = f"{len(shared)} on both sides, first {min(shared)}"
