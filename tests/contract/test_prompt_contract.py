@@ -87,7 +87,9 @@ def cases(draw):
         prompt=" ".join(draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=20))),
         turns=tuple(turns),
         num_frames=cursor + draw(st.integers(30, 36)),  # room for the last turn's tokens
-        voice=(prompt := draw(st.sampled_from([True, True, True, False]))) and draw(st.booleans()),
+        voice=(prompt := draw(st.sampled_from([True, True, True, False])))
+        and any(role == "agent" and end - start >= 12 for role, start, end, _ in turns)
+        and draw(st.booleans()),
         greeting=prompt and draw(st.booleans()),
         has_prompt=prompt,
         alignment=draw(st.sampled_from(["onset", "word", "uniform"])),

@@ -43,7 +43,10 @@ def stage_run(tmp_path, monkeypatch):
     items.write_text(json.dumps({"items": listed}))
     evaluate = {"items": str(items), "seconds": 6.4, "answer_s": 1.6}
     config = Config.model_validate({"name": "tiny", "evaluate": evaluate})
-    inputs = {name: StageFolder(tmp_path / name, name, name * 2) for name in ("train", "merge")}
+    names = ("personas", "tensors", "train", "merge")
+    inputs = {name: StageFolder(tmp_path / name, name, name * 2) for name in names}
+    for name in ("personas", "tensors"):
+        inputs[name].complete([], files=[], counts={}, provenance={})
     writer = FileWriter(inputs["train"])
     (writer.work / "m").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
     record = writer.add("metrics", writer.work / "m", "metrics.jsonl")
@@ -65,7 +68,8 @@ def stage_run(tmp_path, monkeypatch):
     up, together, threads = [], [], []
 
     @contextmanager
-    def running(checkpoint, *, device, timeout_s, port=0):
+    def running(checkpoint, *, device, timeout_s, port=0, voices=None, bare=False):
+        assert not voices and not bare
         threads.append(os.environ.get("OMP_NUM_THREADS"))
         up.append(checkpoint)
         together.append(len(up))

@@ -20,8 +20,8 @@ def deaf(tiny_checkpoint):
     """The planted fault: it reads the prompt, checks it, and feeds none of it."""
 
     class Deaf(Speaker):
-        def begin(self, prompt_text, *rest):
-            return super().begin("", *rest)
+        def begin(self, prompt_text, *rest, **audio):
+            return super().begin("", *rest, **audio)
 
     return Deaf.load(tiny_checkpoint, "cpu")
 

@@ -297,7 +297,9 @@ def stage_context(tmp_path, checkpoint):
     shutil.copy(checkpoint / "model.safetensors", writer.work / "w")
     weights = writer.add("weights", writer.work / "w", "checkpoint/model.safetensors")
     merge.complete([record_line(weights)], files=writer.files, counts={}, provenance={})
-    inputs = {"personas": folder, "merge": merge}
+    tensors = StageFolder(tmp_path / "05-tensors-00000000", "tensors", "")
+    tensors.complete([], files=[], counts={}, provenance={})
+    inputs = {"personas": folder, "tensors": tensors, "merge": merge}
     config = Config.model_validate({"name": "t", "serve": {"runtime": {"device": "cpu"}}})
     return StageContext(config, tmp_path, inputs, report=lambda _: None), personas
 
