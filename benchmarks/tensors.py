@@ -8,7 +8,8 @@ and channel at a time being 1. Differences: whole against frame by frame as the 
 and against turn by turn as the predecessor did. Memory: peak of the process that encodes an
 hour, against one that encodes four minutes.
 
-The speech is the pocket config's own, by espeak-ng; the codec that of `--base`.
+The speech is that of configs/pocket-full.yaml, by espeak-ng: all of it for the stage, some of it
+for the rest. The codec is that of `--base`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     import torch
 
     keep_freed_memory()
-    config_path = CHECKOUT / "configs" / "pocket.yaml"
+    config_path = CHECKOUT / "configs" / "pocket-full.yaml"
     command = [sys.executable, "-m", "duplex.cli", "run", str(config_path)]
     command += ["--to", "speech", "--runs", str(root)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=CHECKOUT)
@@ -95,7 +96,9 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     return {
         "machine": {"cores": os.cpu_count(), "cpu": _cpu_name(), "torch": torch.__version__},
         "codec": args.base,
+        "workers": args.workers,
         "conversations": len(chosen),
+        "stage_conversations": sum(1 for record in speech.records()),
         "audio_minutes": sum(one.shape[1] for one in audio) / SAMPLE_RATE / 60,
         "speed": _speeds(mimi, audio) | _stage_speeds(config, speech, root, args.workers),
         "streaming": _against_streaming(mimi, audio[:4], whole[:4]),
@@ -269,18 +272,25 @@ def measure_memory(base: str, minutes: int) -> dict[str, float]:
 
 def describe(result: dict[str, Any]) -> str:
     machine, speed = result["machine"], result["speed"]
-    first = next(iter(speed.values()))
+    first, _, batch, alone, several, _, from_cache = speed.values()
+    batched, spread, cached = batch / first, several / alone, from_cache / alone
     lines = [
         "# Encoding conversations",
         "",
         f"`python -m benchmarks.tensors --write`: {result['conversations']} conversations, "
-        f"{result['audio_minutes']:.1f} minutes, codec of `{result['codec']}`, "
+        f"{result['audio_minutes']:.1f} minutes ({result['stage_conversations']} for the stage), "
+        f"codec of `{result['codec']}`, "
         f"{machine['cores']} cores ({machine['cpu']}), one thread a process, "
         f"torch {machine['torch']}.",
         "",
         "| way | audio-hours an hour | against the first |",
         "| --- | ---: | ---: |",
         *(f"| {name} | {value:.1f} | {value / first:.2f} |" for name, value in speed.items()),
+        "",
+        f"On this CPU batches of {BATCH} ran at {batched:.2f} times the speed of one channel at a time, "
+        f"so `tensors.batch` stays 1 unless there is a GPU, where nobody has measured it yet. The "
+        f"stage ran at {spread:.2f} times the speed of one process with {result['workers']} of them, "
+        f"and at {cached:.1f} times with its codes in the cache.",
         "",
         "| difference | share |",
         "| --- | ---: |",
