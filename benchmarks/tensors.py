@@ -287,10 +287,10 @@ def describe(result: dict[str, Any]) -> str:
         "| --- | ---: | ---: |",
         *(f"| {name} | {value:.1f} | {value / first:.2f} |" for name, value in speed.items()),
         "",
-        f"On this CPU batches of {BATCH} ran at {batched:.2f} times the speed of one channel at a time, "
-        f"so `tensors.batch` stays 1 unless there is a GPU, where nobody has measured it yet. The "
-        f"stage ran at {spread:.2f} times the speed of one process with {result['workers']} of them, "
-        f"and at {cached:.1f} times with its codes in the cache.",
+        f"On this CPU batches of {BATCH} ran at {batched:.2f} times the speed of one channel at a "
+        "time, so `tensors.batch` stays 1 unless there is a GPU, where nobody has measured it "
+        f"yet. The stage ran at {spread:.2f} times the speed of one process with "
+        f"{result['workers']} of them, and at {cached:.1f} times with its codes in the cache.",
         "",
         "| difference | share |",
         "| --- | ---: |",
