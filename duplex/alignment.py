@@ -89,7 +89,11 @@ def align(
         word_starts = {index for index, _ in turn.words} if mode == "word" else set()
         for index, (token, frame, deadline) in enumerate(place(turn)):
             frame = max(cursor, frame)
-            if frame >= num_frames or (drop and frame > deadline):
+            if frame >= num_frames:
+                dropped += 1
+                cursor = num_frames  # what follows must not come before it
+                continue
+            if drop and frame > deadline:
                 dropped += 1
                 continue
             if index in word_starts and frame > 0 and row[frame - 1] == padding:
@@ -141,38 +145,38 @@ def _check_turns(turns: Sequence[TextTurn], num_frames: int) -> None:
         previous_start = turn.start
 
 
-def word_starts(
-    text: str, timed: Sequence[tuple[str, float]], tokens_of: Callable[[str], Sequence[int]]
-) -> list[tuple[tuple[int, ...], float]]:
-    """The words of a text between its spaces, each with its tokens and its start in seconds.
+def written_words(
+    text: str, timed: Sequence[tuple[str, float, float]]
+) -> list[tuple[str, float, float]]:
+    """The words of a text between its spaces, punctuation and all, with start and end in seconds.
 
     Recognisers and speech engines cut words their own way (`o'clock`, `don't`, no punctuation),
     so a word of the text starts with the timed word that holds its first letter or digit. One
     without any, a lone dash say, starts with the word before it.
 
     Args:
-        timed: words with their starts, in order; punctuation and case may differ from `text`.
-        tokens_of: the tokenizer on one word.
+        timed: words with starts and ends, in order; punctuation and case may differ from `text`.
 
     Raises:
         ValueError: the timed words do not spell the text.
     """
-    spoken = [(char, start) for word, start in timed for char in _letters(word)]
+    spoken = [(char, start, end) for word, start, end in timed for char in _letters(word)]
     written = _letters(text)
-    if [char for char, _ in spoken] != written:
+    if [char for char, *_ in spoken] != written:
         raise ValueError(
             "the timed words must spell the turn's text, found "
-            f"{' '.join(word for word, _ in timed)[:80]!r} for {text[:80]!r}"
+            f"{' '.join(word for word, *_ in timed)[:80]!r} for {text[:80]!r}"
         )
-    words: list[tuple[tuple[int, ...], float]] = []
-    letters_before = 0
-    start = timed[0][1] if timed else 0.0
+    words: list[tuple[str, float, float]] = []
+    before = 0
+    start = end = timed[0][1] if timed else 0.0
     for word in text.split():
         count = len(_letters(word))
         if count:
-            start = max(start, spoken[letters_before][1])
-        letters_before += count
-        words.append((tuple(tokens_of(word)), start))
+            start = max(start, spoken[before][1])
+            end = spoken[before + count - 1][2]
+        before += count
+        words.append((word, start, end))
     return words
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from duplex.alignment import TextTurn, word_starts
+from duplex.alignment import TextTurn, written_words
 from duplex.frames import frame_at, frames_covering_seconds
 from duplex.records import FrameSpan, SpokenTurn, Turn, canonical_json
 from duplex.streams import AGENT_ROWS, NUM_ROWS, TEXT_ROW, USER_ROWS
@@ -42,10 +42,10 @@ def text_turns(
             continue
         tokens: list[int] = []
         words = []
-        timed = [(word.text, word.start_s) for word in turn.words]
-        for word_tokens, start_s in word_starts(turn.text, timed, tokens_of):
+        timed = [(word.text, word.start_s, word.end_s) for word in turn.words]
+        for word, start_s, _ in written_words(turn.text, timed):
             words.append((len(tokens), min(max(frame_at(start_s), start), num_frames - 1)))
-            tokens += word_tokens
+            tokens += tokens_of(word)
         placed.append(TextTurn(start, end, tuple(tokens), tuple(words)))
     return sorted(placed, key=lambda turn: turn.start)
 

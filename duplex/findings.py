@@ -134,6 +134,11 @@ FINDINGS: dict[str, Kind] = {
         "with onset alignment, 70 % of the tokens stand in the first 40 % of their turns",
         "fast speech does that; nothing is lost",
     ),
+    "several-stages": Kind(
+        "note",
+        "a run folder has one tensors stage; else the newest is looked at",
+        "name the stage folder that is meant, as `duplex status CONFIG` shows it",
+    ),
     "late-tokens": Kind("note", "tokens stand where their alignment wants them", "nothing is lost"),
     "constant-silence": Kind(
         "note",

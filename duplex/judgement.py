@@ -49,6 +49,7 @@ class Inspection:
     findings: tuple[Finding, ...]
     loudness_lufs: Mapping[str, float | None] | None = None
     record_id: str | None = None
+    file: str = ""
     codes_digest: str | None = None  # sha256 of the codes as int64, whatever file holds them
 
     @property
@@ -146,7 +147,7 @@ def _record(codes: np.ndarray, m: Measures, known: Known) -> Iterator[Finding]:
     ends = [span.end for span in (*clip.prompt, *clip.turns)]
     if max(ends, default=0) > m.num_frames:
         faults.append(f"a span that ends at frame {max(ends)} of {m.num_frames}")
-    standing = clip.text_tokens - clip.dropped_tokens
+    standing = clip.text_tokens - (clip.dropped_tokens or 0)
     # An imported file's count covers EPAD: it was taken before anyone knew the tokenizer.
     if clip.alignment != "import" and standing != m.text_tokens:
         faults.append(f"{standing} tokens by the record, {m.text_tokens} in the dialogue")
@@ -233,8 +234,9 @@ def _text(codes: np.ndarray, m: Measures, known: Known) -> Iterator[Finding]:
         share = m.dropped_tokens / max(m.dropped_tokens + m.text_tokens, 1)
         yield finding("dropped-tokens", f"{m.dropped_tokens} dropped ({share:.0%})")
     full = sum(turn.full for turn in m.turns)
-    # Under -1 padding alone: elsewhere what does not fit goes on after the window.
-    if not m.dropped_tokens and zero and full:
+    # Elsewhere what does not fit goes on after the window.
+    may_have_lost = zero or (known.clip is not None and known.clip.dropped_tokens is None)
+    if not m.dropped_tokens and may_have_lost and full:
         yield finding("window-full", f"{full} such turn(s), turns {m.turns_from}")
     if m.late_tokens:
         yield finding("late-tokens", f"{m.late_tokens} of {m.text_tokens} later than that")

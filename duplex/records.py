@@ -237,7 +237,8 @@ class TensorClip(Record):
 
     `prompt` gives the span of each prompt phase after the frame-0 rule: the tensor starts
     with the *second* prompt frame (layout `coffee`: with the first).
-    `late_tokens` stand after the place that the alignment gives them, `dropped_tokens` nowhere.
+    `late_tokens` stand after the place that the alignment gives them, `dropped_tokens` nowhere;
+    None where nobody knows, as in files that came without the text that they were made from.
     `text_digest` is of all turns' words: two clips with one text are one conversation.
     """
 
@@ -252,8 +253,8 @@ class TensorClip(Record):
     prompt: tuple[FrameSpan, ...]
     turns: tuple[FrameSpan, ...]
     text_tokens: int = Field(ge=0)
-    dropped_tokens: int = Field(ge=0)
-    late_tokens: int = Field(default=0, ge=0)
+    dropped_tokens: int | None = Field(default=None, ge=0)
+    late_tokens: int | None = Field(default=None, ge=0)
     alignment: Text
     padding: Literal["pad", "zero"] = "pad"
     layout: Literal["personaplex", "coffee"] = "personaplex"

@@ -29,10 +29,10 @@ def tensors(
     )  # fmt: skip
     counts = [row["dropped_tokens"] for row in outcome.rows]
     known = [count for count in counts if count is not None]
-    outcome.notes.append(
-        f"{sum(known)} tokens were dropped before, in {len(known)} files where it can be known; "
-        f"{len(counts) - len(known)} unknown. {out / REPORT} has each file"
-    )
+    unknown = len(counts) - len(known)
+    said = [f"{sum(known)} tokens were dropped before, in {len(known)} files"] if known else []
+    said += [f"how many were dropped before is not known of {unknown} files"] if unknown else []
+    outcome.notes.append(f"{'; '.join(said)}. {out / REPORT} has each file")
     show(outcome, out, "tensors", as_json=as_json)
 
 

@@ -35,15 +35,18 @@ def read_tensors(path: Path, config: Config, runs_root: Path) -> Imported:
     checkpoint = resolve_checkpoint(config.model, runs_root)
     digests = checkpoint.digest("codec"), checkpoint.digest("tokenizer")
     imported = Imported()
-    imported.notes.append(
-        "a bare .pt does not say which codec and tokenizer made it: taken as those of model.base"
-    )
     for file in files:
         try:
             _read_tensor(file, checkpoint.config, digests, imported)
         except (DuplexError, ValidationError, OSError) as error:
             imported.refused.append((file.name, str(error)))
     imported.refuse_doubles()
+    bare = sum(isinstance(clip, TensorClip) and not clip.split_by for clip in imported.records)
+    if bare:
+        imported.notes.insert(
+            0, f"{bare} files without a record do not say which codec and tokenizer made them: "
+            "taken as those of model.base",
+        )  # fmt: skip
     _split(imported)
     return imported
 
@@ -102,7 +105,6 @@ def _read_tensor(
             else (),
             turns=(),
             text_tokens=int((codes[TEXT_ROW, prompt_frames:] != TEXT_PAD).sum()),
-            dropped_tokens=0,
             alignment="import",
             text_digest=hashlib.sha256(codes[:, prompt_frames:].tobytes()).hexdigest(),
             split="train",  # until all are there: see `_split`

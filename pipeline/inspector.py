@@ -62,6 +62,7 @@ def show(
         from pipeline.inspecting.picture import draw_timeline
 
         draw_timeline(read_codes(path)[0], inspection, picture)
+        print(f"drawn: {picture}", file=sys.stderr)
     if as_json:
         show_json(inspection.to_json() | {"file": str(path)})
     else:

@@ -285,11 +285,14 @@ class TensorsStage(MapStage):
             return [(0, num_frames)]
         prompt_frames = longest - budget
         if self._section.long == "reject" or budget < 1:
+            limit, raised = "the model's context", ""
+            if longest == self._section.max_frames:
+                limit, raised = "tensors.max_frames", ", or raise tensors.max_frames"
             raise RecordError(
-                f"a clip must have at most {longest} frames (tensors.max_frames, and the model's "
-                f"context), found {num_frames + prompt_frames} ({prompt_frames} of them prompt). "
-                "Set tensors.long: cut, shorten dialogues.max_turns or the prompt, or raise "
-                "tensors.max_frames."
+                f"a clip must have at most {longest} frames ({limit}), found "
+                f"{num_frames + prompt_frames} ({prompt_frames} of them prompt). Set tensors.long: "
+                "cut, or shorten the conversation (dialogues.max_turns), the system text or "
+                f"tensors.voice_prompt_s{raised}."
             )
         windows = cut_windows(turns, num_frames, budget)
         if windows is None:

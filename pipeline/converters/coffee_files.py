@@ -11,7 +11,7 @@ text it holds and how much is missing. Files are read with `weights_only=True`.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +105,11 @@ def convert_tensors(
         )
     sources = find_sources(source, runs, overrides)
     texts = _dialogues_by_id(dialogues)
+    if texts is not None and not any(slug(item.name) in texts for item in sources):
+        raise RequestError(
+            f"{dialogues} must hold the conversations of {source} by their ids, which are the "
+            f"files' names; found none of {len(sources)}, first {slug(sources[0].name)}"
+        )
     with new_folder(out) as folder:
         outcome = ConversionReport()
         loaded = load_model(section, runs)
@@ -260,19 +265,18 @@ def _record(converted: Converted, model: Model) -> tuple[str, Member, TensorClip
     start = made.prompt[-1][2]
     text = converted.codes[TEXT_ROW, start:]
     present = int((text != TEXT_PAD).sum())
-    dropped = converted.dropped or 0
     clip = TensorClip(
         id=name,
         speech_id=name,
         dialogue_id=dialogue.id if dialogue else None,
-        persona_id=dialogue.persona_id if dialogue else name,
+        persona_id=dialogue.persona_id if dialogue else _persona_of(made.tokens),
         text_digest=text_digest(dialogue.turns) if dialogue else None,
         tensor=sha256_bytes(converted.content),
         num_frames=converted.codes.shape[1],
         prompt=_spans(made.prompt),
         turns=_spans(turn_spans(converted.codes, start, model.codec.silence)),
-        text_tokens=present + dropped,
-        dropped_tokens=dropped,
+        text_tokens=present + (converted.dropped or 0),
+        dropped_tokens=converted.dropped,
         alignment=UNKNOWN_ALIGNMENT if converted.dropped is None else "onset",
         split="train",
         codec_digest=model.codec_digest,
@@ -285,6 +289,12 @@ def _record(converted: Converted, model: Model) -> tuple[str, Member, TensorClip
         text=clip.text_digest or name,
     )
     return converted.source.name, member, clip
+
+
+def _persona_of(tokens: Sequence[int]) -> str:
+    """Whose clip it is where no dialogue says so: that of the system text, so that one prompt
+    is never on both sides of the split."""
+    return f"prompt-{sha256_bytes(canonical_json(list(tokens)).encode())[:12]}"
 
 
 def _spans(spans: tuple[tuple[str, int, int], ...]) -> tuple[FrameSpan, ...]:

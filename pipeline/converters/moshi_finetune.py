@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from duplex.alignment import written_words
 from duplex.errors import DuplexError, RecordError
 from duplex.files import new_folder, write_atomic
 from duplex.frames import SAMPLE_RATE
@@ -97,14 +99,16 @@ def alignments_of(speech: Speech) -> tuple[list[Any], int]:
                 f"each turn must have word times, found none for {turn.text[:40]!r}: "
                 "moshi-finetune trains on words at their times"
             )
-        for word in turn.words:
-            end_s = word.end_s
-            if end_s == word.start_s:
-                end_s, without_length = word.start_s + SHORTEST_WORD_S, without_length + 1
-            if not word.start_s < end_s <= duration_s + AUDIO_SLACK_S:
+        timed = [(word.text, word.start_s, word.end_s) for word in turn.words]
+        with suppress(ValueError):  # the words spell something else: they stay as they are
+            timed = written_words(turn.text, timed)
+        for text, start_s, end_s in timed:
+            if end_s == start_s:
+                end_s, without_length = start_s + SHORTEST_WORD_S, without_length + 1
+            if not start_s < end_s <= duration_s + AUDIO_SLACK_S:
                 raise RecordError(
                     f"a word must end after it starts and within the audio of {duration_s:g} s, "
-                    f"found {word.text!r} at {word.start_s:g}-{word.end_s:g} s"
+                    f"found {text!r} at {start_s:g}-{end_s:g} s"
                 )
-            alignments.append([word.text, [word.start_s, end_s], SPEAKERS[turn.role]])
+            alignments.append([text, [start_s, end_s], SPEAKERS[turn.role]])
     return sorted(alignments, key=lambda entry: entry[1][0]), without_length

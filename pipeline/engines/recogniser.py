@@ -105,11 +105,12 @@ class FasterWhisper:
             try:
                 folder = Path(download_model(model))
             except (ValueError, OSError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
                 raise MissingInputError(
                     f"--recogniser-model {model}: must be a Whisper size, a hub name or a local "
-                    f"folder that is there, cannot be had: {reason}. Without a network, fetch it "
-                    "elsewhere and give its folder"
+                    f"folder that is there, cannot be had: {reason}. Without a network, "
+                    "fetch it elsewhere and give its folder, or use --recogniser pocketsphinx "
+                    "(English, less accurate)"
                 ) from None
             identity = folder.name  # the hub's commit
         try:

@@ -5,6 +5,7 @@ unpacked, `weights_only=True` runs no code, and whatever torch refuses becomes a
 from __future__ import annotations
 
 import io
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from duplex.findings import Finding, finding
 from pipeline.engines.voicesample import PACKAGED_VOICES, is_packaged_voice
 
 MAX_BYTES = 64 << 20  # eight hours of int64 codes
+STARTS = (b"PK\x03\x04", b"\x80")  # a zip archive, or a pickle: what torch.save writes
 WIDENABLE = ("int8", "uint8", "int16", "uint16", "int32", "int64")
 
 
@@ -41,6 +43,9 @@ def read_codes(path: Path) -> tuple[np.ndarray, str]:
     if size > MAX_BYTES:
         raise NotCodesError("not-codes", f"a file of {size >> 20} MiB, more than {MAX_BYTES >> 20}")
     content = path.read_bytes()
+    if not content.startswith(STARTS):
+        begins = f"it begins with {content[:16]!r}" if content else "it is empty"
+        raise NotCodesError("not-codes", f"no file of torch.save: {begins}")
     _check_unpacked_size(content)
     try:
         with warnings.catch_warnings():
@@ -82,8 +87,9 @@ def _check_unpacked_size(content: bytes) -> None:
 def _refusal(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()
     if "weights_only" in str(error) or "Unsupported" in str(error):
-        culprit = next((line.strip() for line in text if "GLOBAL" in line or "class" in line), "")
-        return f"pickled objects, which are not loaded since they may run code ({culprit[:160]})"
+        named = re.search(r"(?:GLOBAL|class|global) ([\w.]+)", str(error))
+        culprit = f" ({named[1]})" if named else ""
+        return f"pickled objects, which are not loaded since they may run code{culprit}"
     return f"no file of torch.save: {text[0][:200]}"
 
 

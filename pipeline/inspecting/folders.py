@@ -24,7 +24,7 @@ from duplex.judgement import (
 from duplex.phases import Known
 from duplex.records import Speech, TensorClip
 from duplex.splits import Split, member_of, overlaps
-from duplex.store import MANIFEST, StageFolder, folders_of
+from duplex.store import LEDGER, MANIFEST, REJECTED, StageFolder, folders_of
 from pipeline.engines.tensor_file import NotCodesError, read_codes
 from pipeline.inspecting.known import audio_of, find_checkpoint, loudness_lufs, speeches_of
 from pipeline.sidecar import record_beside
@@ -149,8 +149,10 @@ def inspect_file(
     except NotCodesError as error:
         record_id = known.clip.id if known.clip else None
         guess = Profile("unknown", ())
-        return Inspection(name, "", None, guess, (error.finding,), record_id=record_id)
+        found = (error.finding,)
+        return Inspection(name, "", None, guess, found, record_id=record_id, file=path.name)
     inspection = inspect_codes(codes, known, name=name, dtype=dtype)
+    inspection = replace(inspection, file=path.name)
     if beside and sha256_file(path) != beside.tensor:
         fault = finding("record-mismatch", f"a record of another content beside {path.name}")
         inspection = replace(inspection, findings=by_severity([*inspection.findings, fault]))
@@ -172,13 +174,21 @@ def inspect_folder(path: Path, asked: Known | None, *, audio: bool, track: Track
         RequestError: no tensor there.
         CorruptFileError: a stage folder whose manifest or records are damaged.
     """
-    stage = Stage.of(path)
+    stage, several = Stage.of(path), None
+    if stage is None and (path / LEDGER).is_file():
+        raise RequestError(
+            f"{path}: must be a finished stage, found one without {MANIFEST}: its {REJECTED} says "
+            f"what was refused. Mend that and run again, or inspect {path / 'blobs'} as bare files."
+        )
     if stage is None:
         newest = [f for f in folders_of(path, TENSORS_NUMBER, "tensors") if f.manifest()]
+        if len(newest) > 1:
+            several = finding("several-stages", f"{len(newest)}, taken: {newest[0].path.name}")
         if newest:
             path, stage = newest[0].path, Stage.of(newest[0].path)
     if stage is not None:
-        return _inspect_stage(stage, asked, audio=audio, track=track)
+        report = _inspect_stage(stage, asked, audio=audio, track=track)
+        return replace(report, findings=(*report.findings, *([several] if several else [])))
     paths = sorted(p for pattern in ("*.pt", "*/*.pt") for p in path.glob(pattern) if p.is_file())
     if not paths:
         raise RequestError(

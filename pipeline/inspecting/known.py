@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from duplex.config import ModelSection
 from duplex.errors import CorruptFileError, DuplexError, MissingInputError, RequestError
 from duplex.files import sha256_file
 from duplex.phases import Known
 from duplex.records import Speech, TensorClip
 from duplex.store import MANIFEST, StageFolder, folders_of
-from pipeline.engines.checkpoint import MODELS_FOLDER, Checkpoint
+from pipeline.engines.checkpoint import MODELS_FOLDER, Checkpoint, resolve_checkpoint
 
 MAX_AUDIO_SAMPLES = 2 * 48_000 * 3600 * 2  # two hours of stereo
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -75,9 +76,12 @@ def requested(model: Path | None, tokenizer: Path | None) -> Known | None:
         return known_of_tokenizer(tokenizer)
     if model is None:
         return None
-    if not model.is_dir():
-        raise MissingInputError(f"--model must be a checkpoint folder, found nothing at {model}")
-    return known_of_checkpoint(Checkpoint.open(model), f"the codec of {model.name}")
+    if str(model) != "pocket" and not model.is_dir():
+        raise MissingInputError(
+            f"--model must be `pocket` or a checkpoint folder, found nothing at {model}"
+        )
+    checkpoint = resolve_checkpoint(ModelSection(base=str(model)), Path("runs"))
+    return known_of_checkpoint(checkpoint, f"the codec of {model.name}")
 
 
 def find_checkpoint(run_folder: Path, clip: TensorClip) -> Known | None:

@@ -76,6 +76,10 @@ def draw_timeline(codes: np.ndarray, inspection: Inspection, path: Path) -> None
         ha="left",
         fontsize=11,
     )  # fmt: skip
+    figure.text(
+        0.985, 0.012, "bars of agent and user: how many of 8 codes differ from silence; "
+        "the prompt is pale", ha="right", fontsize=8, color="#555555",
+    )  # fmt: skip
     height = figure.get_size_inches()[1]
     figure.subplots_adjust(
         left=0.055, right=0.985, top=1 - 0.75 / height, bottom=0.5 / height, hspace=0.42

@@ -15,6 +15,7 @@ from pipeline.inspecting.folders import FolderReport
 
 COLOURS = {"harm": "bold red", "warn": "yellow", "note": "cyan"}
 WORST = 12  # files listed by name
+LISTED = 12
 
 
 def printable(text: str) -> str:
@@ -54,7 +55,8 @@ def show_findings(findings: tuple[Finding, ...], console: Console) -> None:
 def show_folder(report: FolderReport, console: Console) -> None:
     summary = report.summary()
     _line(console, f"{printable(report.path)} ({report.kind})", "bold")
-    dropped = summary["dropped_tokens"]
+    known = [f.measures.dropped_tokens for f in report.files if f.measures]
+    dropped = "unknown how many" if known and None in known else summary["dropped_tokens"]
     _line(
         console,
         f"{summary['files']} files, {summary['seconds'] / 3600:.2f} h, "
@@ -67,14 +69,21 @@ def show_folder(report: FolderReport, console: Console) -> None:
             _line(console, f"{title}: {listing}")
     show_findings(report.findings, console)
     for row in summary["findings"]:
-        count = f"{row['files']} of {summary['files']} files; {FINDINGS[row['code']].must}"
-        _finding(console, row["severity"], row["code"], count)
+        kind, share = FINDINGS[row["code"]], f"{row['files']} of {summary['files']} files"
+        first = next(m for f in report.files for m in f.findings if m.code == row["code"]).message
+        found = first.removeprefix(f"must hold: {kind.must}; ").partition(". Do: ")[0]
+        text = f"in {share}, first: {found}. Must hold: {kind.must}. Do: {kind.remedy}."
+        _finding(console, row["severity"], row["code"], text)
     harmed = [file for file in report.files if file.harm]
     for file in harmed[:WORST]:
         codes = ", ".join(found.code for found in file.findings if found.severity == "harm")
         _line(console, f"  {printable(file.name)}: {codes}")
     if len(harmed) > WORST:
         _line(console, f"  and {len(harmed) - WORST} more; --json lists all")
+    for file in report.files[:LISTED] if report.kind == "tensors stage" else ():
+        _line(console, f"  {printable(file.record_id or '')}  {printable(file.file)}", "dim")
+    if report.kind == "tensors stage" and len(report.files) > LISTED:
+        _line(console, f"  and {len(report.files) - LISTED} more files; --json lists all", "dim")
     found = len(summary["findings"]) + len(report.findings)
     _verdict(console, report.harm, found)
 

@@ -289,7 +289,7 @@ async def _listen(
     await asyncio.wait({stopped, loading}, return_when=asyncio.FIRST_COMPLETED)
     if not stopped.done():
         desk.speaker = loading.result()
-        print(f"serving {args.checkpoint} on {desk.speaker.device} at {url}/", flush=True)
+        print(f"serving at {url}/: {args.checkpoint} on {desk.speaker.device}", flush=True)
         if args.ready_file:
             write_json(args.ready_file, {"url": url})
         await stopped

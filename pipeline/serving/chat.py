@@ -161,6 +161,8 @@ class Conversation:
                 "model_digest": self._speaker.model_digest,
                 "prefill_s": round(fed.prefill_s, 4),
                 "seed": fed.seed,
+                "voice_prompt": self._wanted.voice_prompt,
+                "greeting": self._wanted.greeting,
             }
         ).encode()
 

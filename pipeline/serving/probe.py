@@ -45,6 +45,8 @@ class ProbeResult:
     served_digest: str | None = None
     count: int | None = None
     frames_digest: str | None = None
+    voice_prompt: str | None = None
+    greeting: str | None = None
     model_digest: str | None = None
     prefill_s: float | None = None
     first_packet_s: float | None = None
@@ -170,6 +172,8 @@ class _Probe:
         frames = fed.get("frames_digest")
         self._found |= {"served_digest": digest, "count": count}
         self._found["frames_digest"] = frames if isinstance(frames, str) else None
+        for key in ("voice_prompt", "greeting"):
+            self._found[key] = str(fed.get(key) or "none")
         if tokens is None:
             return self._result(False, "it names no tokenizer to check its 04 message against")
         expected = wire.prompt_digest(tokens)

@@ -79,7 +79,10 @@ class VoiceList:
         if name in self._no_voices and table is self._voices:
             raise RequestError(f"{key} {name}: {self._no_voices[name]}")
         if name not in table:
-            has = ", ".join(self.names) or "none; start it with --voices DIR"
+            has = ", ".join(self.names) or (
+                "none: tensors.voice_prompt_s and tensors.greeting give a run some, "
+                "`duplex serve --voices DIR` any"
+            )
             raise RequestError(
                 f"{key} must be a voice that this server has ({has}), found {name!r}"
             )

@@ -18,6 +18,7 @@ out before it.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,8 @@ def parse_chat_request(
 ) -> ChatRequest:
     """Read the decoded pairs of a query. Missing and empty keys have defaults.
 
-    Unknown keys are ignored, but for the shape that a bare `&` inside a prompt leaves behind.
+    Unknown keys are ignored, but for those a letter or two away from a known one, and for the
+    shape that a bare `&` inside a prompt leaves behind.
 
     Raises:
         RequestError: with every fault found; the server answers 400.
@@ -135,6 +137,8 @@ def _first_values(query: Iterable[tuple[str, str]], faults: list[str]) -> dict[s
                 faults.append(f"{key} must be given once, found it twice")
             if value:
                 given.setdefault(key, value)
+        elif near := difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85):
+            faults.append(f"{key} is not known; did you mean {near[0]}?")
         elif not value or key != key.strip() or " " in key:
             # `Salt & Straw` unencoded ends the prompt at `Salt` and nobody would notice.
             faults.append(

@@ -191,7 +191,7 @@ def test_bare_tensors_become_clips_with_their_prompt_found(tmp_path, tiny_checkp
     assert isinstance(first, TensorClip)
     assert (first.prompt[0].start, first.prompt[0].end) == (0, 12)
     assert {first.split, second.split} == {"train", "valid"}
-    assert "does not say which codec" in imported.notes[0]
+    assert "2 files without a record do not say which codec" in imported.notes[0]
     assert imported.notes[1:] == [
         "two.pt: 40 text frames of -1 became PAD; where the predecessor made it, "
         "`duplex convert tensors` mends its prompt too"

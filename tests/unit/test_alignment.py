@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duplex.alignment import TextTurn, align, word_starts
+from duplex.alignment import TextTurn, align, written_words
 from duplex.streams import TEXT_EPAD, TEXT_PAD, ZERO_TOKEN
 
 MODES = ("onset", "word", "uniform")
@@ -147,28 +147,27 @@ def test_a_turn_outside_the_frames_is_refused(turn):
         align([turn], 10)
 
 
-def letters(word):
-    return [ord(c) for c in word]
-
-
-def test_a_texts_words_take_the_time_of_their_first_letter():
+def test_a_texts_words_take_the_times_of_their_letters():
     text = "It's 7 o'clock — $3.50, please!"
-    timed = [("its", 0.5), ("7", 0.9), ("o", 1.2), ("clock", 1.4), ("350", 2.0), ("PLEASE", 3.0)]
-    words = word_starts(text, timed, letters)
-    assert [start for _, start in words] == [0.5, 0.9, 1.2, 1.2, 2.0, 3.0]
-    assert [tokens for tokens, _ in words] == [tuple(letters(w)) for w in text.split()]
+    timed = [("its", 0.5, 0.8), ("7", 0.9, 1.1), ("o", 1.2, 1.3), ("clock", 1.4, 1.9),
+             ("350", 2.0, 2.5), ("PLEASE", 3.0, 3.5)]  # fmt: skip
+    words = written_words(text, timed)
+    assert [word for word, *_ in words] == text.split()
+    assert [start for _, start, _ in words] == [0.5, 0.9, 1.2, 1.2, 2.0, 3.0]
+    assert [end for *_, end in words] == [0.8, 1.1, 1.9, 1.9, 2.5, 3.5]
 
 
 def test_words_that_do_not_spell_the_text_are_refused():
     with pytest.raises(ValueError, match="spell"):
-        word_starts("two shots", [("too", 0.1), ("shots", 0.4)], letters)
+        written_words("two shots", [("too", 0.1, 0.2), ("shots", 0.4, 0.5)])
 
 
 @given(st.lists(st.text("abc'., ", min_size=1, max_size=6), max_size=8))
 def test_every_word_of_the_text_is_there_in_order(parts):
     text = " ".join(parts)
-    timed = [(word, 0.1 * i) for i, word in enumerate(text.split())]
-    words = word_starts(text, timed, letters)
-    assert [list(tokens) for tokens, _ in words] == [letters(word) for word in text.split()]
-    starts = [start for _, start in words]
+    timed = [(word, 0.1 * i, 0.1 * i + 0.1) for i, word in enumerate(text.split())]
+    words = written_words(text, timed)
+    assert [word for word, *_ in words] == text.split()
+    starts = [start for _, start, _ in words]
     assert starts == sorted(starts)
+    assert all(start <= end for _, start, end in words)
