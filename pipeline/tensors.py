@@ -230,7 +230,7 @@ class TensorsStage(MapStage):
         for speech in clip.batch:
             try:
                 recording = self._recording(speech)
-                check_streams(speech, recording.peaks())
+                check_streams(speech, recording)
             except (RecordError, CorruptFileError):
                 continue
             members.append(recording)
@@ -261,7 +261,7 @@ class TensorsStage(MapStage):
         # The predecessor's files hold frame 0 too.
         head = prompt and (prompt.codes if section.layout == "coffee" else prompt.training_codes())
         recording = self._recording(speech)
-        check_streams(speech, recording.peaks())
+        check_streams(speech, recording)
         longest = min(section.max_frames, loaded.config.get("context") or section.max_frames)
         budget = longest - (head.shape[1] if head is not None else 0)
         start_s = frames_to_seconds(recording.start_frame)

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from duplex.clips import text_digest, turn_frames
 from duplex.config import TensorsSection
 from duplex.errors import RecordError, RequestError, StageFailedError
@@ -22,6 +20,7 @@ from duplex.records import FrameSpan, Speech, SpokenTurn
 from duplex.splits import Member, Split, assign_splits, overlaps
 from duplex.stage import Task, record_seed
 from duplex.streams import Prompt
+from pipeline.engines.encoding import Recording
 from pipeline.engines.voicesample import SHORTEST_S
 
 GREETING_ID = "greeting"
@@ -38,23 +37,24 @@ class Excerpt:
     kind: Literal["voice", "greeting"] = "voice"
 
 
-def voice_of(speech: Speech) -> str:
-    """The voice that the agent starts with."""
-    return next(turn.voice_id for turn in speech.turns if turn.role == "agent")
+def voice_of(speech: Speech) -> str | None:
+    """The voice that the agent starts with; None where it says nothing."""
+    return next((turn.voice_id for turn in speech.turns if turn.role == "agent"), None)
 
 
 def choose_excerpts(
     speeches: Sequence[Speech], split: dict[str, Split], seed: int
 ) -> dict[str, Excerpt | None]:
-    """The voice sample of each conversation by its id. The first of a voice's samples, `.0`,
-    is the one that a server is given.
+    """The voice sample of each conversation by its id; None where the agent says nothing, which
+    the conversation's own task refuses. The first of a voice's samples, `.0`, is the one that a
+    server is given.
 
     Raises:
         RecordError: a voice without a turn that is long enough.
     """
     groups: dict[tuple[str, Split], list[Excerpt]] = {}
     chosen: dict[str, Excerpt | None] = {}
-    for voice in sorted({voice_of(speech) for speech in speeches}):
+    for voice in sorted({voice for speech in speeches if (voice := voice_of(speech))}):
         ranked = _ranked(voice, speeches, split, seed)
         if not ranked:
             raise RecordError(
@@ -64,11 +64,15 @@ def choose_excerpts(
         for excerpt in ranked:
             groups.setdefault((voice, split[excerpt.speech.id]), []).append(excerpt)
     for speech in speeches:
-        same_side = groups.get((voice_of(speech), split[speech.id]), [])
+        voice = voice_of(speech)
+        if voice is None:
+            chosen[speech.id] = None
+            continue
+        same_side = groups.get((voice, split[speech.id]), [])
         others = [excerpt for excerpt in same_side if excerpt.speech.id != speech.id]
         if not (others or same_side):
             raise RecordError(
-                f"{speech.id}: its voice {voice_of(speech)} must have a turn of at least "
+                f"{speech.id}: its voice {voice} must have a turn of at least "
                 f"{SHORTEST_S} s on its side of the split, found none"
             )
         chosen[speech.id] = (others or same_side)[0]
@@ -194,16 +198,18 @@ def check_names(tasks: Sequence[Task], speeches: Sequence[Speech]) -> None:
         )
 
 
-def check_streams(speech: Speech, peaks: np.ndarray) -> None:
+def check_streams(speech: Speech, recording: Recording) -> None:
     """
     Raises:
-        RecordError: the agent says nothing, or one side's channel holds digital silence alone.
+        RecordError: the agent says nothing, or a side that speaks in the dialogue, after a
+            greeting, has a channel of digital silence.
     """
     if not agent_voices(speech):
         raise RecordError("the agent must have a turn, found none: there is nothing to learn")
+    peaks = recording.peaks()
+    dialogue = [t for t in speech.turns if turn_frames(t)[0] >= recording.start_frame]
     for channel, role in enumerate(CHANNELS):
-        spoken = any(turn.role == role for turn in speech.turns)
-        if spoken and peaks[channel] == 0:
+        if peaks[channel] == 0 and any(turn.role == role for turn in dialogue):
             raise RecordError(f"the {role}'s channel must hold its turns, found digital silence")
 
 

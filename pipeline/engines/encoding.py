@@ -72,7 +72,7 @@ class Recording:
 
 
 class Encoder:
-    """The codec with its cache. `made` counts what was encoded, `found` what was not."""
+    """The codec with its cache."""
 
     def __init__(self, mimi: MimiModel, codec_digest: str, card: int, cache: Path | None):
         self.mimi = mimi
@@ -80,7 +80,6 @@ class Encoder:
         self._card = card
         self._cache = cache
         self._batch: dict[str, np.ndarray] = {}  # of the latest batch, by name in the cache
-        self.made = self.found = 0
 
     def conversation(self, recording: Recording) -> np.ndarray:
         """int64 [2, 8, T], agent first: the whole recording from its start frame on."""
@@ -161,14 +160,12 @@ class Encoder:
             path.touch()  # `duplex clean` removes what nobody has asked for in a month
         if codes is None or codes.shape != (2, CODEBOOKS, recording.num_frames):
             return None
-        self.found += 1
         return codes
 
     def _keep(self, recording: Recording, what: list[Any], codes: np.ndarray) -> np.ndarray:
         path = self._path(self._name(recording, what))
         if path is not None:
             write_cached(path, codes)
-        self.made += 1
         return codes
 
 

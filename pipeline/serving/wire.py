@@ -31,9 +31,7 @@ from pydantic import ValidationError
 
 from duplex.config import SamplingSection
 from duplex.errors import RequestError
-from duplex.streams import prompt_tokens
-
-__all__ = ["prompt_tokens"]  # part of the protocol: what is digested
+from duplex.streams import prompt_tokens as prompt_tokens  # what the protocol digests
 
 PROTOCOL = 1
 CHAT_PATH = "/api/chat"

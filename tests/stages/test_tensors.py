@@ -266,8 +266,21 @@ def test_an_empty_stream_is_refused_with_its_side(tmp_path, tiny_checkpoint):
     with pytest.raises(StageFailedError, match="agent's channel must hold its turns"):
         run(tmp_path, tiny_checkpoint, folder)
     finish(folder, [make_speech(folder, "c0", turns=(TURNS[0], TURNS[2]))])
-    with pytest.raises(StageFailedError, match="agent must have a turn"):
-        run(tmp_path, tiny_checkpoint, folder)
+    for section in ({}, {"voice_prompt_s": 1.2}, {"greeting": True}):
+        with pytest.raises(StageFailedError, match="agent must have a turn"):
+            run(tmp_path, tiny_checkpoint, folder, **section)
+
+
+def test_a_user_who_only_greets_is_no_empty_stream(tmp_path, tiny_checkpoint):
+    folder = speech_stage(tmp_path / "s", count=1)
+    audio = np.zeros((2, 116 * FRAME), dtype=np.float32)
+    _, start, end, _ = TURNS[0]
+    audio[1, start * FRAME : end * FRAME] = 0.1
+    audio[0, 28 * FRAME : 60 * FRAME] = 0.1
+    blob = FolderBlobs(folder).put(wav_bytes(audio), ".wav")
+    finish(folder, [make_speech(folder, "c0", turns=TURNS[:2], audio=blob)])
+    clips, *_ = run(tmp_path, tiny_checkpoint, folder, greeting=True)
+    assert [turn.label for turn in clips["c0"].turns] == ["agent"]
 
 
 def test_text_without_a_frame_is_an_error_unless_it_may_go(tmp_path, tiny_checkpoint):
