@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from duplex.alignment import TextTurn, written_words
+from duplex.base import canonical_json
 from duplex.frames import frame_at, frames_covering_seconds
-from duplex.records import FrameSpan, SpokenTurn, Turn, canonical_json
+from duplex.records import FrameSpan, SpokenTurn, Turn
 from duplex.streams import AGENT_ROWS, NUM_ROWS, TEXT_ROW, USER_ROWS
 
 LEAD_FRAMES = 4  # silence kept before the first turn of a cut-out window, at most

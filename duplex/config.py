@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+from duplex.config_data import DialoguesSection, PersonasSection, SpeechSection, VoicesSection
+from duplex.sections import Probability, Runtime, Section, StageSection
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -45,28 +47,6 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Runtime(Section):
-    """How a stage runs. Never part of a key: it changes no result."""
-
-    max_reject_rate: Probability = 0.05
-    workers: int | None = Field(
-        default=None,
-        ge=1,
-        le=256,
-        description="processes, where a stage can use several; None: one for each core",
-    )
-
-
-class StageSection(Section):
-    """Base of the sections that a stage owns."""
-
-    runtime: Runtime = Runtime()
-
-
 class ModelSection(Section):
     """The base model. `pocket` is a small one of our own, built here from a seed.
 
@@ -75,55 +55,6 @@ class ModelSection(Section):
 
     base: str = "pocket"
     revision: str | None = None
-
-
-class PersonasSection(StageSection):
-    folder: str = "data/personas"
-    scenarios: str = "data/scenarios"
-    only: tuple[str, ...] | None = Field(default=None, description="persona ids; None: all")
-    only_scenarios: tuple[str, ...] | None = Field(
-        default=None, description="scenario ids; None: all"
-    )
-
-
-class DialoguesRuntime(Runtime):
-    api_key: str | None = Field(default=None, repr=False, description="write ${OPENAI_API_KEY}")
-    base_url: str | None = Field(default=None, description="where the model is served")
-    timeout_s: float = Field(default=120, gt=0)
-
-
-class DialoguesSection(StageSection):
-    writer: Literal["scripted", "openai"] = "scripted"
-    per_persona: int = Field(default=4, ge=1, le=1000)
-    min_turns: int = Field(default=15, ge=2)
-    max_turns: int = Field(default=25, ge=2)
-    llm: str | None = Field(default=None, description="model name at the endpoint")
-    temperature: float = Field(default=0.8, ge=0, le=2)
-    runtime: DialoguesRuntime = DialoguesRuntime()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DialoguesSection:
-        if self.min_turns > self.max_turns:
-            raise ValueError(
-                f"min_turns must not exceed max_turns, found {self.min_turns} > {self.max_turns}"
-            )
-        if self.writer == "openai" and not self.llm:
-            raise ValueError("writer: openai needs llm, the model's name at the endpoint")
-        return self
-
-
-class VoicesSection(StageSection):
-    engine: Literal["espeak"] = "espeak"
-    user_voices: int = Field(
-        default=4, ge=1, le=64, description="voices that share the user's side"
-    )
-
-
-class SpeechSection(StageSection):
-    engine: Literal["espeak"] = "espeak"
-    loudness_dbfs: float = Field(default=-24, ge=-60, le=0, description="RMS of each utterance")
-    lead_in_s: float = Field(default=0.32, ge=0, le=30)
-    tail_s: float = Field(default=0.48, ge=0, le=30)
 
 
 class TensorsRuntime(Runtime):

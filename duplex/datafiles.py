@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from duplex.base import Record
+from duplex.characters import Domain, Persona, Scenario
 from duplex.errors import DataFileError
-from duplex.records import Persona, Record, Scenario
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -40,6 +41,15 @@ def load_personas(folder: Path, only: tuple[str, ...] | None = None) -> list[Per
 def load_scenarios(folder: Path, only: tuple[str, ...] | None = None) -> list[Scenario]:
     """Scenarios of a folder, sorted by id; raises as `load_personas` does."""
     return _load_folder(folder, Scenario, "scenario", only)
+
+
+def load_domain(path: Path) -> Domain:
+    """The domain of a file.
+
+    Raises:
+        DataFileError: no such file, or it breaks the schema.
+    """
+    return validate(Domain, read_yaml(path), path)
 
 
 def read_yaml(path: Path) -> Any:

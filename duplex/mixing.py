@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from duplex.base import Role
+from duplex.characters import GapRange
 from duplex.frames import (
     FRAME_SAMPLES,
     SAMPLE_RATE,
@@ -27,7 +29,7 @@ from duplex.frames import (
     frames_covering_seconds,
     frames_to_seconds,
 )
-from duplex.records import GapRange, Role, SpokenTurn, Word
+from duplex.records import SpokenTurn, Word
 
 if TYPE_CHECKING:
     import random

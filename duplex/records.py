@@ -6,158 +6,65 @@ Audio and tensors are not in the record: it holds the sha256 of a blob beside it
 
 Times are seconds from the start of the conversation unless a name says otherwise.
 Roles are the model's view: `agent` is what the model plays (the customer), `user` is
-the person who talks to it (the barista).
+the person who talks to it (the barista). What people write, personas and scenarios, is in
+`duplex/characters.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
+from pydantic import Field, model_validator
+
+from duplex.base import (
+    Emotion,
+    Frozen,
+    Intensity,
+    Language,
+    Record,
+    Role,
+    Sha256,
+    Slug,
+    Text,
+    canonical_json,
 )
-
-Role = Literal["agent", "user"]
-PersonaType = Literal["angry", "nervous", "friendly", "indecisive", "enthusiast"]
-Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,95}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+from duplex.characters import Domain, GapRange, Persona, Scenario
 
 
-class Record(BaseModel):
-    """Base of all records: frozen, no unknown keys."""
+class Backchannel(Frozen):
+    """A word of the listener while the other one goes on speaking."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: Slug
-
-    def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces, UTF-8 kept."""
-        return canonical_json(self.model_dump(mode="json", exclude_none=True))
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-def canonical_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-class Frozen(BaseModel):
-    """Base of the parts of records that have no id of their own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Fact(Frozen):
-    """Something that the persona's prompt says and that its answers can be checked against.
-
-    `says` lists the wordings that count as having said it (matched case-insensitively on
-    whole words).
-    """
-
-    key: Slug
-    value: Text
-    says: tuple[Text, ...] = Field(min_length=1)
-
-
-class GapRange(Frozen):
-    """Inclusive range of a pause, in frames of 80 ms."""
-
-    low: int = Field(ge=0, le=250)
-    high: int = Field(ge=0, le=250)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> GapRange:
-        if self.low > self.high:
-            raise ValueError(f"low must not exceed high, found {self.low} > {self.high}")
-        return self
-
-
-class VoiceTraits(Frozen):
-    """What a persona should sound like; engines map it to what they have."""
-
-    gender: Literal["female", "male"]
-    age: Literal["young", "adult", "old"] = "adult"
-    accent: str = "en-us"
-    pitch: int = Field(default=50, ge=0, le=99, description="50 is the engine's own")
-    rate_wpm: int = Field(default=175, ge=100, le=300)
-
-
-class Persona(Record):
-    """A character that the model plays. Written by people in `data/personas/*.yaml`."""
-
-    name: Text
-    type: PersonaType
-    traits: tuple[Text, ...] = Field(min_length=1)
-    speech_patterns: tuple[Text, ...] = Field(min_length=1)
-    facts: tuple[Fact, ...] = Field(min_length=1)
-    gap_after_user: GapRange
-    gap_other: GapRange
-    voice: VoiceTraits
-    prompts: tuple[Text, ...] = Field(min_length=1, description="paraphrases of one system prompt")
-
-    @field_validator("facts")
-    @classmethod
-    def _fact_keys_differ(cls, facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
-        keys = [fact.key for fact in facts]
-        doubled = sorted({key for key in keys if keys.count(key) > 1})
-        if doubled:
-            raise ValueError(f"each fact needs a key of its own, found twice: {', '.join(doubled)}")
-        return facts
-
-    @model_validator(mode="after")
-    def _prompts_hold_the_facts(self) -> Persona:
-        """A model must not be trained on a fact that its prompt never gave."""
-        for number, prompt in enumerate(self.prompts, start=1):
-            for fact in self.facts:
-                wordings = "|".join(re.escape(text) for text in (*fact.says, fact.value))
-                if not re.search(rf"\b(?:{wordings})\b", prompt, re.IGNORECASE):
-                    raise ValueError(
-                        f"each prompt must hold each fact, prompt {number} does not say "
-                        f"{fact.key}: {fact.value}"
-                    )
-        return self
-
-
-class Beat(Frozen):
-    """One step of a scenario's arc: who speaks, and to what end."""
-
-    role: Role
-    intent: Slug
-
-
-class Scenario(Record):
-    """A situation that personas meet. Written by people in `data/scenarios/*.yaml`."""
-
-    title: Text
-    setting: Text
-    first_speaker: Role = "user"
-    arc: tuple[Beat, ...] = Field(min_length=4)
-
-    @model_validator(mode="after")
-    def _first_beat(self) -> Scenario:
-        if self.arc[0].role != self.first_speaker:
-            raise ValueError(
-                f"the first beat must be spoken by first_speaker ({self.first_speaker}), "
-                f"found {self.arc[0].role}"
-            )
-        return self
+    text: Text
+    after_word: int = Field(ge=1, description="words of the turn that it is in, spoken before it")
 
 
 class Turn(Frozen):
+    """What one side says.
+
+    `cut_after_words`: the next turn, of the other side, cuts in after so many words; what comes
+    later is not spoken, but for the moment in which both speak.
+    """
+
     role: Role
     text: Text
-    gap_frames: int | None = Field(default=None, description="pause before it; None: drawn later")
+    gap_frames: int | None = Field(
+        default=None, description="pause before it, below zero an overlap; None: drawn later"
+    )
+    emotion: Emotion | None = None
+    intensity: Intensity | None = None
+    cut_after_words: int | None = Field(default=None, ge=1)
+    backchannels: tuple[Backchannel, ...] = ()
+
+    @model_validator(mode="after")
+    def _places_are_in_the_text(self) -> Turn:
+        words = len(self.text.split())
+        places = [backchannel.after_word for backchannel in self.backchannels]
+        places += [self.cut_after_words] if self.cut_after_words else []
+        if places and max(places) > words:
+            raise ValueError(
+                f"a place in a turn must be within its {words} words, found {max(places)}"
+            )
+        return self
 
 
 class Dialogue(Record):
@@ -181,17 +88,28 @@ class Dialogue(Record):
                 f"the first turn must be spoken by first_speaker ({self.first_speaker}), "
                 f"found {self.turns[0].role}"
             )
+        if self.turns[-1].cut_after_words:
+            raise ValueError("nobody cuts in on the last turn: it has no cut_after_words")
         return self
 
 
 class Voice(Record):
-    """A voice of an engine. `params` is what the engine needs to make it again."""
+    """A voice of an engine. `params` is what the engine needs to make it again.
+
+    `sample`: mono 24 kHz WAV of the voice at -24 LUFS, for engines that clone; `transcript` is
+    what it says. A recorded voice names where it is from and on what consent it is used.
+    """
 
     engine: Text
     role: Role
     persona_id: Slug | None = None
     params: dict[str, str | int | float]
+    language: Language = "en"
+    sample: Sha256 | None = None
+    transcript: Text | None = None
     licence: Text
+    source: Text | None = None
+    consent: Text | None = None
 
 
 class Word(Frozen):
@@ -201,14 +119,20 @@ class Word(Frozen):
 
 
 class SpokenTurn(Frozen):
-    """A turn on the conversation's timeline."""
+    """A turn, or a word within the other side's turn, on the conversation's timeline.
 
+    `text` and `words` are what was spoken: of a turn that was cut, the part before the cut.
+    """
+
+    kind: Literal["turn", "backchannel"] = "turn"
     role: Role
     text: Text
     voice_id: Slug
     start_s: float = Field(ge=0)
     end_s: float = Field(gt=0)
     words: tuple[Word, ...]
+    emotion: Emotion | None = None
+    cut: bool = Field(default=False, description="the other side cut it short")
 
 
 class Speech(Record):
@@ -284,7 +208,7 @@ class Artifact(Record):
     path: Text = Field(description="relative to the stage's folder")
     sha256: Sha256
     num_bytes: int = Field(ge=0)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = Field(default={})
 
 
 class Proof(Record):
@@ -317,6 +241,7 @@ class Score(Record):
 
 # Written out, not registered: a reader finds every type of a `parts/` line here.
 RECORD_TYPES: dict[str, type[Record]] = {
+    "Domain": Domain,
     "Persona": Persona,
     "Scenario": Scenario,
     "Dialogue": Dialogue,

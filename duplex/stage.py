@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from duplex.base import Record, canonical_json
 from duplex.config import Config
 from duplex.files import file_chunks
-from duplex.records import Record, canonical_json
 
 if TYPE_CHECKING:
     from duplex.store import FileWriter, StageFolder
@@ -26,20 +26,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """One unit of a MapStage. `sources` are the digests of what it is made from."""
+    """One unit of a MapStage. `sources` are the digests of what it is made from.
+
+    `attempt` counts how often its record was sent back by the stage's `review`: a stage that
+    reviews makes another one for each.
+    """
 
     id: str
     sources: tuple[str, ...]
     payload: Any = None
+    attempt: int = 0
 
 
 @dataclass
 class StageContext:
-    """What a stage may know: the config and the finished stages that it declares."""
+    """What a stage may know: the config, the finished stages that it declares, its own folder."""
 
     config: Config
     runs_root: Path
     inputs: dict[str, StageFolder] = field(default_factory=dict)
+    folder: StageFolder | None = None
     report: Callable[[str], None] = print
 
     def records(self, stage: str, record_type: type[Record]) -> Iterator[Any]:
@@ -88,17 +94,16 @@ class Stage:
 
     def record_key(self, config: Config, task: Task) -> str:
         section = {k: v for k, v in config.keyed(self.name).items() if k not in self.set_only}
-        return _digest(
-            {
-                "stage": self.name,
-                "version": self.version,
-                "seed": config.seed,
-                "section": section,
-                "engine": self.engine(config),
-                "id": task.id,
-                "sources": list(task.sources),
-            }
-        )
+        material = {
+            "stage": self.name,
+            "version": self.version,
+            "seed": config.seed,
+            "section": section,
+            "engine": self.engine(config),
+            "id": task.id,
+            "sources": list(task.sources),
+        }
+        return _digest(material | ({"attempt": task.attempt} if task.attempt else {}))
 
 
 class MapStage(Stage):
@@ -110,14 +115,35 @@ class MapStage(Stage):
         """Whether tasks may be spread over processes, each with a `setup` of its own."""
         return False
 
+    def threads(self, config: Config) -> int:
+        """How many tasks may be under way at once in this process, each in a thread of its own.
+
+        More than one is for tasks that wait for a server; `process` must then be thread-safe.
+        """
+        return 1
+
+    max_attempts: ClassVar[int] = 8  # of a task whose records `review` sends back
+
+    def review(self, done: list[tuple[str, list[Record]]], context: StageContext) -> dict[str, str]:
+        """Looks at all finished tasks together; returns those to be made again, and why.
+
+        `done` is sorted by task id. For the same result in any order of work, send a task back
+        only for its conflict with tasks of lower id of which none is sent back itself.
+        """
+        return {}
+
     def prepare(self, context: StageContext) -> None:
         """Fetch or build what the workers' `setup` will load; called once, before they start."""
 
     def setup(self, context: StageContext) -> None:
         """Load what `process` needs. Called once in each process, only when there is work."""
 
+    def notes(self, folder: StageFolder) -> dict[str, Any]:
+        """What the manifest's provenance should say of this stage's work: what it cost, say."""
+        return {}
+
     def process(self, task: Task, seed: int, blobs: BlobSink) -> list[Record]:
-        """The records of one task.
+        """The records of one task. `seed` differs from attempt to attempt.
 
         Raises:
             RecordError: this task cannot succeed; it is rejected, with the message.
@@ -155,9 +181,10 @@ class BlobSink:
         return self.put_chunks(file_chunks(path), suffix)
 
 
-def record_seed(run_seed: int, stage: str, record_id: str) -> int:
+def record_seed(run_seed: int, stage: str, record_id: str, attempt: int = 0) -> int:
     """Seed of one record: the same whatever the order, the runner or the resumes."""
-    material = f"{run_seed}\x00{stage}\x00{record_id}".encode()
+    again = f"\x00attempt {attempt}" if attempt else ""
+    material = f"{run_seed}\x00{stage}\x00{record_id}{again}".encode()
     return int.from_bytes(hashlib.sha256(material).digest()[:4], "big")
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from duplex.base import Record, canonical_json
 from duplex.errors import CorruptFileError
 from duplex.files import (
     append_line,
@@ -38,7 +39,7 @@ from duplex.files import (
     write_atomic,
     write_json,
 )
-from duplex.records import Artifact, Record, canonical_json, parse_record
+from duplex.records import Artifact, parse_record
 from duplex.stage import BlobSink
 
 LEDGER, REJECTED, MANIFEST, FAILURE = (

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from duplex.characters import Persona
 from duplex.config import Config, EvaluateSection, ModelSection
 from duplex.configfile import load_config
 from duplex.errors import (
@@ -22,7 +23,6 @@ from duplex.errors import (
     ServerError,
     StageFailedError,
 )
-from duplex.records import Persona
 from pipeline import run as pipeline_run
 from pipeline.run import Selection, plan, run_folder_of
 

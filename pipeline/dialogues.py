@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import random
 
+from duplex.base import Record
+from duplex.characters import Persona, Scenario
 from duplex.config import Config
 from duplex.datafiles import find_path, load_personas
 from duplex.errors import RequestError
-from duplex.records import Dialogue, Persona, Record, Scenario
+from duplex.records import Dialogue
 from duplex.stage import BlobSink, MapStage, StageContext, Task, record_seed
 from pipeline.engines.scripted import ScriptedWriter
 from pipeline.engines.writers import DialogueWriter

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from duplex.base import Record, canonical_json
+from duplex.characters import Persona
 from duplex.config import Config, EvaluateSection
 from duplex.datafiles import find_path
 from duplex.errors import RequestError, ServerError
 from duplex.files import read_lines, sha256_bytes, write_atomic
-from duplex.records import Persona, Record, Score, canonical_json
+from duplex.records import Score
 from duplex.stage import StageContext, WholeStage
 from duplex.store import FileWriter
 from pipeline.engines import espeak

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from duplex.base import Record
 from duplex.errors import CorruptFileError, RequestError
-from duplex.records import Record
 from duplex.stage import BlobSink
 
 MAX_JSON_BYTES = 1 << 28

@@ -20,12 +20,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from duplex.base import canonical_json
+from duplex.characters import GapRange
 from duplex.config import Config
 from duplex.datafiles import describe_faults
 from duplex.errors import RecordError, RequestError, StageFailedError
 from duplex.files import write_json
 from duplex.lock import RunLock
-from duplex.records import Dialogue, GapRange, Turn, canonical_json, record_line
+from duplex.records import Dialogue, Turn, record_line
 from duplex.stage import StageContext
 from duplex.store import FolderBlobs, StageFolder
 from pipeline.foreign_tensors import read_tensors

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shutil
 
+from duplex.base import Record
 from duplex.config import Config
-from duplex.records import Record
 from duplex.stage import StageContext, WholeStage
 from duplex.store import FileWriter
 from pipeline.engines.checkpoint import model_identity, resolve_checkpoint

@@ -12,8 +12,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
+from duplex.base import Role
 from duplex.errors import RecordError
-from duplex.records import Role, SpokenTurn, Word
+from duplex.records import SpokenTurn, Word
 
 Span = tuple[float, float]  # start_s, end_s
 ROLES: tuple[Role, Role] = ("agent", "user")  # left and right channel

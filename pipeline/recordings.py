@@ -22,8 +22,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from duplex.base import Role
 from duplex.errors import DuplexError, RecordError, RequestError
-from duplex.records import Role, Speech, SpokenTurn, Word
+from duplex.records import Speech, SpokenTurn, Word
 from pipeline.engines.recogniser import RECOGNISER_RATE, Recogniser, make_recogniser
 from pipeline.engines.sound_file import LEAK_CORRELATION, SoundFile, faults_of
 from pipeline.engines.vad import VAD_RATE, VadSettings, VoiceActivity, spans_of

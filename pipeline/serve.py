@@ -12,8 +12,10 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
+from duplex.base import Record
+from duplex.characters import Persona
 from duplex.errors import ServerError
-from duplex.records import Persona, Proof, Record, TensorClip, VoiceSample
+from duplex.records import Proof, TensorClip, VoiceSample
 from duplex.stage import StageContext, WholeStage
 from duplex.streams import TEXT_ROW, apply_delays
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duplex.base import Record
 from duplex.config import Config, SpeechSection
 from duplex.errors import MissingInputError, RecordError
-from duplex.records import Dialogue, Record, Speech, Voice
+from duplex.records import Dialogue, Speech, Voice
 from duplex.stage import BlobSink, MapStage, StageContext, Task, record_seed
 from duplex.store import StageFolder
 from pipeline.engines import espeak

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from duplex.alignment import align
+from duplex.base import Record
 from duplex.clips import (
     assemble,
     cut_windows,
@@ -36,7 +37,7 @@ from duplex.frames import (
     samples_at,
 )
 from duplex.mixing import CHANNELS
-from duplex.records import Record, Speech, SpokenTurn, TensorClip, VoiceSample
+from duplex.records import Speech, SpokenTurn, TensorClip, VoiceSample
 from duplex.splits import Split
 from duplex.stage import BlobSink, MapStage, StageContext, Task
 from duplex.streams import (

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from duplex.base import Record, canonical_json
 from duplex.config import Config, TrainSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes, write_atomic
-from duplex.records import Record, TensorClip, canonical_json
+from duplex.records import TensorClip
 from duplex.splits import Split, member_of, overlaps
 from duplex.stage import StageContext, WholeStage, record_seed
 from duplex.store import FileWriter

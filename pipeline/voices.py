@@ -18,9 +18,11 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from duplex.base import Record, Role, canonical_json
+from duplex.characters import Persona, VoiceTraits
 from duplex.config import Config
 from duplex.errors import RequestError
-from duplex.records import Dialogue, Persona, Record, Role, Voice, VoiceTraits, canonical_json
+from duplex.records import Dialogue, Voice
 from duplex.stage import BlobSink, MapStage, StageContext, Task
 from pipeline.engines import espeak
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from duplex.records import Dialogue, Fact, GapRange, Persona, Scenario, Turn, VoiceTraits
+from duplex.characters import Fact, GapRange, Persona, Scenario, VoiceTraits
+from duplex.records import Dialogue, Turn
 
 
 def persona(persona_id: str = "angry-ann", **changes: Any) -> Persona:

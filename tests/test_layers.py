@@ -24,7 +24,18 @@ STAGE_MODULES = [
 # The lower number is the deeper layer; a module imports its own layer or deeper ones.
 LAYERS = [
     (0, ("duplex.frames", "duplex.errors", "duplex")),
-    (1, ("duplex.records", "duplex.config", "duplex.configfile")),
+    (
+        1,
+        (
+            "duplex.base",
+            "duplex.characters",
+            "duplex.records",
+            "duplex.config",
+            "duplex.configfile",
+            "duplex.sections",
+            "duplex.config_data",
+        ),
+    ),
     (
         2,
         (

@@ -31,10 +31,10 @@ from accelerate import Accelerator
 from moshi.utils.compile import no_compile
 from torch import nn
 
+from duplex.base import canonical_json
 from duplex.config import TrainSection
 from duplex.errors import RequestError, WorkError
 from duplex.files import write_atomic
-from duplex.records import canonical_json
 from duplex.stage import record_seed
 from training.batches import Batch, Clip, batch_of_step, make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from duplex.base import canonical_json
 from duplex.clips import text_digest
 from duplex.coffee import (
     Conversion,
@@ -32,7 +33,7 @@ from duplex.config import ModelSection
 from duplex.configfile import load_config
 from duplex.errors import DuplexError, RecordError, RequestError
 from duplex.files import new_folder, sha256_bytes, write_atomic
-from duplex.records import Dialogue, FrameSpan, TensorClip, canonical_json
+from duplex.records import Dialogue, FrameSpan, TensorClip
 from duplex.splits import Member, assign_splits
 from duplex.streams import (
     TEXT_EPAD,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from duplex.base import Record
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import CorruptFileError, MissingInputError, RequestError, StageFailedError
-from duplex.records import Record
 from duplex.store import MANIFEST, StageFolder
 from pipeline.run import plan, run_folder_of
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duplex.base import canonical_json
 from duplex.config import ModelSection
 from duplex.datafiles import find_path
 from duplex.errors import CorruptFileError, MissingInputError
 from duplex.files import sha256_bytes, sha256_file
-from duplex.records import canonical_json
 from pipeline.engines import pocket
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from duplex.base import canonical_json
 from duplex.errors import RecordError
 from duplex.files import write_atomic
 from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE, frames_covering_samples
-from duplex.records import canonical_json
 from duplex.streams import CODEBOOKS
 from pipeline.engines.codec import WINDOW_FRAMES, encode, encode_batch, encode_long
 

@@ -21,8 +21,10 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
+from duplex.base import Frozen, Role, Text
+from duplex.characters import Persona, Scenario
 from duplex.errors import DuplexError, RecordError, RequestError, TransientError
-from duplex.records import Frozen, Persona, Role, Scenario, Text, Turn
+from duplex.records import Turn
 from pipeline.engines.writers import WrittenDialogue, draw_prompt
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duplex.base import canonical_json
 from duplex.datafiles import CHECKOUT
 from duplex.files import sha256_bytes, sha256_file
-from duplex.records import canonical_json
 from duplex.streams import CODEBOOKS, DELAYS, TEXT_PAD
 
 if TYPE_CHECKING:

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from duplex.base import Role
+from duplex.characters import Beat, Persona, Scenario
 from duplex.errors import DataFileError, RecordError
-from duplex.records import Beat, Persona, Role, Scenario, Turn
+from duplex.records import Turn
 from pipeline.engines.scripted_check import contradictions, facts_told
 from pipeline.engines.scripted_grammar import FACT_SLOTS, Grammar, digest_grammar, load_grammar
 from pipeline.engines.scripted_menu import (

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from duplex.records import Fact, Persona, Turn
+from duplex.characters import Fact, Persona
+from duplex.records import Turn
 from pipeline.engines.scripted_menu import SIZES, Menu, has_words
 
 _NAME = re.compile(r"\b(?:[Mm]y name is|[Mm]y name's|[Cc]all me|under the name) ([A-Z][a-z]+)")

@@ -16,14 +16,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from duplex.base import Frozen, Role
 from duplex.errors import DataFileError
-from duplex.records import Frozen, PersonaType, Role
 from pipeline.engines.scripted_menu import Menu, load_menu
+
+CUSTOMER_TYPES = ("angry", "nervous", "friendly", "indecisive", "enthusiast")
 
 # Slots that hold something of the customer, and the fact that they tell.
 FACT_SLOTS: dict[str, str] = {
@@ -176,7 +178,7 @@ class Grammar:
 def load_grammar(folder: Path) -> Grammar:
     """Reads and checks the grammar. Raises DataFileError with the file and the line at fault."""
     paths = sorted(folder.glob("*.yaml"))
-    wanted = {"menu", "exchanges", "barista", *get_args(PersonaType)}
+    wanted = {"menu", "exchanges", "barista", *CUSTOMER_TYPES}
     missing = sorted(wanted - {path.stem for path in paths})
     if missing:
         raise DataFileError(

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from duplex.base import Frozen
 from duplex.errors import DataFileError
-from duplex.records import Frozen
 
 SIZES = ("small", "medium", "large")
 _ONES = [

@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 
-from duplex.records import Persona
+from duplex.characters import Persona
 
 SHARE = 0.4  # of the customer's turns carry a pattern
 

@@ -12,8 +12,9 @@ import random
 from dataclasses import dataclass
 from itertools import groupby
 
+from duplex.base import Role
+from duplex.characters import Beat, Scenario
 from duplex.errors import DataFileError, RequestError
-from duplex.records import Beat, Role, Scenario
 from pipeline.engines.scripted_grammar import Exchange, Grammar
 
 # How a plan is sought, one way after the other: how often, whether exchanges are dropped by rank,

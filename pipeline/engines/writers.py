@@ -11,7 +11,8 @@ import random
 from dataclasses import dataclass
 from typing import Protocol
 
-from duplex.records import Persona, Scenario, Turn
+from duplex.characters import Persona, Scenario
+from duplex.records import Turn
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Field, model_validator
 
+from duplex.base import Frozen, Role, Slug, Text
+from duplex.characters import Fact
 from duplex.datafiles import read_yaml, validate
 from duplex.errors import DataFileError, WorkError
 from duplex.frames import FRAME_SAMPLES, frames_covering_samples, frames_covering_seconds
-from duplex.records import Fact, Frozen, PersonaType, Role, Slug, Text
 
 if TYPE_CHECKING:  # planning a run reads the items, and needs no numpy for it
     import numpy as np
@@ -40,7 +41,7 @@ class EvaluationItem(Frozen):
 
     # A score's id is the item's with a model's name behind it, and a slug too.
     id: Annotated[Slug, Field(max_length=80)]
-    persona_type: PersonaType
+    persona_type: Slug
     text_prompt: Text
     first_speaker: Role = "user"
     user_turns: tuple[Text, ...] = Field(min_length=1)

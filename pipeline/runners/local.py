@@ -8,12 +8,14 @@ manifest, so that the next run tries again.
 from __future__ import annotations
 
 import errno
+import json
 import platform
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -22,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from duplex.datafiles import CHECKOUT
-from duplex.errors import StageFailedError, TransientError
+from duplex.errors import RecordError, StageFailedError, TransientError
 from duplex.files import write_atomic
-from duplex.records import record_line
+from duplex.records import parse_record, record_line
 from duplex.stage import MapStage, StageContext, Task, WholeStage
 from duplex.store import FileWriter, LedgerEntry, StageFolder, folders_of
 from pipeline.runners.work import Outcome, outcomes
@@ -50,6 +52,7 @@ def execute(
         WorkError: what a whole stage raised.
     """
     started = time.monotonic()
+    context = replace(context, folder=folder)
     folder.reopen()
     if isinstance(stage, WholeStage):
         lines, files, counts, extra = _run_whole(stage, context, folder)
@@ -76,30 +79,22 @@ def _run_map(
 ) -> tuple[list[str], list[dict[str, Any]], dict[str, int], dict[str, Any]]:
     tasks = sorted(stage.tasks(context), key=lambda task: task.id)
     _check_ids(stage, tasks)
-    keys = {task.id: stage.record_key(context.config, task) for task in tasks}
-    done = {
-        entry.task_id: entry
-        for entry in folder.ledger().values()
-        if keys.get(entry.task_id) == entry.key and folder.holds_blobs(entry)
-    }
-    adopted = _adopt(stage, folder, keys, done)
-    rejected = {
-        task_id: fault
-        for task_id, fault in folder.rejected().items()
-        if keys.get(task_id) == fault.get("key") and task_id not in done
-    }
+    book = _Book(stage, context, folder, tasks)
+    adopted = _adopt(stage, folder, {t: keys[0] for t, keys in book.keys.items()}, book.done)
     if retry_rejected:
-        rejected = {}
-    pending = [task for task in tasks if task.id not in done and task.id not in rejected]
-    undone: list[str] = []
+        book.rejected = {}
     made = 0
-    if pending:
-        made = _work_off(stage, context, folder, pending, keys, done, rejected, undone)
-    if undone:
-        raise StageFailedError(
-            f"{stage.name}: {len(undone)} of {len(tasks)} tasks could not be done for now; "
-            f"the others are kept. Run again to go on. The last failure: {undone[-1]}"
-        )
+    while True:
+        if pending := book.pending():
+            made += _work_off(stage, context, folder, pending, book)
+        if book.undone:
+            raise StageFailedError(
+                f"{stage.name}: {len(book.undone)} of {len(tasks)} tasks could not be done for "
+                f"now; the others are kept. Run again to go on. The last failure: {book.undone[-1]}"
+            )
+        if not book.send_back():
+            break
+    done, rejected = book.done, book.rejected
     limit = context.config.section(stage.name).runtime.max_reject_rate
     if tasks and len(rejected) > limit * len(tasks):
         first = next(iter(rejected.values()))
@@ -114,7 +109,75 @@ def _run_map(
         "rejected": len(rejected),
     }
     lines = [line for entry in done.values() for line in entry.lines]
-    return lines, [], counts, {"adopted": adopted, "made": made}
+    return lines, [], counts, {"adopted": adopted, "made": made} | stage.notes(folder)
+
+
+class _Book:
+    """Which tasks are done, rejected, or to be made again, and at which attempt each is.
+
+    A ledger line counts when its key is that of one of its task's attempts. Another folder's
+    are adopted at attempt 0 only: what was sent back there may be welcome here.
+    """
+
+    def __init__(
+        self, stage: MapStage, context: StageContext, folder: StageFolder, tasks: list[Task]
+    ):
+        self._stage, self._context, self._folder = stage, context, folder
+        self.tasks = {task.id: task for task in tasks}
+        attempts = stage.max_attempts if type(stage).review is not MapStage.review else 1
+        self.keys: dict[str, list[str]] = {
+            task.id: [
+                stage.record_key(context.config, replace(task, attempt=number))
+                for number in range(attempts)
+            ]
+            for task in tasks
+        }
+        self.undone: list[str] = []
+        self.done = {
+            entry.task_id: entry
+            for entry in folder.ledger().values()
+            if entry.key in self.keys.get(entry.task_id, ()) and folder.holds_blobs(entry)
+        }
+        self.rejected = {
+            task_id: fault
+            for task_id, fault in folder.rejected().items()
+            if fault.get("key") in self.keys.get(task_id, ()) and task_id not in self.done
+        }
+        for task_id, entry in self.done.items():
+            self._set_attempt(task_id, self.keys[task_id].index(entry.key))
+
+    def key(self, task_id: str) -> str:
+        return self.keys[task_id][self.tasks[task_id].attempt]
+
+    def pending(self) -> list[Task]:
+        return [
+            task
+            for task in self.tasks.values()
+            if task.id not in self.done and task.id not in self.rejected
+        ]
+
+    def send_back(self) -> bool:
+        """Ask the stage for its review; whether something has to be made again."""
+        if type(self._stage).review is MapStage.review:
+            return False
+        finished = [
+            (task_id, [parse_record(json.loads(line)) for line in self.done[task_id].lines])
+            for task_id in sorted(self.done)
+        ]
+        faults = self._stage.review(finished, self._context)
+        for task_id, reason in sorted(faults.items()):
+            attempt = self.tasks[task_id].attempt + 1
+            if attempt == len(self.keys[task_id]):
+                error = RecordError(f"{reason} It was made {attempt} times.")
+                self._folder.reject_task(task_id, self.key(task_id), error)
+                self.rejected[task_id] = {"task": task_id, "message": str(error)}
+            else:
+                self._set_attempt(task_id, attempt)
+            del self.done[task_id]
+        return bool(faults)
+
+    def _set_attempt(self, task_id: str, attempt: int) -> None:
+        self.tasks[task_id] = replace(self.tasks[task_id], attempt=attempt)
 
 
 def _check_ids(stage: MapStage, tasks: list[Task]) -> None:
@@ -141,35 +204,28 @@ def _adopt(
 
 
 def _work_off(
-    stage: MapStage,
-    context: StageContext,
-    folder: StageFolder,
-    pending: list[Task],
-    keys: dict[str, str],
-    done: dict[str, LedgerEntry],
-    rejected: dict[str, Any],
-    undone: list[str],
+    stage: MapStage, context: StageContext, folder: StageFolder, pending: list[Task], book: _Book
 ) -> int:
     made = transient_in_a_row = 0
     with closing(outcomes(stage, context, folder, pending)) as results:
         for outcome in _progress(stage.name, results, len(pending)):
             task_id = outcome.task_id
             if isinstance(outcome.error, TransientError):
-                undone.append(f"{task_id}: {outcome.error}")
+                book.undone.append(f"{task_id}: {outcome.error}")
                 transient_in_a_row += 1
                 if transient_in_a_row >= TRANSIENT_LIMIT:
                     break
                 continue
             if outcome.error is not None:
-                folder.reject_task(task_id, keys[task_id], outcome.error)
-                rejected[task_id] = {"task": task_id, "message": str(outcome.error)}
+                folder.reject_task(task_id, book.key(task_id), outcome.error)
+                book.rejected[task_id] = {"task": task_id, "message": str(outcome.error)}
                 continue
             transient_in_a_row = 0
             entry = LedgerEntry(
-                task_id, keys[task_id], outcome.lines, outcome.blobs, outcome.seconds
+                task_id, book.key(task_id), outcome.lines, outcome.blobs, outcome.seconds
             )
             folder.finish_task(entry)
-            done[task_id] = entry
+            book.done[task_id] = entry
             made += 1
     return made
 

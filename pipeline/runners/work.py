@@ -15,7 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -58,12 +65,45 @@ def outcomes(
     if count > 1:
         yield from _in_processes(stage, context, folder, tasks, count)
         return
+    threads = min(stage.threads(context.config), len(tasks))
     try:
         stage.setup(context)
+        if threads > 1:
+            yield from _in_threads(stage, context, folder, tasks, threads)
+            return
         for task in tasks:
             yield work_off(stage, context, folder, task)
     finally:
         stage.close()
+
+
+def _in_threads(
+    stage: MapStage, context: StageContext, folder: StageFolder, tasks: list[Task], count: int
+) -> Generator[Outcome, None, None]:
+    """As `outcomes`. A task is begun only when another one is done; after an error none is, and
+    those under way are finished before it is raised: they may have been paid for."""
+    waiting = iter(tasks)
+    failure: BaseException | None = None
+    with ThreadPoolExecutor(count, thread_name_prefix=stage.name) as pool:
+
+        def begin() -> set[Future[Outcome]]:
+            task = next(waiting, None) if failure is None else None
+            return {pool.submit(work_off, stage, context, folder, task)} if task else set()
+
+        running: set[Future[Outcome]] = set()
+        for _ in range(count):
+            running |= begin()
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                error = future.exception()
+                if error is not None:
+                    failure = failure or error
+                    continue
+                yield future.result()
+                running |= begin()
+    if failure is not None:
+        raise failure
 
 
 def num_workers(stage: MapStage, context: StageContext, num_tasks: int) -> int:
@@ -88,7 +128,7 @@ def work_off(stage: MapStage, context: StageContext, folder: StageFolder, task: 
     blobs = FolderBlobs(folder)
     started = time.monotonic()
     try:
-        seed = record_seed(context.config.seed, stage.name, task.id)
+        seed = record_seed(context.config.seed, stage.name, task.id, task.attempt)
         records = stage.process(task, seed, blobs)
     except (RecordError, CorruptFileError, TransientError) as error:
         return Outcome(task.id, error=error)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from duplex.characters import Beat, Fact, GapRange, Persona, Scenario, VoiceTraits
 from duplex.errors import RecordError, RequestError, TransientError
-from duplex.records import Beat, Fact, GapRange, Persona, Scenario, VoiceTraits
 from pipeline.engines.llm import OpenAIWriter
 
 KEY_ENV = "DUPLEX_TEST_LLM_KEY"

@@ -9,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 
+from duplex.characters import VoiceTraits
 from duplex.config import Config
 from duplex.datafiles import CHECKOUT, load_personas
 from duplex.errors import MissingInputError, RecordError, RequestError
 from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
-from duplex.records import Speech, Turn, Voice, VoiceTraits, record_line
+from duplex.records import Speech, Turn, Voice, record_line
 from duplex.stage import BlobSink, StageContext, record_seed
 from duplex.store import StageFolder
 from pipeline.runners.local import execute

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from duplex.base import canonical_json
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import ConfigError
-from duplex.records import canonical_json
 from tests.factories import write_yaml
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from duplex.records import Fact, GapRange, Persona, Scenario
+from duplex.characters import Fact, GapRange, Persona, Scenario
 from pipeline.engines.scripted_grammar import Grammar, load_grammar
 from pipeline.engines.scripted_plan import split_arc
 

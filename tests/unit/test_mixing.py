@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from duplex.characters import GapRange
 from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE, frames_covering_samples
 from duplex.mixing import CHANNELS, PEAK_LIMIT, VoicedTurn, mix_turns, normalize_loudness
-from duplex.records import GapRange, Word
+from duplex.records import Word
 
 AFTER_USER = GapRange(low=2, high=5)
 OTHER = GapRange(low=7, high=9)  # apart from AFTER_USER: a mixed-up rule shows

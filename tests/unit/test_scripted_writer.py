@@ -16,8 +16,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duplex.characters import Persona, Scenario
 from duplex.errors import RequestError
-from duplex.records import Persona, Scenario, Turn
+from duplex.records import Turn
 from pipeline.engines.scripted import ScriptedWriter
 from pipeline.engines.scripted_check import contradictions, facts_told
 from pipeline.engines.scripted_menu import budget_cents, price_words

@@ -1,0 +1,127 @@
+"""The sections of the data stages: personas, dialogues, voices, speech."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from duplex.base import Language
+from duplex.sections import Probability, Runtime, Section, StageSection
+
+EngineName = Literal[
+    "espeak", "openai-speech", "chatterbox", "moshi-tts", "csm", "pocket-tts", "dia"
+]
+
+
+class PersonasSection(StageSection):
+    domain: str = Field(default="data/domains/coffee-shop.yaml", description="the place, the roles")
+    folder: str = "data/personas"
+    scenarios: str = "data/scenarios"
+    only: tuple[str, ...] | None = Field(default=None, description="persona ids; None: all")
+    only_scenarios: tuple[str, ...] | None = Field(
+        default=None, description="scenario ids; None: all"
+    )
+
+
+class DialoguesRuntime(Runtime):
+    api_key: str | None = Field(default=None, repr=False, description="write ${OPENAI_API_KEY}")
+    base_url: str | None = Field(default=None, description="where the model is served")
+    timeout_s: float = Field(default=120, gt=0, description="longest silence of the endpoint")
+    deadline_s: float = Field(default=600, gt=0, description="longest reply, however it trickles")
+    concurrency: int = Field(default=8, ge=1, le=256, description="requests in flight at most")
+    budget_usd: float | None = Field(default=None, ge=0, description="hard stop; needs the prices")
+    budget_tokens: int | None = Field(default=None, ge=0, description="hard stop, in and out")
+    price_in: float | None = Field(default=None, ge=0, description="dollars per million tokens")
+    price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
+
+
+class DialogueChecks(Section):
+    """What a dialogue must show before it is kept."""
+
+    min_facts: int = Field(default=2, ge=0, description="facts that the agent tells")
+    min_patterns: int = Field(default=1, ge=0, description="speech patterns that the agent uses")
+    near_duplicate: float = Field(
+        default=0.7, gt=0, le=1, description="Jaccard similarity of three-word shingles"
+    )
+    critic: str | None = Field(default=None, description="a model at the endpoint that judges too")
+
+
+class DialoguesSection(StageSection):
+    writer: Literal["scripted", "openai", "annotate"] = "scripted"
+    source: str | None = Field(default=None, description="annotate: the dialogues that exist")
+    per_persona: int = Field(default=4, ge=1, le=1000)
+    min_turns: int = Field(default=15, ge=2)
+    max_turns: int = Field(default=25, ge=2)
+    llm: str | None = Field(default=None, description="model name at the endpoint")
+    temperature: float = Field(default=0.8, ge=0, le=2)
+    max_tokens: int = Field(default=4096, ge=64, description="of one reply")
+    max_candidates: int = Field(
+        default=4, ge=1, le=16, description="replies to one request before it is rejected"
+    )
+    checks: DialogueChecks = DialogueChecks()
+    runtime: DialoguesRuntime = DialoguesRuntime()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DialoguesSection:
+        if self.min_turns > self.max_turns:
+            raise ValueError(
+                f"min_turns must not exceed max_turns, found {self.min_turns} > {self.max_turns}"
+            )
+        if self.writer != "scripted" and not self.llm:
+            raise ValueError(f"writer: {self.writer} needs llm, the model's name at the endpoint")
+        if (self.writer == "annotate") != (self.source is not None):
+            raise ValueError("writer: annotate and source belong together")
+        runtime = self.runtime
+        if runtime.budget_usd is not None and (
+            runtime.price_in is None or runtime.price_out is None
+        ):
+            raise ValueError("budget_usd needs price_in and price_out, dollars per million tokens")
+        return self
+
+
+class VoicesSection(StageSection):
+    engine: EngineName = "espeak"
+    user_voices: int = Field(
+        default=4, ge=1, le=64, description="voices that share the user's side"
+    )
+
+
+class TimelineSection(Section):
+    """What lies between and under the turns. Levels are RMS in dB of full scale."""
+
+    room_tone_dbfs: float | None = Field(
+        default=None, ge=-90, le=-30, description="under the user's channel; None: digital silence"
+    )
+    leakage_db: float | None = Field(
+        default=None, ge=-80, le=-10, description="of the agent, heard in the user's channel"
+    )
+    noise_dbfs: float | None = Field(
+        default=None, ge=-90, le=-20, description="louder noise of the place, user's channel"
+    )
+    yield_ms: tuple[int, int] = Field(
+        default=(160, 480), description="how long somebody goes on who is cut short"
+    )
+
+
+class UtteranceChecks(Section):
+    """What an utterance must show before it is used."""
+
+    max_wer: float = Field(default=0.5, ge=0, description="against what it should say")
+    share: Probability | None = Field(
+        default=None, description="of utterances transcribed; None: by engine"
+    )
+    recogniser: Literal["auto", "faster-whisper", "pocketsphinx", "none"] = "auto"
+    retries: int = Field(default=3, ge=0, le=20, description="with another seed each")
+
+
+class SpeechSection(StageSection):
+    engine: EngineName = "espeak"
+    engines: dict[Language, EngineName] = Field(
+        default={}, description="for some languages another engine"
+    )
+    loudness_dbfs: float = Field(default=-24, ge=-60, le=0, description="RMS of each utterance")
+    lead_in_s: float = Field(default=0.32, ge=0, le=30)
+    tail_s: float = Field(default=0.48, ge=0, le=30)
+    timeline: TimelineSection = TimelineSection()
+    checks: UtteranceChecks = UtteranceChecks()
