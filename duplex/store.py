@@ -60,6 +60,7 @@ class LedgerEntry:
     blobs: tuple[str, ...]
     seconds: float
     adopted_from: str | None = None
+    attempt: int = 0
 
 
 class StageFolder:
@@ -175,6 +176,7 @@ class StageFolder:
                     blobs=tuple(line["blobs"]),
                     seconds=line["seconds"],
                     adopted_from=line.get("adopted_from"),
+                    attempt=line.get("attempt", 0),
                 )
             except (KeyError, TypeError):
                 continue
@@ -185,6 +187,15 @@ class StageFolder:
         """Rejected tasks by id; the last line of an id counts."""
         lines = (line for line in read_lines(self.path / REJECTED) if "task" in line)
         return {line["task"]: line for line in lines}
+
+    def finished(self) -> list[LedgerEntry]:
+        """What came of the tasks in the end, by id, also while the manifest is still to come."""
+        faults, entries = self.rejected(), self.ledger()
+        return [
+            entry
+            for name, entry in sorted(entries.items())
+            if name not in faults or not outlives(faults[name], entry)
+        ]
 
     def holds_blobs(self, entry: LedgerEntry) -> bool:
         return all((self.path / "blobs" / name).exists() for name in entry.blobs)
@@ -203,13 +214,25 @@ class StageFolder:
             "blobs": list(entry.blobs),
             "seconds": round(entry.seconds, 4),
         }
+        if entry.attempt:
+            line["attempt"] = entry.attempt
         if entry.adopted_from:
             line["adopted_from"] = entry.adopted_from
         append_line(self.path / LEDGER, canonical_json(line))
 
-    def reject_task(self, task_id: str, key: str, error: Exception) -> None:
+    def reject_task(
+        self,
+        task_id: str,
+        key: str,
+        error: Exception,
+        *,
+        attempt: int = 0,
+        reviewed: bool = False,
+    ) -> None:
+        """`reviewed`: it was finished, and its stage's review turned it down for good."""
         self.path.mkdir(parents=True, exist_ok=True)
         fault = {"task": task_id, "key": key, "error": type(error).__name__, "message": str(error)}
+        fault |= {"attempt": attempt} | ({"reviewed": True} if reviewed else {})
         append_line(self.path / REJECTED, canonical_json(fault))
 
     def adopt(self, donor: StageFolder, entry: LedgerEntry) -> None:
@@ -284,6 +307,18 @@ class StageFolder:
             return str(json.loads(path.read_text())["message"]) if path.exists() else None
         except (OSError, ValueError, KeyError):
             return "failed, and its note of why cannot be read"
+
+
+def outlives(fault: dict[str, Any], entry: LedgerEntry | None) -> bool:
+    """Whether a task's reject is what became of it in the end, and not its finished record.
+
+    Of the same attempt, it is the record: it was made when the reject was retried, unless it is
+    the record itself that a review turned down.
+    """
+    attempt = int(fault.get("attempt", 0))
+    if entry is None or attempt != entry.attempt:
+        return entry is None or attempt > entry.attempt
+    return bool(fault.get("reviewed")) and fault.get("key") == entry.key
 
 
 class FolderBlobs(BlobSink):

@@ -116,6 +116,8 @@ class OpenAIWriter:
         seed: int,
         min_turns: int,
         max_turns: int,
+        task_id: str = "",
+        attempt: int = 0,
     ) -> WrittenDialogue:
         """Raises TransientError when the endpoint cannot be reached or is busy, RequestError for
         a missing or refused key, RecordError when no reply could be used."""
