@@ -55,7 +55,7 @@ LAYERS = [
         ),
     ),
     (3, ("duplex.files", "duplex.lock", "duplex.datafiles", "duplex.stage", "duplex.store")),
-    (3, ("pipeline.runners",)),
+    (3, ("pipeline.runners", "pipeline.imported")),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
     (6, ("pipeline", "duplex.cli")),

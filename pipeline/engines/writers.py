@@ -8,6 +8,7 @@ no writer imports torch, nor anything heavy, before `write` is called.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,28 @@ class WrittenDialogue:
     turns: tuple[Turn, ...]
     system_prompt: str
     mood: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a candidate is not kept: `code` is a slug, `message` is for a person or a model."""
+
+    code: str
+    message: str
+
+
+Check = Callable[[Persona, Scenario, tuple[Turn, ...]], Fault | None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One that was not kept. `turns` is empty where the reply held none."""
+
+    task_id: str
+    attempt: int
+    number: int
+    fault: Fault
+    turns: tuple[Turn, ...]
 
 
 class DialogueWriter(Protocol):

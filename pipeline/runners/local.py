@@ -13,7 +13,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from duplex.datafiles import CHECKOUT
-from duplex.errors import RecordError, StageFailedError, TransientError
+from duplex.errors import BudgetError, RecordError, StageFailedError, TransientError
 from duplex.files import write_atomic
 from duplex.records import parse_record, record_line
 from duplex.stage import MapStage, StageContext, Task, WholeStage
@@ -207,7 +207,7 @@ def _work_off(
     stage: MapStage, context: StageContext, folder: StageFolder, pending: list[Task], book: _Book
 ) -> int:
     made = transient_in_a_row = 0
-    with closing(outcomes(stage, context, folder, pending)) as results:
+    with closing(_kept(outcomes(stage, context, folder, pending), book)) as results:
         for outcome in _progress(stage.name, results, len(pending)):
             task_id = outcome.task_id
             if isinstance(outcome.error, TransientError):
@@ -228,6 +228,15 @@ def _work_off(
             book.done[task_id] = entry
             made += 1
     return made
+
+
+def _kept(results: Iterator[Outcome], book: _Book) -> Generator[Outcome, None, None]:
+    """The outcomes; a budget that ends them says how far they came."""
+    try:
+        yield from results
+    except BudgetError as error:
+        done = f"Kept: {len(book.done)} of {len(book.tasks)} tasks."
+        raise BudgetError(f"{error} {done}") from None
 
 
 def _progress(name: str, results: Iterator[Outcome], total: int) -> Iterator[Outcome]:
