@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from duplex.characters import Persona, Scenario
+from duplex.dialogue_checks import Check, Fault
 from duplex.records import Turn
+
+__all__ = [
+    "Candidate", "Check", "DialogueWriter", "Fault", "OnReject", "WrittenDialogue", "draw_prompt",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,17 +31,6 @@ class WrittenDialogue:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Why a candidate is not kept: `code` is a slug, `message` is for a person or a model."""
-
-    code: str
-    message: str
-
-
-Check = Callable[[Persona, Scenario, tuple[Turn, ...]], Fault | None]
-
-
-@dataclass(frozen=True)
 class Candidate:
     """One that was not kept. `turns` is empty where the reply held none."""
 
@@ -45,6 +39,9 @@ class Candidate:
     number: int
     fault: Fault
     turns: tuple[Turn, ...]
+
+
+OnReject = Callable[[Candidate], None]
 
 
 class DialogueWriter(Protocol):
