@@ -45,6 +45,7 @@ LAYERS = [
             "duplex.coffee",
             "duplex.clips",
             "duplex.mixing",
+            "duplex.room",
             "duplex.metrics",
             "duplex.phases",
             "duplex.inspection",
