@@ -58,6 +58,7 @@ LAYERS = [
     (3, ("duplex.files", "duplex.lock", "duplex.datafiles", "duplex.stage", "duplex.store")),
     (3, ("pipeline.runners",)),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
+    (4, ("pipeline.pages",)),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
     (6, ("pipeline", "duplex.cli")),
 ]
