@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from duplex.base import Language
+from duplex.base import Language, Text
 from duplex.sections import Probability, Runtime, Section, StageSection
 
 EngineName = Literal[
@@ -100,11 +100,71 @@ class DialoguesSection(StageSection):
         return self
 
 
+class VoiceDataset(Section):
+    """Recordings of many speakers in a `datasets` set: a hub name, or a folder of its files."""
+
+    name: str = Field(min_length=1)
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = Field(default=None, description="a commit: without it, what is newest")
+    audio: str = Field(default="audio", description="column")
+    speaker: str = Field(default="speaker_id", description="column")
+    transcript: str | None = Field(default=None, description="column")
+    gender: str | None = Field(default=None, description="column of female, male, F, M")
+    age: str | None = Field(default=None, description="column of young, adult, old or years")
+    max_rows: int = Field(default=2000, ge=1, le=100_000, description="looked at, at most")
+
+
+VoiceNames = dict[
+    Annotated[str, StringConstraints(pattern=r"^([a-z]{2,3}-)?(female|male)$")],
+    Annotated[tuple[Text, ...], Field(min_length=1)],
+]
+
+
 class VoicesSection(StageSection):
+    """Voices are made by the engine (espeak), named (`names`), or cloned from recordings
+    (`recordings`, `dataset`)."""
+
     engine: EngineName = "espeak"
     user_voices: int = Field(
-        default=4, ge=1, le=64, description="voices that share the user's side"
+        default=4, ge=1, le=64, description="voices that share the user's side, a language each"
     )
+    names: VoiceNames | None = Field(
+        default=None, description="the engine's own voices: {female: […], fr-male: […]}"
+    )
+    recordings: str | None = Field(
+        default=None, description="folder: a file, or a folder of files, for each speaker"
+    )
+    dataset: VoiceDataset | None = Field(default=None, description="a name is enough")
+    licence: Text | None = Field(default=None, description="of the recordings")
+    consent: Text | None = Field(default=None, description="on what consent they are used")
+    language: Language = Field(default="en", description="of recordings that do not say it")
+    guess_gender: bool = Field(
+        default=False, description="by pitch, where a recording does not say it"
+    )
+    recogniser: Literal["auto", "faster-whisper", "pocketsphinx", "none"] = Field(
+        default="auto", description="for recordings without a transcript"
+    )
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _name_is_enough(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> VoicesSection:
+        sources = [n for n in ("names", "recordings", "dataset") if getattr(self, n) is not None]
+        if len(sources) > 1:
+            raise ValueError(f"voices come from one source, found {' and '.join(sources)}")
+        if self.engine == "espeak" and sources:
+            raise ValueError(
+                f"espeak has voices of its own and clones none: {sources[0]} needs another engine"
+            )
+        if self.engine != "espeak" and not sources:
+            raise ValueError(
+                f"engine: {self.engine} needs its voices: names, recordings or dataset"
+            )
+        return self
 
 
 class TimelineSection(Section):
@@ -122,6 +182,13 @@ class TimelineSection(Section):
     yield_ms: tuple[int, int] = Field(
         default=(160, 480), description="how long somebody goes on who is cut short"
     )
+
+    @field_validator("yield_ms")
+    @classmethod
+    def _a_range(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= value[0] <= value[1] <= 5000:
+            raise ValueError(f"must be a range within 0 and 5000 ms, found {value[0]}-{value[1]}")
+        return value
 
 
 class UtteranceChecks(Section):

@@ -45,6 +45,7 @@ LAYERS = [
             "duplex.coffee",
             "duplex.clips",
             "duplex.mixing",
+            "duplex.room",
             "duplex.metrics",
             "duplex.phases",
             "duplex.inspection",
@@ -61,6 +62,7 @@ LAYERS = [
     (3, ("duplex.files", "duplex.lock", "duplex.datafiles", "duplex.stage", "duplex.store")),
     (3, ("pipeline.runners", "pipeline.imported")),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
+    (4, ("pipeline.pages",)),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
     (6, ("pipeline", "duplex.cli")),
 ]
