@@ -336,6 +336,7 @@ def convert_datasets(
 
 
 app.add_typer(cli_data.personas, name="personas")
+app.add_typer(cli_data.hub)  # push and pull
 
 
 @app.callback(invoke_without_command=True)

@@ -76,3 +76,72 @@ def personas_draft(
     from pipeline import personas_command
 
     personas_command.draft(persona_id, about, kind, config, domain, folder)
+
+
+RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in train.steps=20."),
+]
+RUNS = Path("runs")
+hub = typer.Typer()
+
+
+@hub.command()
+def push(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.")],
+    to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="The repository.")],
+    what: Annotated[str, typer.Option("--what", help="data or adapter.")] = "data",
+    public: Annotated[bool, typer.Option("--public", help="For everybody to read.")] = False,
+    view: Annotated[
+        bool, typer.Option(help="data: also as parquet files for `datasets`; doubles the audio.")
+    ] = True,
+    consent: Annotated[
+        str | None,
+        typer.Option(help="On what terms recorded voices are given; quoted in the card."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show files, sizes and card; send nothing.")
+    ] = False,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Push a run's data or adapter to the Hugging Face hub: private unless told otherwise.
+
+    Say it again after a failure: what is there is not sent again. The token is HF_TOKEN.
+
+    Example: duplex push configs/pocket.yaml --to you/pocket-data --dry-run
+    """
+    from pipeline import hub as hub_commands
+
+    hub_commands.push(
+        config, to, what, public=public, view=view, consent=consent, dry_run=dry_run,
+        runs=runs, overrides=overrides or [], as_json=as_json,
+    )  # fmt: skip
+
+
+@hub.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="CONFIG|OUT", help="Whose run, or a new folder: an adapter.")
+    ],
+    what: Annotated[
+        str | None, typer.Option("--what", help="data or adapter; data for a config.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A commit, branch or tag.")] = None,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pull a pushed data set into a config's run, or an adapter into a folder, and verify it.
+
+    Example: duplex pull you/pocket-data configs/pocket.yaml
+    """
+    from pipeline import hub as hub_commands
+
+    hub_commands.pull(
+        repo, target, what,
+        revision=revision, runs=runs, overrides=overrides or [], as_json=as_json,
+    )  # fmt: skip
