@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,9 +259,7 @@ class StageFolder:
                 }
             )
         fixed = [file for file in files if file.pop("deterministic", True)]
-        digest = sha256_bytes(
-            canonical_json({"records": ordered, "files": fixed, "counts": counts}).encode()
-        )
+        digest = stage_digest(ordered, fixed, counts)
         manifest = {
             "stage": self.stage,
             "key": self.key,
@@ -284,6 +282,12 @@ class StageFolder:
             return str(json.loads(path.read_text())["message"]) if path.exists() else None
         except (OSError, ValueError, KeyError):
             return "failed, and its note of why cannot be read"
+
+
+def stage_digest(ordered: list[str], files: list[dict[str, Any]], counts: Mapping[str, int]) -> str:
+    """A manifest's digest: of the record lines, the deterministic files and the counts."""
+    content = {"records": ordered, "files": files, "counts": dict(counts)}
+    return sha256_bytes(canonical_json(content).encode())
 
 
 class FolderBlobs(BlobSink):

@@ -29,7 +29,7 @@ from pipeline.engines.dialogue_file import read_dialogues
 from pipeline.foreign_tensors import read_tensors
 from pipeline.imported import Imported
 from pipeline.recordings import RecordingOptions, read_recordings
-from pipeline.run import IMPORTS_FOLDER, run_folder_of, stage_named
+from pipeline.run import IMPORTS_FOLDER, STAGE_NAMES, run_folder_of, stage_named
 from pipeline.runners.local import describe_environment
 
 IMPORTABLE = ("dialogues", "speech", "tensors")
@@ -105,8 +105,8 @@ def import_stage(
 
 def forget_import(config: Config, runs_root: Path, stage_name: str) -> bool:
     """Let the stage do its own work again; the imported folder stays until `duplex clean`."""
-    if stage_name not in IMPORTABLE:
-        raise RequestError(f"--stage must be one of {', '.join(IMPORTABLE)}; found {stage_name}")
+    if stage_name not in STAGE_NAMES:  # `duplex pull` puts others in place too
+        raise RequestError(f"--stage must be one of {', '.join(STAGE_NAMES)}; found {stage_name}")
     run_folder = run_folder_of(config, runs_root)
     pointer = run_folder / IMPORTS_FOLDER / f"{stage_name}.json"
     if not pointer.exists():

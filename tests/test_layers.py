@@ -64,7 +64,7 @@ LAYERS = [
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
     (4, ("pipeline.pages",)),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
-    (6, ("pipeline", "duplex.cli")),
+    (6, ("pipeline", "duplex.cli", "duplex.cli_data")),
 ]
 PURE = LAYERS[2][1]
 ONLY_IN = {"ray": "pipeline.runners.ray", "accelerate": "training.loop", "peft": "training"}
