@@ -5,37 +5,45 @@ must have more dialogues than there are scenarios), drawn from the persona's id 
 dialogues later keep those that are there.
 
 `writer: annotate` writes none: it takes the dialogues of a file and gives each its prompts.
+
+A candidate is kept when it passes the checks (`duplex/dialogue_checks.py`), and when no dialogue
+before it says nearly the same (`pipeline/engines/set_review.py`). What was not kept is noted in
+`candidates.jsonl`, with its reason.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from duplex.base import Record, canonical_json
+from duplex.base import Record
 from duplex.characters import Domain, Persona, Scenario
 from duplex.config import Config
 from duplex.datafiles import find_path, load_domain, load_personas, load_scenarios
+from duplex.dialogue_checks import Check, Rule, dialogue_check
 from duplex.errors import MissingInputError, RecordError, RequestError
-from duplex.files import append_line, sha256_file
-from duplex.records import Dialogue
+from duplex.files import sha256_file
+from duplex.records import Dialogue, Turn
 from duplex.stage import BlobSink, MapStage, StageContext, Task, record_seed
 from duplex.store import StageFolder
 from pipeline.engines.dialogue_file import read_dialogues
+from pipeline.engines.funnel import CandidateLog, read_funnel
 from pipeline.engines.llm import annotate, writer
 from pipeline.engines.llm.annotate import Annotator
 from pipeline.engines.llm.build import Estimate, build_client, estimate, pending, spending_notes
 from pipeline.engines.llm.client import Client, Request
 from pipeline.engines.llm.critic import Critic
-from pipeline.engines.llm.structure import structure_check
 from pipeline.engines.llm.writer import OpenAIWriter
 from pipeline.engines.scripted import ScriptedWriter
-from pipeline.engines.writers import Candidate, Check, WrittenDialogue
+from pipeline.engines.writers import OnReject, WrittenDialogue
 
-CANDIDATES = "candidates.jsonl"
+if TYPE_CHECKING:
+    from pipeline.engines.set_review import SetReview
+
+COFFEE_SHOP = "coffee-shop"  # the domain that data/grammar has a menu for
 
 
 class DialoguesStage(MapStage):
@@ -47,11 +55,13 @@ class DialoguesStage(MapStage):
     def __init__(self) -> None:
         self._write: Callable[[Task, int], Dialogue] | None = None
         self._client: Client | None = None
+        self._log: CandidateLog | None = None
+        self._review: SetReview | None = None
 
     def engine(self, config: Config) -> str:
         section = config.dialogues
         if section.writer == "scripted":
-            return ScriptedWriter().revision
+            return _scripted().revision
         if section.writer == "annotate":
             return annotate.revision(section.llm or "", section.temperature)
         return writer.revision(section.llm or "", section.temperature, section.checks.critic)
@@ -74,7 +84,7 @@ class DialoguesStage(MapStage):
         return 1 if section.writer == "scripted" else section.runtime.concurrency
 
     def tasks(self, context: StageContext) -> list[Task]:
-        domain = next(context.records("personas", Domain))
+        domain = domain_of(context)
         if context.config.dialogues.source is not None:
             return _annotation_tasks(context.config, domain)
         return _writing_tasks(
@@ -84,14 +94,21 @@ class DialoguesStage(MapStage):
 
     def setup(self, context: StageContext) -> None:
         section, folder = context.config.dialogues, context.folder
-        domain = next(context.records("personas", Domain))
+        domain = domain_of(context)
         turns = {"min_turns": section.min_turns, "max_turns": section.max_turns}
         if section.writer == "scripted":
-            scripted = ScriptedWriter()
+            scripted = ScriptedWriter(
+                domain=domain,
+                check=_check(context.config, domain),
+                on_reject=self._candidates(context).add,
+                max_candidates=section.max_candidates,
+            )
 
             def write_scripted(task: Task, seed: int) -> Dialogue:
                 persona, scenario = task.payload
-                written = scripted.write(persona, scenario, seed=seed, **turns)
+                written = scripted.write(
+                    persona, scenario, seed=seed, task_id=task.id, attempt=task.attempt, **turns
+                )
                 return _dialogue(task.id, persona, scenario, written, scripted.revision)
 
             self._write = write_scripted
@@ -103,8 +120,9 @@ class DialoguesStage(MapStage):
         undone = pending([task.id for task in tasks], folder)
         cost = _estimate(context.config, domain, [task for task in tasks if task.id in undone])
         print(f"dialogues: {cost.describe()}", file=sys.stderr, flush=True)
+        on_reject = self._candidates(context).add
         if section.writer == "annotate":
-            annotator = _annotator(context.config, self._client, domain, _Rejects(folder))
+            annotator = _annotator(context.config, self._client, domain, on_reject)
 
             def write_prompts(task: Task, seed: int) -> Dialogue:
                 if isinstance(task.payload, str):
@@ -113,7 +131,7 @@ class DialoguesStage(MapStage):
 
             self._write = write_prompts
             return
-        llm = _openai_writer(context.config, self._client, domain, _Rejects(folder))
+        llm = _openai_writer(context.config, self._client, domain, on_reject)
 
         def write_new(task: Task, seed: int) -> Dialogue:
             persona, scenario = task.payload
@@ -128,9 +146,34 @@ class DialoguesStage(MapStage):
         assert self._write is not None, "setup comes first"
         return [self._write(task, seed)]
 
+    def review(self, done: list[tuple[str, list[Record]]], context: StageContext) -> dict[str, str]:
+        """Sends back what says nearly the same as a dialogue before it; not what was given."""
+        from pipeline.engines.set_review import SetReview
+
+        if context.config.dialogues.writer == "annotate":
+            return {}
+        if self._review is None:
+            self._review = SetReview(context.config.dialogues.checks.near_duplicate)
+        dialogues = {r.id: r for _, records in done for r in records if isinstance(r, Dialogue)}
+        faults = self._review.faults(list(dialogues.values()))
+        for name, fault in sorted(faults.items()):
+            self._candidates(context).send_back(name, dialogues[name].turns, fault)
+        return {name: f"{fault.code}: {fault.message}" for name, fault in faults.items()}
+
+    def page(self, folder: StageFolder, context: StageContext) -> str | None:
+        from pipeline.engines.dialogue_page import render_page
+
+        return render_page(folder, context)
+
+    def _candidates(self, context: StageContext) -> CandidateLog:
+        assert context.folder is not None, "the runner names the stage's own folder"
+        if self._log is None:
+            self._log = CandidateLog(context.folder.path)
+        return self._log
+
     def notes(self, folder: StageFolder) -> dict[str, Any]:
-        notes = spending_notes(folder)
-        if notes and self._client is not None:
+        notes = {"funnel": read_funnel(folder).to_json()} | spending_notes(folder)
+        if "llm" in notes and self._client is not None:
             notes["llm"]["endpoint_takes"] = self._client.dialects
         return notes
 
@@ -140,25 +183,23 @@ class DialoguesStage(MapStage):
             print(f"dialogues: {self._client.describe()}", file=sys.stderr, flush=True)
 
 
-class _Rejects:
-    """Notes candidates that were not kept in the stage's folder; from any thread."""
+def domain_of(context: StageContext) -> Domain:
+    """
+    Raises:
+        MissingInputError: the personas stage holds no domain.
+    """
+    for domain in context.records("personas", Domain):
+        return domain
+    raise MissingInputError(
+        "the dialogues stage needs the domain among the personas, found none in "
+        f"{context.inputs['personas'].path}. Run the personas stage again (--from personas)."
+    )
 
-    def __init__(self, folder: StageFolder):
-        self._path = folder.path / CANDIDATES
-        self._lock = threading.Lock()
 
-    def __call__(self, candidate: Candidate) -> None:
-        line = {
-            "task": candidate.task_id,
-            "attempt": candidate.attempt,
-            "number": candidate.number,
-            "code": candidate.fault.code,
-            "message": candidate.fault.message,
-            "turns": [turn.model_dump(exclude_none=True) for turn in candidate.turns],
-        }
-        with self._lock:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self._path, canonical_json(line))
+@cache
+def _scripted() -> ScriptedWriter:
+    """One for all keys of a run: its revision reads the grammar's files."""
+    return ScriptedWriter()
 
 
 def check_writer(config: Config) -> None:
@@ -171,7 +212,7 @@ def check_writer(config: Config) -> None:
     section = config.dialogues
     if section.writer == "scripted":
         personas = load_personas(find_path(config.personas.folder), config.personas.only)
-        ScriptedWriter().check(personas)
+        _scripted().check(personas)
         return
     check_key(config)
     if section.source is not None and not read_dialogues(find_path(section.source)).records:
@@ -258,12 +299,31 @@ def _first_requests(config: Config, domain: Domain, tasks: list[Task]) -> Iterat
         yield llm.first_request(persona, scenario, 0, section.min_turns, section.max_turns)
 
 
-def _check(config: Config) -> Check:
-    return structure_check(config.dialogues.min_turns, config.dialogues.max_turns)
+def _check(config: Config, domain: Domain) -> Check:
+    """What one candidate must show, whoever wrote it."""
+    section = config.dialogues
+    return dialogue_check(
+        domain,
+        section.checks,
+        min_turns=section.min_turns,
+        max_turns=section.max_turns,
+        rules=(_coffee_rule(),) if domain.id == COFFEE_SHOP else (),
+    )
+
+
+def _coffee_rule() -> Rule:
+    from pipeline.engines.scripted_check import claims
+
+    menu = _scripted().grammar.menu
+
+    def rule(persona: Persona, turns: tuple[Turn, ...]) -> list[str]:
+        return claims(persona, turns, menu)
+
+    return rule
 
 
 def _openai_writer(
-    config: Config, client: Client, domain: Domain, on_reject: Callable[[Candidate], None]
+    config: Config, client: Client, domain: Domain, on_reject: OnReject
 ) -> OpenAIWriter:
     section = config.dialogues
     critic = section.checks.critic
@@ -275,15 +335,13 @@ def _openai_writer(
         max_tokens=section.max_tokens,
         max_candidates=section.max_candidates,
         min_facts=section.checks.min_facts,
-        check=_check(config),
+        check=_check(config, domain),
         on_reject=on_reject,
         critic=Critic(client, critic) if critic else None,
     )
 
 
-def _annotator(
-    config: Config, client: Client, domain: Domain, on_reject: Callable[[Candidate], None]
-) -> Annotator:
+def _annotator(config: Config, client: Client, domain: Domain, on_reject: OnReject) -> Annotator:
     section = config.dialogues
     return Annotator(
         client,

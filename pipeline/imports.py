@@ -23,8 +23,9 @@ from duplex.errors import RecordError, RequestError, StageFailedError
 from duplex.files import write_json
 from duplex.lock import RunLock
 from duplex.records import record_line
+from duplex.sinks import FolderBlobs
 from duplex.stage import StageContext
-from duplex.store import FolderBlobs, StageFolder
+from duplex.store import StageFolder
 from pipeline.engines.dialogue_file import read_dialogues
 from pipeline.foreign_tensors import read_tensors
 from pipeline.imported import Imported

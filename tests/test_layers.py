@@ -59,7 +59,17 @@ LAYERS = [
             "training.lora",
         ),
     ),
-    (3, ("duplex.files", "duplex.lock", "duplex.datafiles", "duplex.stage", "duplex.store")),
+    (
+        3,
+        (
+            "duplex.files",
+            "duplex.lock",
+            "duplex.datafiles",
+            "duplex.stage",
+            "duplex.store",
+            "duplex.sinks",
+        ),
+    ),
     (3, ("pipeline.runners", "pipeline.imported")),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
     (4, ("pipeline.pages",)),

@@ -3,7 +3,7 @@
     mood        the type's in the domain, from each mood turn of the scenario on met with that one
     cut         in the last sentence of a long turn, past its middle and past everything that was
                 filled in: no price, name or order is lost, and the question is still understood
-    backchannel of the listener, at a comma or full stop within a long turn
+    backchannel of the listener, where a long turn has a joint: a comma, a full stop, an `and`
 
 All draws come from the generator that is passed in, so a seed decides them with the words.
 """
@@ -25,7 +25,7 @@ BARISTA_BACKCHANNELS = 0.2  # of the customer's long turns
 _LOST_WORDS = range(2, 7)  # of a cut turn; the last word alone is no interruption
 _STEP = 0.1  # how much intensity wavers from turn to turn
 _DARK: frozenset[Emotion] = frozenset({"angry", "sad"})
-_BRIGHT: frozenset[Emotion] = frozenset({"happy", "excited"})
+_JOINTS = frozenset({"and", "but", "so", "because", "if", "which", "when", "then"})
 
 # What the barista feels; neutral otherwise.
 _BARISTA: dict[str, Mood] = {
@@ -116,17 +116,19 @@ def _moods(
 
 
 def meet(own: Mood, scene: Mood) -> Mood:
-    """The mood of a character in a scene that has one.
+    """The mood of a character in a scene that has one: it stays who it is.
 
-    The same emotion grows by half of the scene's; bright and dark meet in the middle; otherwise the
-    scene's emotion is felt as strongly as the two together on average.
+    A scene of its own side, dark or bright, makes it louder by half of the scene's intensity; one
+    of the other side makes it neutral; a neutral one calms it. Who is neutral takes the scene's
+    emotion, as strongly as the two together on average.
     """
-    if own.emotion == scene.emotion:
+    if scene.emotion == "neutral":
+        return Mood(emotion=own.emotion, intensity=max(0.5, 0.8 * own.intensity))
+    if own.emotion == "neutral":
+        return Mood(emotion=scene.emotion, intensity=(own.intensity + scene.intensity) / 2)
+    if (own.emotion in _DARK) == (scene.emotion in _DARK):
         return Mood(emotion=own.emotion, intensity=min(2.0, own.intensity + scene.intensity / 2))
-    both = {own.emotion, scene.emotion}
-    if both & _DARK and both & _BRIGHT:
-        return Mood()
-    return Mood(emotion=scene.emotion, intensity=(own.intensity + scene.intensity) / 2)
+    return Mood()
 
 
 # -- interruptions
@@ -211,8 +213,11 @@ def _backchannels(
     if len(spelled) < LONG_TURN_WORDS or rng.random() >= share:
         return ()
     inside = range(3, heard - 1)
-    pauses = [place for place in inside if spelled[place - 1][-1] in ",.;?!"]
-    places = pauses or [place for place in inside if place > len(spelled) // 2]
+    places = [
+        place
+        for place in inside
+        if spelled[place - 1][-1] in ",.;?!" or spelled[place].lower() in _JOINTS
+    ]
     if not places:
         return ()
     if line.role == "user":

@@ -56,8 +56,13 @@ class DialogueWriter(Protocol):
         seed: int,
         min_turns: int,
         max_turns: int,
+        task_id: str = "",
+        attempt: int = 0,
     ) -> WrittenDialogue:
-        """A dialogue of `min_turns` to `max_turns` turns; the same seed gives the same words."""
+        """A dialogue of `min_turns` to `max_turns` turns; the same seed gives the same words.
+
+        `task_id` and `attempt` name the candidates that are not kept.
+        """
         ...
 
 
