@@ -58,8 +58,6 @@ def run(
     if dry_run:
         pipeline_run.check_request(config)
         show_plan(config, runs, selection, as_json=as_json)
-        if not as_json and (cost := planned_cost(config, runs, selection)):
-            print(f"\n{cost}")
         return
     stream = sys.stderr if as_json else sys.stdout
 
@@ -104,6 +102,7 @@ def show_plan(config: Config, runs: Path, selection: Selection, *, as_json: bool
     for row in rows:
         table.add_row(row["name"], row["action"], row["folder"] or "(known when its inputs are)")
     Console().print(table)
+    print(planned_cost(config, runs, selection))
 
 
 def show_end(config: Config, config_path: Path, runs: Path, overrides: list[str]) -> None:

@@ -209,14 +209,14 @@ def run(
     return plan(config, runs_root)
 
 
-def planned_cost(config: Config, runs_root: Path, selection: Selection) -> str | None:
-    """What a paid writer of dialogues would cost from nothing; None where none has work.
+def planned_cost(config: Config, runs_root: Path, selection: Selection) -> str:
+    """What a paid writer of dialogues would cost from nothing; empty where none has work.
 
     Replies that are in a log cost nothing again.
     """
     step = plan(config, runs_root)[STAGE_NAMES.index("dialogues")]
     cost = None if step.done or "dialogues" not in selection.names else estimate_cost(config)
-    return f"dialogues: {cost.describe()}" if cost else None
+    return f"dialogues: {cost.describe()}" if cost else ""
 
 
 def has_rejects_to_retry(step: Step, retry_rejected: bool) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ import yaml
 
 from duplex.config import Config
 from duplex.configfile import load_config
-from duplex.datafiles import CHECKOUT
+from duplex.datafiles import CHECKOUT, load_domain, load_personas, load_scenarios
 from duplex.files import read_lines
 from pipeline.clean import plan_removals, remove
-from pipeline.engines.llm.exchanges import account
+from pipeline.engines.llm.brief import messages, schema
+from pipeline.engines.llm.budget import Budget
+from pipeline.engines.llm.client import Client, Request
+from pipeline.engines.llm.exchanges import Exchanges, account
+from pipeline.engines.llm.wire import Wire
 from pipeline.entry import main
 from tests.stages.llm_server import KEY, PRICE_IN, PRICE_OUT, Books, MisbehavingServer
 
@@ -207,6 +212,27 @@ def test_another_config_and_clean_pay_for_no_reply_again(
 
     assert result.returncode == 0, result.stdout
     assert sum(server.books.requests.values()) == asked == 20
+
+
+def test_the_limit_holds_whoever_asks(tmp_path: Path) -> None:
+    domain = load_domain(CHECKOUT / "data/domains/coffee-shop.yaml")
+    (persona,) = load_personas(CHECKOUT / "data/personas", ("nervous-mei",))
+    (scenario,) = load_scenarios(CHECKOUT / "data/scenarios", ("remake",))
+    asked = messages(
+        domain, persona, scenario, persona.prompts[0], min_turns=15, max_turns=25, min_facts=2
+    )
+    with MisbehavingServer(think_s=0.05, deeds=("429-ms",), share=0.5) as server:
+        wire = Wire(base_url=server.base_url, api_key=KEY, timeout_s=5, deadline_s=9)
+        log = Exchanges(tmp_path / "exchanges.jsonl")
+        client = Client(wire, log, Budget(), prices={}, concurrency=2)
+        with ThreadPoolExecutor(8) as pool:
+            for seed in [*range(12), *range(12)]:  # each twice, as two tasks may
+                request = Request("tiny", asked, seed, 0.8, 4096, "dialogue", schema())
+                pool.submit(client.ask, request, "t")
+        client.close()
+
+    assert server.books.most_in_flight == 2
+    assert account(read_lines(log.path)).replies == 12 == len(server.books.completed)
 
 
 def test_a_wrong_key_stops_the_stage_at_once(tmp_path: Path) -> None:
