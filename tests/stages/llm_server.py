@@ -106,9 +106,11 @@ class MisbehavingServer:
         async def start() -> None:
             app = web.Application(client_max_size=1 << 24)
             app.router.add_post("/v1/chat/completions", self._answer)
-            runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+            runner = web.AppRunner(
+                app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+            )
             await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+            site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
             self.base_url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
             self._ready.set()
