@@ -82,7 +82,7 @@ CHECKS: tuple[DialogueCheck, ...] = (
                   "another language in the same letters"),
     DialogueCheck("other-name", talk.other_name,
                   "the agent gives another name than its own",
-                  "`I'm X` where no name was asked for, names in lower case"),
+                  "`I'm X` where no name was asked for, names that begin as its own"),
     DialogueCheck("denied-fact", talk.denied_fact,
                   "`I'm not from …`, `I'm not allergic to …`, `I don't have …` of a fact",
                   "denials in other words, irony"),
