@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,8 +74,8 @@ def choose_recogniser(checks: UtteranceChecks) -> str | None:
 
 
 def _model_at_hand(model: str) -> bool:
-    """Whether a Whisper model is a folder, in the hub's cache, or can be fetched."""
-    if Path(model).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("1", "true"):
+    """Whether a Whisper model is a folder, or in the hub's cache: nothing is fetched unasked."""
+    if Path(model).is_dir():
         return True
     from huggingface_hub.constants import HF_HUB_CACHE
 
