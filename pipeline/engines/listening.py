@@ -157,6 +157,9 @@ def _shifted(words: Sequence[Word], num_samples: int) -> tuple[Word, ...]:
 class ToldPocketSphinx(PocketSphinx):
     """PocketSphinx that is told what may be said, among other words."""
 
+    def __init__(self) -> None:
+        super().__init__(lm=None)  # its own large one is not used
+
     def transcribe_told(self, samples: np.ndarray, text: str) -> tuple[tuple[Word, ...], set[str]]:
         """The words heard, and those of the text that its dictionary has."""
         import pocketsphinx

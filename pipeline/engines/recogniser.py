@@ -215,12 +215,12 @@ class PocketSphinx:
     On speech with pauses of zeros, told its text, it took the word error rate from .37 to .07.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         require("pocketsphinx", "pocketsphinx", "pip install pocketsphinx")
         import pocketsphinx
 
         self._decoder: Any = pocketsphinx.Decoder(
-            samprate=RECOGNISER_RATE, cmn="batch", loglevel="FATAL"
+            samprate=RECOGNISER_RATE, cmn="batch", loglevel="FATAL", **settings
         )
         self._rate: int = self._decoder.get_config()["frate"]
 

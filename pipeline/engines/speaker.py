@@ -147,8 +147,8 @@ class Speaker:
         if needed:
             self._tell(
                 f"{name}: what it says in {request.language} is not checked, since no recogniser "
-                "for it is at hand: pip install 'duplex-workbench[asr]' and set speech.checks.recogniser: "
-                "faster-whisper, which fetches its model"
+                "for it is at hand: pip install 'duplex-workbench[asr]' and set "
+                "speech.checks.recogniser: faster-whisper, which fetches its model"
             )
         return None
 
