@@ -115,6 +115,24 @@ class UtteranceChecks(Section):
     retries: int = Field(default=3, ge=0, le=20, description="with another seed each")
 
 
+class SpeechModel(Section):
+    """Where a neural engine's weights are from."""
+
+    weights: str | None = Field(
+        default=None, description="hub name owner/name, or a folder; None: the engine's own"
+    )
+    revision: str | None = Field(default=None, description="the hub's commit or tag")
+    voices: str | None = Field(
+        default=None, description="moshi-tts: hub name or folder of the voices' embeddings"
+    )
+
+
+class SpeechRuntime(Runtime):
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="of the neural engines"
+    )
+
+
 class SpeechSection(StageSection):
     engine: EngineName = "espeak"
     engines: dict[Language, EngineName] = Field(
@@ -125,3 +143,7 @@ class SpeechSection(StageSection):
     tail_s: float = Field(default=0.48, ge=0, le=30)
     timeline: TimelineSection = TimelineSection()
     checks: UtteranceChecks = UtteranceChecks()
+    models: dict[EngineName, SpeechModel] = Field(
+        default={}, description="weights of neural engines that are not their own"
+    )
+    runtime: SpeechRuntime = SpeechRuntime()

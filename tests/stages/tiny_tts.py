@@ -1,0 +1,118 @@
+"""Tiny random models of the neural speech engines, saved so that the engines' own code loads them.
+
+They say nothing; the path through each is that of the real weights. Moshi's TTS is built from the
+package's own classes with all that its published config has: two text streams in one, conditions
+by sum and by cross-attention, audio behind text.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duplex.frames import SAMPLE_RATE
+from duplex.records import Voice
+from pipeline.engines import pocket
+from pipeline.engines.speaking import SpeechRequest
+from tests.stages.conftest import TINY_CARD, TINY_CORPUS, _tiny_mimi_config
+
+def _lut(*values: str) -> dict[str, Any]:
+    return {"n_bins": 5, "dim": 4, "tokenizer": "noop", "possible_values": list(values)}
+
+
+VOICE_WIDTH = 8
+MOSHI_VOICE = "people/ann.wav"
+DELAY_STEPS = 4
+MOSHI_CONFIG: dict[str, Any] = {
+    "dim": 32, "num_heads": 2, "num_layers": 1, "hidden_scale": 2, "causal": True,
+    "text_card": 340, "text_card_out": 5, "existing_text_padding_id": 3,
+    "demux_second_stream": True, "n_q": 8, "dep_q": 8, "card": TINY_CARD,
+    "delays": [0, 0, 2, 2, 2, 2, 2, 2, 2], "context": 500, "max_period": 10000,
+    "gating": "silu", "norm": "rms_norm_f32", "positional_embedding": "rope",
+    "cross_attention": True,
+    "depformer_dim": 16, "depformer_dim_feedforward": 32, "depformer_num_heads": 2,
+    "depformer_num_layers": 1, "depformer_multi_linear": True, "depformer_context": 8,
+    "depformer_gating": "silu", "depformer_pos_emb": "none", "depformer_weights_per_step": True,
+}  # fmt: skip
+MOSHI_CONDITIONS: dict[str, Any] = {
+    "conditioners": {
+        "speaker_wavs": {"type": "tensor", "tensor": {"dim": VOICE_WIDTH}},
+        "control": {"type": "lut", "lut": _lut("ok", "also_ok")},
+        "cfg": {"type": "lut", "lut": _lut("1.0", "2.0", "3.0")},
+    },
+    "fuser": {
+        "cross_attention_pos_emb": False, "cross_attention_pos_emb_scale": 1,
+        "sum": ["control", "cfg"], "prepend": [], "cross": ["speaker_wavs"],
+    },
+}  # fmt: skip
+
+
+
+def write_moshi_tts(folder: Path, *, seed: int = 5, **changes: Any) -> Path:
+    """A checkpoint as kyutai/tts-1.6b-en_fr has one; `changes` overrides keys of its config."""
+    import torch
+    from moshi.models import loaders
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy({**MOSHI_CONFIG, **MOSHI_CONDITIONS, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = loaders.get_moshi_lm(None, copy.deepcopy(config), dtype=torch.float32)
+        for parameter in lm.parameters():
+            if parameter.dim() > 1:  # the library leaves some uninitialised
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    mimi_config = _tiny_mimi_config()
+    mimi = pocket.build_mimi(mimi_config, seed)
+    save_file(pocket._plain(lm.state_dict()), folder / "tts.safetensors")
+    save_file(pocket._plain(mimi.state_dict()), folder / "mimi.safetensors")
+    (folder / "mimi_config.json").write_text(json.dumps(mimi_config))
+    (folder / "text.model").write_bytes(pocket.train_tokenizer(TINY_CORPUS, config["text_card"]))
+    files = {
+        "moshi_name": "tts.safetensors", "mimi_name": "mimi.safetensors",
+        "mimi_config_name": "mimi_config.json", "tokenizer_name": "text.model",
+        "model_type": "tts", "model_id": {"sig": "tiny", "epoch": 1},
+        "tts_config": {"audio_delay": DELAY_STEPS / 12.5, "second_stream_ahead": 2},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**config, **files}))
+    return folder
+
+
+def write_moshi_voices(folder: Path, *names: str, width: int = VOICE_WIDTH) -> Path:
+    """Embeddings as kyutai/tts-voices has them, one for each name."""
+    import torch
+    from safetensors.torch import save_file
+
+    for number, name in enumerate(names or (MOSHI_VOICE,)):
+        path = folder / f"{name}.tiny@1.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(number)
+        save_file({"speaker_wavs": torch.randn(1, width, 6, generator=generator)}, path)
+    return folder
+
+
+def voice(engine: str, transcript: str | None = None, **params: str | int | float) -> Voice:
+    return Voice(
+        id=f"agent-{engine}", engine=engine, role="agent", params=params,
+        transcript=transcript, licence="none",
+    )  # fmt: skip
+
+
+def request(engine: str, text: str, **changes: Any) -> SpeechRequest:
+    changes.setdefault("voice", voice(engine))
+    return SpeechRequest(**{"text": text, "seed": 7, **changes})
+
+
+def write_sample(path: Path, seconds: float = 1.0, seed: int = 1) -> Path:
+    """A voice's recording: 24 kHz mono, a tone in noise."""
+    import soundfile
+
+    rng = np.random.default_rng(seed)
+    time_s = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    sound = 0.3 * np.sin(2 * np.pi * 150 * seed * time_s) + 0.05 * rng.standard_normal(len(time_s))
+    soundfile.write(str(path), sound, SAMPLE_RATE, subtype="PCM_16")
+    return path
