@@ -158,17 +158,18 @@ def missing_package(module: str, extra: str) -> str | None:
 
 def missing_weights(weights: Weights) -> str | None:
     """What to fetch before an engine is at hand, looked up in the hub's cache on this machine."""
-    from huggingface_hub import try_to_load_from_cache
-
     if weights.folder is not None:
         return None
-    if HUB_NAME.match(weights.source):
-        revision = weights.revision or "main"
-        if isinstance(
-            try_to_load_from_cache(weights.source, "config.json", revision=revision), str
-        ):
-            return None
+    if HUB_NAME.match(weights.source) and cached(weights.source, "config.json", weights.revision):
+        return None
     return f"the weights {weights.source} ({weights.size}): hf download {weights.source}"
+
+
+def cached(repository: str, file: str, revision: str | None) -> bool:
+    """Whether the hub's cache on this machine has the file."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
 
 
 def pick_device(device: str) -> str:
@@ -328,3 +329,16 @@ def free(device: str) -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def check_loaded(weights: Weights, report: Mapping[str, object]) -> None:
+    """transformers fills weights that are not in the files with random numbers, and warns.
+
+    Raises:
+        CorruptFileError: it did.
+    """
+    absent = sorted(str(key) for key in report["missing_keys"])  # pyright: ignore[reportGeneralTypeIssues]
+    odd = sorted(str(key) for key in report["mismatched_keys"])  # pyright: ignore[reportGeneralTypeIssues]
+    if absent or odd:
+        names = ", ".join((absent + odd)[:3])
+        raise weights.corrupt(f"{len(absent)} weights are missing, {len(odd)} misshapen: {names}")
