@@ -26,7 +26,13 @@ import numpy as np
 
 from duplex.config_data import SpeechSection
 from duplex.datafiles import find_path
-from duplex.errors import CorruptFileError, DuplexError, MissingInputError, RecordError, RequestError
+from duplex.errors import (
+    CorruptFileError,
+    DuplexError,
+    MissingInputError,
+    RecordError,
+    RequestError,
+)
 from duplex.frames import SAMPLE_RATE
 
 LONGEST_BASE_S, LONGEST_S_PER_CHARACTER = 4.0, 0.2
@@ -76,12 +82,16 @@ class Weights:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Errors of a loader, told as what is missing and how to get it."""
+        """Errors of a loader, told as what is missing and how to get it.
+
+        Models are drawn at random before their weights are read: not from the program's numbers.
+        """
         from safetensors import SafetensorError
 
         self.check()
         try:
-            yield
+            with seeded(0, "cpu"):
+                yield
         except DuplexError:
             raise
         except (SafetensorError, KeyError, AssertionError, TypeError) as error:

@@ -136,8 +136,8 @@ class PocketTts:
         return self._model
 
     def _state(self, model: Any, request: SpeechRequest) -> Any:
-        """The model's state after hearing the voice. Making it draws random numbers: a seed of
-        its own, or an utterance would depend on whether it was the voice's first."""
+        """The model's state after hearing the voice. Making it draws random numbers, not
+        the utterance's: that would depend on whether it was the voice's first."""
         import torch
 
         name = request.settings.get("voice")
@@ -154,7 +154,7 @@ class PocketTts:
         else:
             key = heard = self._own_voice(name)
         if key not in self._states:
-            with neural.seeded(0, "cpu"), self._weights.loading():
+            with self._weights.loading():
                 self._states[key] = model.get_state_for_audio_prompt(heard)
             if len(self._states) > STATES:
                 self._states.popitem(last=False)

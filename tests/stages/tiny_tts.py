@@ -20,6 +20,7 @@ from pipeline.engines import pocket
 from pipeline.engines.speaking import SpeechRequest
 from tests.stages.conftest import TINY_CARD, TINY_CORPUS, _tiny_mimi_config
 
+
 def _lut(*values: str) -> dict[str, Any]:
     return {"n_bins": 5, "dim": 4, "tokenizer": "noop", "possible_values": list(values)}
 
@@ -50,7 +51,6 @@ MOSHI_CONDITIONS: dict[str, Any] = {
         "sum": ["control", "cfg"], "prepend": [], "cross": ["speaker_wavs"],
     },
 }  # fmt: skip
-
 
 
 def write_moshi_tts(folder: Path, *, seed: int = 5, **changes: Any) -> Path:
@@ -238,3 +238,44 @@ def write_pocket_tts(folder: Path, *, end_bias: float = 0.0, seed: int = 5) -> P
     save_file(pocket._plain(model.state_dict()), folder / "model.safetensors")
     path.write_text(yaml.safe_dump({**config, "weights_path": str(folder / "model.safetensors")}))
     return path
+
+
+def write_dia(folder: Path, *, seed: int = 5) -> Path:
+    """A checkpoint as nari-labs/Dia-1.6B-0626 has one, with the codec in the folder `codec`."""
+    import torch
+    from transformers import (
+        DacConfig,
+        DacModel,
+        DiaConfig,
+        DiaFeatureExtractor,
+        DiaForConditionalGeneration,
+        DiaTokenizer,
+    )
+
+    small = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    cross = {"cross_num_attention_heads": 2, "cross_head_dim": 8, "cross_num_key_value_heads": 2}
+    config = DiaConfig(
+        encoder_config={**small, "max_position_embeddings": 256},
+        decoder_config={
+            **small, **cross, "cross_hidden_size": 16, "max_position_embeddings": 700,
+        },
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = DiaForConditionalGeneration(config)
+        codec = DacModel(
+            DacConfig(
+                encoder_hidden_size=4, decoder_hidden_size=32, codebook_dim=4, sampling_rate=44_100
+            )
+        )
+        for parameter in [*model.parameters(), *codec.parameters()]:
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    codec.save_pretrained(folder / "codec")
+    DiaFeatureExtractor(sampling_rate=44_100, hop_length=512).save_pretrained(folder)
+    DiaTokenizer().save_pretrained(folder)
+    return folder
