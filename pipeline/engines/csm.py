@@ -119,10 +119,7 @@ class Csm:
             source = str(self._weights.folder or self._weights.source)
             revision = self._weights.revision or "main"
             processor = CsmProcessor.from_pretrained(source, revision=revision)
-            model, report = CsmForConditionalGeneration.from_pretrained(
-                source, revision=revision, use_safetensors=True, output_loading_info=True
-            )
-            neural.check_loaded(self._weights, report)
+            model = neural.from_pretrained(CsmForConditionalGeneration, self._weights)
             codebooks, codec = model.config.num_codebooks, model.codec_model
             if codec.config.num_quantizers < codebooks:
                 raise self._weights.corrupt(
@@ -130,7 +127,7 @@ class Csm:
                     f"found {codec.config.num_quantizers}"
                 )
             codec.config.num_quantizers = codebooks
-            self._model, self._processor = model.eval().to(self._device), processor
+            self._model, self._processor = model.to(self._device), processor
 
     def _inputs(
         self, anchor: Said, context: Sequence[Said], request: SpeechRequest

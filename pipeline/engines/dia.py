@@ -126,20 +126,14 @@ class Dia:
         with self._weights.loading():
             source = str(self._weights.folder or self._weights.source)
             revision = self._weights.revision or "main"
-            model, report = DiaForConditionalGeneration.from_pretrained(
-                source, revision=revision, use_safetensors=True, output_loading_info=True
-            )
-            neural.check_loaded(self._weights, report)
+            model = neural.from_pretrained(DiaForConditionalGeneration, self._weights)
             extractor = DiaFeatureExtractor.from_pretrained(source, revision=revision)
             tokenizer = DiaTokenizer.from_pretrained(source, revision=revision)
         # Loaded here rather than by the processor: it would take pickled weights too.
         with codec_weights.loading():
-            codec, report = DacModel.from_pretrained(
-                str(codec_weights.folder or CODEC), use_safetensors=True, output_loading_info=True
-            )
-            neural.check_loaded(codec_weights, report)
-        processor = DiaProcessor(extractor, tokenizer, codec.eval().to(self._device))
-        self._model, self._processor = model.eval().to(self._device), processor
+            codec = neural.from_pretrained(DacModel, codec_weights)
+        processor = DiaProcessor(extractor, tokenizer, codec.to(self._device))
+        self._model, self._processor = model.to(self._device), processor
 
     def _tokens(self) -> dict[str, Any]:
         """The model's own special tokens and delays, for the processor, which has defaults."""

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -341,14 +342,19 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def check_loaded(weights: Weights, report: Mapping[str, object]) -> None:
-    """transformers fills weights that are not in the files with random numbers, and warns.
+def from_pretrained(kind: Any, weights: Weights) -> Any:
+    """A model of transformers, from safetensors alone, on the CPU.
 
     Raises:
-        CorruptFileError: it did.
+        CorruptFileError: weights are missing from the files. transformers would fill them with
+            random numbers, and warn.
     """
-    absent = sorted(str(key) for key in report["missing_keys"])  # pyright: ignore[reportGeneralTypeIssues]
-    odd = sorted(str(key) for key in report["mismatched_keys"])  # pyright: ignore[reportGeneralTypeIssues]
+    model, report = kind.from_pretrained(
+        str(weights.folder or weights.source),
+        revision=weights.revision or "main", use_safetensors=True, output_loading_info=True,
+    )  # fmt: skip
+    absent, odd = (sorted(map(str, report[k])) for k in ("missing_keys", "mismatched_keys"))
     if absent or odd:
         names = ", ".join((absent + odd)[:3])
         raise weights.corrupt(f"{len(absent)} weights are missing, {len(odd)} misshapen: {names}")
+    return model.eval()

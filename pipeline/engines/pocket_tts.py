@@ -129,8 +129,10 @@ class PocketTts:
             with one_thread(), self._weights.loading():
                 from pocket_tts import TTSModel
 
-                own = {"config" if self._weights.folder else "language": config}
-                model = TTSModel.load_model(**own)
+                if self._weights.folder:
+                    model = TTSModel.load_model(config=config)
+                else:
+                    model = TTSModel.load_model(language=config)
             model.max_decoder_frames_per_call = 1
             self._model, self._config = model, config
         return self._model

@@ -143,7 +143,7 @@ def test_voice_and_settings_reach_the_model(engine, change):
 
 def test_speech_that_does_not_end_is_refused(engine, monkeypatch):
     monkeypatch.setattr(neural, "longest_s", lambda text: 0.8)
-    with pytest.raises(RecordError, match="must end its speech within 0.8 s"):
+    with pytest.raises(RecordError, match=r"must end its speech within 0\.8 s"):
         engine.synthesize(asked())
 
 

@@ -117,13 +117,13 @@ def test_speech_that_does_not_end_is_refused(tmp_path, sample):
 def test_weights_without_cloning_are_not_used_to_clone(description, sample):
     engine = pocket_tts.make(section_of(description))
     engine._loaded("en").has_voice_cloning = False  # as the package does when the hub refuses
-    with pytest.raises(MissingInputError, match="Accept the terms at .*kyutai/pocket-tts"):
+    with pytest.raises(MissingInputError, match=r"Accept the terms at .*kyutai/pocket-tts"):
         engine.synthesize(asked(sample))
 
 
 @pytest.mark.parametrize("name", ["https://example.org/x.safetensors", "../x.wav", "nobody", 3])
 def test_a_voice_by_name_is_one_of_the_packages_list(engine, name):
-    with pytest.raises(RequestError, match="one of the names .*alba"):
+    with pytest.raises(RequestError, match=r"one of the names .*alba"):
         engine.synthesize(asked(None, voice=name))
 
 
