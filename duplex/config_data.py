@@ -112,6 +112,9 @@ class UtteranceChecks(Section):
         default=None, description="of utterances transcribed; None: by engine"
     )
     recogniser: Literal["auto", "faster-whisper", "pocketsphinx", "none"] = "auto"
+    recogniser_model: str | None = Field(
+        default=None, description="faster-whisper: a size, a hub name or a folder; None: small"
+    )
     retries: int = Field(default=3, ge=0, le=20, description="with another seed each")
 
 
@@ -128,6 +131,15 @@ class SpeechModel(Section):
 
 
 class SpeechRuntime(Runtime):
+    base_url: str | None = Field(default=None, description="server of openai-speech, ends in /v1")
+    api_key: str | None = Field(default=None, repr=False, description="write ${OPENAI_API_KEY}")
+    timeout_s: float = Field(default=120, gt=0, description="longest silence of an engine")
+    deadline_s: float = Field(default=600, gt=0, description="longest reply, however it trickles")
+    start_s: float = Field(
+        default=1800, gt=0, description="start of an isolated engine: it may install itself first"
+    )
+    concurrency: int = Field(default=4, ge=1, le=256, description="requests in flight at most")
+    retries: int = Field(default=4, ge=0, le=20, description="of a busy server, with back-off")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="of the neural engines"
     )
@@ -135,6 +147,11 @@ class SpeechRuntime(Runtime):
 
 class SpeechSection(StageSection):
     engine: EngineName = "espeak"
+    model: str | None = Field(default=None, description="openai-speech: the model's name there")
+    revision: str | None = Field(default=None, description="of an engine's weights: a hub commit")
+    instructions: bool = Field(
+        default=False, description="openai-speech: tell the emotion in words; not all servers can"
+    )
     engines: dict[Language, EngineName] = Field(
         default={}, description="for some languages another engine"
     )

@@ -129,10 +129,14 @@ class Weights:
 def weights_of(
     engine: str, section: SpeechSection, default: str, licence: str, size: str
 ) -> Weights:
-    """What `speech.models` says, or the engine's own."""
+    """What `speech.models` says, or the engine's own. `speech.revision` is that of
+    `speech.engine`."""
     model = section.models.get(engine)  # pyright: ignore[reportArgumentType, reportCallIssue]
     source = (model.weights if model else None) or default
-    return Weights(engine, source, model.revision if model else None, licence, size)
+    revision = model.revision if model else None
+    if revision is None and section.engine == engine:
+        revision = section.revision
+    return Weights(engine, source, revision, licence, size)
 
 
 def folder_identity(path: Path) -> str:

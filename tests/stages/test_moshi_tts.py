@@ -219,6 +219,9 @@ def test_the_revision_follows_weights_and_voices_and_not_the_device(folders, tmp
     assert here != moshi_tts.revision(section_of(folders[0], write_moshi_voices(tmp_path)))
     pinned = {"models": {"moshi-tts": {"revision": "abc"}}}
     assert "@abc" in moshi_tts.revision(SpeechSection.model_validate(pinned))
+    section = SpeechSection(engine="moshi-tts", revision="def")
+    assert "@def" in moshi_tts.revision(section)
+    assert "@def" not in moshi_tts.revision(SpeechSection(revision="def"))
 
 
 def test_close_frees_the_model_and_the_engine_can_be_used_again(folders):
