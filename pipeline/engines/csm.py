@@ -100,7 +100,7 @@ class Csm:
                 raise neural.endless(NAME, request.text)
             sound = self._decode(codes[:length])
         samples = neural.finished(sound, SAMPLE_RATE, NAME)
-        return Utterance(samples, None, speaker=request.voice.id)
+        return Utterance(samples, None)
 
     def close(self) -> None:
         self._model = self._processor = None

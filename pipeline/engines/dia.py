@@ -101,7 +101,7 @@ class Dia:
         with neural.seeded(request.seed, self._device):
             inputs = self._processor(text=[text], audio=[sample], **self._tokens())
             sound = self._speak(inputs, numbers, request.text)
-        return Utterance(neural.finished(sound, rate, NAME), None, speaker=request.voice.id)
+        return Utterance(neural.finished(sound, rate, NAME), None)
 
     def close(self) -> None:
         self._model = self._processor = None

@@ -57,8 +57,8 @@ class Checks:
 class Utterance:
     """samples: float32 [S] at 24 kHz. words: times from its start; None where it knows none.
 
-    An engine leaves `words_by` and `checks` as they are: `Speaker` fills them in. `speaker` is the
-    id of the voice that spoke, for engines to which it is context; None: unknown.
+    An engine leaves the other fields as they are: `Speaker` fills them in. `speaker` is the id of
+    the voice that spoke, for engines that are to hear it as context; None: unknown.
     """
 
     samples: np.ndarray = field(repr=False)

@@ -77,7 +77,7 @@ def test_a_text_is_spoken_up_to_the_frame_of_zeros(engine, sample):
     utterance = engine.synthesize(asked(sample))
     assert utterance.samples.shape == (FRAMES * 1920,)
     assert utterance.samples.dtype == np.float32 and 0 < np.abs(utterance.samples).max() <= 1
-    assert utterance.words is None and utterance.speaker == "agent-csm"
+    assert utterance.words is None
 
 
 def test_a_frame_that_is_zero_but_for_its_last_codebook_ends_too(loaded, sample, monkeypatch):
