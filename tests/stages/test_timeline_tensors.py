@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from duplex.clips import text_digest
+from duplex.config import Config
 from duplex.frames import frame_at, frames_covering_seconds
 from duplex.records import Backchannel, Speech, Turn
 from duplex.splits import dialogue_sides
 from duplex.store import StageFolder
 from duplex.streams import TEXT_EPAD, TEXT_PAD, TEXT_ROW
 from pipeline.engines.checkpoint import Checkpoint
-from pipeline.engines.clipplan import split_of
+from pipeline.engines.clipplan import choose_excerpts, split_of
 from pipeline.inspecting.folders import split_findings
 from pipeline.runners.local import execute
 from pipeline.speech import SpeechStage
@@ -192,3 +193,30 @@ def test_a_lone_user_voice_is_heard_on_both_sides(tmp_path):
     )
     voices = {t.voice_id for s in folder.records() for t in s.turns if t.role == "user"}
     assert voices == {"user-00"}
+
+
+def test_conversations_that_were_written_alike_count_as_one_whatever_was_cut(tmp_path):
+    """Cut at another word, they are no longer spoken alike."""
+    folder = StageFolder(tmp_path / "04-speech-test", "speech", "k")
+    section = Config.model_validate({"name": "t", "tensors": {"split": "conversation"}}).tensors
+    section = section.model_copy(update={"valid_fraction": 0.5})
+    speeches = [
+        make_speech(folder, f"c{number}", num_frames=111, text_digest=f"{number // 4:064x}")
+        for number in range(24)
+    ]
+    split = split_of(speeches, section, 42)
+    for first in range(0, 24, 4):
+        assert len({split[f"c{first + offset}"] for offset in range(4)}) == 1
+    assert set(split.values()) == {"train", "valid"}
+
+
+def test_a_long_backchannel_is_no_voice_sample(tmp_path):
+    folder = StageFolder(tmp_path / "04-speech-test", "speech", "k")
+    speech = make_speech(folder, "c0")
+    turns = list(speech.turns)
+    assert turns[1].end_s - turns[1].start_s > turns[3].end_s - turns[3].start_s
+    turns[1] = turns[1].model_copy(update={"kind": "backchannel"})
+    changed = speech.model_copy(update={"turns": tuple(turns)})
+    for one, expected in ((speech, 1), (changed, 3)):
+        excerpt = choose_excerpts([one], {"c0": "train"}, 42)["c0"]
+        assert excerpt and excerpt.turn == expected
