@@ -16,6 +16,7 @@ from pipeline.inspecting.folders import split_findings
 from pipeline.runners.local import execute
 from pipeline.speech import SpeechStage
 from tests.stages.spoken_helpers import context_of, conversation, made_voices
+from tests.stages.tensor_factories import make_speech
 from tests.stages.test_tensors import prompt_end, run
 
 pytest.importorskip("espeakng_loader")
