@@ -145,6 +145,9 @@ class Scenario(Record):
     moods: tuple[MoodTurn, ...] = ()
     interruptions: int = Field(default=0, ge=0, le=10)
     unanswerable: tuple[Text, ...] = ()
+    known: tuple[Slug, ...] = Field(
+        default=(), description="keys of facts that the user knows from before"
+    )
     first_speaker: Role = "user"
     arc: tuple[Beat, ...] = Field(min_length=4)
 

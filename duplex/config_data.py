@@ -34,6 +34,16 @@ class DialoguesRuntime(Runtime):
     budget_tokens: int | None = Field(default=None, ge=0, description="hard stop, in and out")
     price_in: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
+    critic_price_in: float | None = Field(
+        default=None, ge=0, description="of another checks.critic"
+    )
+    critic_price_out: float | None = Field(
+        default=None, ge=0, description="of another checks.critic"
+    )
+    max_retries: int = Field(
+        default=8, ge=0, le=100, description="of one request that was turned away or cut off"
+    )
+    max_wait_s: float = Field(default=120, gt=0, description="longest pause before a retry")
 
 
 class DialogueChecks(Section):
@@ -77,6 +87,16 @@ class DialoguesSection(StageSection):
             runtime.price_in is None or runtime.price_out is None
         ):
             raise ValueError("budget_usd needs price_in and price_out, dollars per million tokens")
+        critic = self.checks.critic
+        if (
+            runtime.budget_usd is not None
+            and critic not in (None, self.llm)
+            and (runtime.critic_price_in is None or runtime.critic_price_out is None)
+        ):
+            raise ValueError(
+                "budget_usd with another model as checks.critic needs critic_price_in and "
+                "critic_price_out, dollars per million tokens"
+            )
         return self
 
 

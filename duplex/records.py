@@ -68,7 +68,10 @@ class Turn(Frozen):
 
 
 class Dialogue(Record):
-    """A conversation in words. `writer` says what wrote it: `scripted`, `import` or a model."""
+    """A conversation in words. `writer` says what wrote it: `scripted`, `import` or a model.
+
+    `prompts`: what `system_prompt` was drawn from, where the prompts were written for it.
+    """
 
     persona_id: Slug
     persona_name: Text
@@ -80,6 +83,7 @@ class Dialogue(Record):
     gap_other: GapRange
     turns: tuple[Turn, ...] = Field(min_length=2)
     writer: Text
+    prompts: tuple[Text, ...] = ()
 
     @model_validator(mode="after")
     def _first_turn(self) -> Dialogue:

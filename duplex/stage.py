@@ -21,7 +21,8 @@ from duplex.config import Config
 from duplex.files import file_chunks
 
 if TYPE_CHECKING:
-    from duplex.store import FileWriter, StageFolder
+    from duplex.sinks import FileWriter
+    from duplex.store import StageFolder
 
 
 @dataclass(frozen=True)

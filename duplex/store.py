@@ -14,12 +14,11 @@ so a kill at any moment loses at most the task in flight.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from duplex.errors import CorruptFileError
 from duplex.files import (
     append_line,
     atomic_path,
-    named_when_written,
     read_lines,
     read_verified,
     sha256_bytes,
@@ -40,7 +38,6 @@ from duplex.files import (
     write_json,
 )
 from duplex.records import Artifact, parse_record
-from duplex.stage import BlobSink
 
 LEDGER, REJECTED, MANIFEST, FAILURE = (
     "ledger.jsonl", "rejected.jsonl", "manifest.json", "failure.json",
@@ -60,6 +57,7 @@ class LedgerEntry:
     blobs: tuple[str, ...]
     seconds: float
     adopted_from: str | None = None
+    attempt: int = 0
 
 
 class StageFolder:
@@ -175,6 +173,7 @@ class StageFolder:
                     blobs=tuple(line["blobs"]),
                     seconds=line["seconds"],
                     adopted_from=line.get("adopted_from"),
+                    attempt=line.get("attempt", 0),
                 )
             except (KeyError, TypeError):
                 continue
@@ -185,6 +184,15 @@ class StageFolder:
         """Rejected tasks by id; the last line of an id counts."""
         lines = (line for line in read_lines(self.path / REJECTED) if "task" in line)
         return {line["task"]: line for line in lines}
+
+    def finished(self) -> list[LedgerEntry]:
+        """What came of the tasks in the end, by id, also while the manifest is still to come."""
+        faults, entries = self.rejected(), self.ledger()
+        return [
+            entry
+            for name, entry in sorted(entries.items())
+            if name not in faults or not outlives(faults[name], entry)
+        ]
 
     def holds_blobs(self, entry: LedgerEntry) -> bool:
         return all((self.path / "blobs" / name).exists() for name in entry.blobs)
@@ -203,13 +211,25 @@ class StageFolder:
             "blobs": list(entry.blobs),
             "seconds": round(entry.seconds, 4),
         }
+        if entry.attempt:
+            line["attempt"] = entry.attempt
         if entry.adopted_from:
             line["adopted_from"] = entry.adopted_from
         append_line(self.path / LEDGER, canonical_json(line))
 
-    def reject_task(self, task_id: str, key: str, error: Exception) -> None:
+    def reject_task(
+        self,
+        task_id: str,
+        key: str,
+        error: Exception,
+        *,
+        attempt: int = 0,
+        reviewed: bool = False,
+    ) -> None:
+        """`reviewed`: it was finished, and its stage's review turned it down for good."""
         self.path.mkdir(parents=True, exist_ok=True)
         fault = {"task": task_id, "key": key, "error": type(error).__name__, "message": str(error)}
+        fault |= {"attempt": attempt} | ({"reviewed": True} if reviewed else {})
         append_line(self.path / REJECTED, canonical_json(fault))
 
     def adopt(self, donor: StageFolder, entry: LedgerEntry) -> None:
@@ -259,9 +279,7 @@ class StageFolder:
                 }
             )
         fixed = [file for file in files if file.pop("deterministic", True)]
-        digest = sha256_bytes(
-            canonical_json({"records": ordered, "files": fixed, "counts": counts}).encode()
-        )
+        digest = stage_digest(ordered, fixed, counts)
         manifest = {
             "stage": self.stage,
             "key": self.key,
@@ -286,70 +304,24 @@ class StageFolder:
             return "failed, and its note of why cannot be read"
 
 
-class FolderBlobs(BlobSink):
-    """Blobs of one task in a stage folder; `names` are those put so far."""
-
-    def __init__(self, folder: StageFolder):
-        self._folder = folder
-        self.names: list[str] = []
-
-    def put(self, content: bytes, suffix: str) -> str:
-        sha256 = sha256_bytes(content)
-        name = f"{sha256}{suffix}"
-        path = self._folder.path / "blobs" / name
-        if not path.exists():
-            write_atomic(path, content)
-        self.names.append(name)
-        return sha256
-
-    def put_chunks(self, chunks: Iterable[bytes], suffix: str) -> str:
-        folder = self._folder.path / "blobs"
-        digest = hashlib.sha256()
-        with named_when_written(folder) as temporary:
-            with temporary.path.open("wb") as file:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    file.write(chunk)
-            sha256 = digest.hexdigest()
-            temporary.name = f"{sha256}{suffix}"
-        self.names.append(temporary.name)
-        return sha256
+def stage_digest(ordered: list[str], files: list[dict[str, Any]], counts: Mapping[str, int]) -> str:
+    """A manifest's digest: of the record lines, the deterministic files and the counts."""
+    content = canonical_json({"records": ordered, "files": files, "counts": dict(counts)})
+    return sha256_bytes(content.encode())
 
 
-class FileWriter:
-    """How a whole stage hands in its files. `work` outlives a kill; the rest is made whole."""
+def outlives(fault: dict[str, Any], entry: LedgerEntry | None) -> bool:
+    """Whether a task's reject is what became of it in the end, and not its finished record.
 
-    def __init__(self, folder: StageFolder):
-        self.folder = folder
-        self.files: list[dict[str, Any]] = []
-        folder.work.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def work(self) -> Path:
-        return self.folder.work
-
-    def add(
-        self,
-        artifact_id: str,
-        source: Path,
-        name: str,
-        *,
-        facts: dict[str, Any] | None = None,
-        deterministic: bool = True,
-    ) -> Artifact:
-        """Move `source` (in `work`) to `name` in the stage folder and record it.
-
-        `deterministic=False` keeps the file out of the stage's digest: pages, timings.
-        """
-        target = self.folder.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        size, sha256 = source.stat().st_size, sha256_file(source)
-        with atomic_path(target) as temporary:
-            source.replace(temporary)
-        self.files.append(
-            {"path": name, "sha256": sha256, "bytes": size, "deterministic": deterministic}
-        )
-        return Artifact(id=artifact_id, path=name, sha256=sha256, num_bytes=size, facts=facts or {})
+    Of the same attempt, it is the record: it was made when the reject was retried, unless it is
+    the record itself that a review turned down.
+    """
+    if entry is None:
+        return True
+    attempt = int(fault.get("attempt", 0))
+    if attempt != entry.attempt:
+        return attempt > entry.attempt
+    return bool(fault.get("reviewed")) and fault.get("key") == entry.key
 
 
 def folders_of(run_folder: Path, number: int, stage: str) -> list[StageFolder]:

@@ -19,7 +19,27 @@ from pipeline.engines.engines import language_map
 from pipeline.engines.speaking import Capabilities, SpeechRequest, Utterance
 
 NAME = "espeak"
-LANGUAGES = frozenset("en hi es fr de it pt ja ko zh ms ta te mr kn ml bn".split())
+LANGUAGES = frozenset(
+    [
+        "en",
+        "hi",
+        "es",
+        "fr",
+        "de",
+        "it",
+        "pt",
+        "ja",
+        "ko",
+        "zh",
+        "ms",
+        "ta",
+        "te",
+        "mr",
+        "kn",
+        "ml",
+        "bn",
+    ]
+)
 CAPABILITIES = Capabilities(
     languages=LANGUAGES,
     licence="GPL-3.0-or-later (the engine)",

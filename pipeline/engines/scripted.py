@@ -14,61 +14,74 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from duplex.base import Role
-from duplex.characters import Beat, Persona, Scenario
+from duplex.characters import Beat, Domain, Persona, Scenario
 from duplex.errors import DataFileError, RecordError
 from duplex.records import Turn
-from pipeline.engines.scripted_check import contradictions, facts_told
+from duplex.wording import facts_told, said_by
+from pipeline.engines.scripted_check import contradictions
+from pipeline.engines.scripted_customer import read_persona
 from pipeline.engines.scripted_grammar import FACT_SLOTS, Grammar, digest_grammar, load_grammar
 from pipeline.engines.scripted_menu import (
     SIZES,
-    Item,
-    budget_cents,
     number_words,
     price_words,
     to_cents,
     with_article,
 )
 from pipeline.engines.scripted_patterns import PatternPicker
+from pipeline.engines.scripted_performance import Line, perform
 from pipeline.engines.scripted_plan import MIN_FACTS, plan_beats
-from pipeline.engines.writers import WrittenDialogue, draw_prompt
+from pipeline.engines.writers import (
+    Candidate,
+    Check,
+    Fault,
+    OnReject,
+    WrittenDialogue,
+    draw_prompt,
+)
 
-VERSION = 1  # raise it when this code says something else with the same grammar
+VERSION = 2  # raise it when this code says something else with the same grammar
 GRAMMAR_DIR = Path(__file__).resolve().parents[2] / "data" / "grammar"
 
 _ACK_SHARE = 0.5  # of the barista's turns begin with a word on what was just said
 _RUSHED = ("rush", "closing")  # exchanges after which nobody sits down
 # Beats that answer or repeat what the customer said, so no other acknowledgement goes before.
 _REPLIES = frozenset(
-    {
-        "promise-care",
-        "excuse-wait",
-        "still-open",
-        "read-back",
-        "read-group",
-        "find-order",
-        "apologise",
-        "offer-remake",
-        "explain-menu",
-        "answer-board",
-        "describe-drink",
-        "answer-ingredients",
-        "answer-remark",
-        "farewell",
-        "last-word",
-    }
-)
+    (
+        "promise-care", "excuse-wait", "still-open", "read-back", "read-group", "find-order",
+        "apologise", "offer-remake", "explain-menu", "answer-board", "describe-drink",
+        "answer-ingredients", "answer-remark", "ask-unknown", "farewell", "last-word",
+    )
+)  # fmt: skip
 
 
 class ScriptedWriter:
-    """A `DialogueWriter`. `grammar_dir` is `data/grammar` unless a test says otherwise."""
+    """A `DialogueWriter`.
 
-    def __init__(self, grammar_dir: Path = GRAMMAR_DIR):
+    `domain` gives the types their moods; without it no turn has an emotion. `check` decides which
+    candidate is kept; `on_reject` hears of the others. `grammar_dir` is `data/grammar` unless a
+    test says otherwise.
+    """
+
+    def __init__(
+        self,
+        grammar_dir: Path = GRAMMAR_DIR,
+        *,
+        domain: Domain | None = None,
+        check: Check | None = None,
+        on_reject: OnReject | None = None,
+        max_candidates: int = 4,
+    ):
         self._grammar_dir = grammar_dir
+        self._domain = domain
+        self._check = check
+        self._on_reject = on_reject
+        self._max_candidates = max_candidates
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -88,7 +101,7 @@ class ScriptedWriter:
         faults = []
         for persona in personas:
             try:
-                _read_persona(persona, self.grammar)
+                read_persona(persona, self.grammar)
             except DataFileError as error:
                 faults.append(f"  - {persona.id}: {error}")
         if faults:
@@ -105,79 +118,52 @@ class ScriptedWriter:
         seed: int,
         min_turns: int,
         max_turns: int,
+        task_id: str = "",
+        attempt: int = 0,
     ) -> WrittenDialogue:
         """Raises DataFileError for a persona or arc that the grammar cannot speak for,
-        RequestError for a length that it cannot reach."""
-        # The ids keep two personas apart that are given the same seed.
-        rng = random.Random(f"{seed}/{persona.id}/{scenario.id}")
+        RequestError for a length that it cannot reach, RecordError where no candidate is kept."""
+        fault = None
+        for number in range(self._max_candidates):
+            # The ids keep two personas apart that are given the same seed.
+            again = f"/{number}" if number else ""
+            rng = random.Random(f"{seed}/{persona.id}/{scenario.id}{again}")
+            written = self._candidate(persona, scenario, rng, min_turns, max_turns)
+            fault = self._fault(persona, scenario, written.turns)
+            if fault is None:
+                return written
+            if self._on_reject:
+                self._on_reject(Candidate(task_id, attempt, number, fault, written.turns))
+        assert fault is not None
+        raise RecordError(
+            f"the dialogue of {persona.id} in {scenario.id} must pass its checks, none of "
+            f"{self._max_candidates} did; the last: {fault.code}: {fault.message}. Mend the "
+            "grammar or the persona's wordings"
+        )
+
+    def _candidate(
+        self,
+        persona: Persona,
+        scenario: Scenario,
+        rng: random.Random,
+        min_turns: int,
+        max_turns: int,
+    ) -> WrittenDialogue:
         system_prompt = draw_prompt(persona, rng)
         beats = plan_beats(scenario, self.grammar, rng, min_turns=min_turns, max_turns=max_turns)
-        talk = _Talk(self.grammar, persona, beats, rng)
-        turns = tuple(talk.speak())
-        faults = contradictions(persona, turns, self.grammar.menu)
-        told = facts_told(persona, " ".join(t.text for t in turns if t.role == "agent"))
-        if len(told) < MIN_FACTS:
-            faults.append(f"only these facts are told: {', '.join(sorted(told)) or 'none'}")
-        if faults:
-            raise RecordError(
-                f"the dialogue of {persona.id} in {scenario.id} must agree with the persona; "
-                f"found: {'; '.join(faults)}. Mend the grammar or the persona's wordings"
-            )
+        lines = _Talk(self.grammar, persona, beats, rng, scenario.unanswerable).speak()
+        turns = perform(lines, persona, scenario, self._domain, self.grammar, rng)
         return WrittenDialogue(turns=turns, system_prompt=system_prompt, mood=persona.type)
 
-
-@dataclass
-class _Customer:
-    """What the grammar needs to know of a persona."""
-
-    slots: dict[str, str]
-    item: Item
-    budget: int  # cents
-    avoids: str  # a key of the menu's substances
-    has_allergy: bool
-
-
-def _read_persona(persona: Persona, grammar: Grammar) -> _Customer:
-    """Raises DataFileError for facts that are missing or that do not fit together."""
-    facts = {fact.key: fact for fact in persona.facts}
-    missing = [key for key in ("name", "order", "budget") if key not in facts]
-    if "allergy" not in facts and "diet" not in facts:
-        missing.append("allergy or diet")
-    if missing:
-        raise DataFileError(
-            f"persona {persona.id}: the scripted writer needs the facts name, order, budget, and "
-            f"allergy or diet; missing: {', '.join(missing)}"
-        )
-    unsaid = sorted(
-        key for key, fact in facts.items() if key not in facts_told(persona, fact.value)
-    )
-    if unsaid:
-        raise DataFileError(
-            f"persona {persona.id}: the value of a fact must hold one of its `says`, because the "
-            f"value is what is spoken; not so: {', '.join(unsaid)}"
-        )
-    order = facts["order"].value
-    avoid = facts.get("allergy") or facts["diet"]
-    item, avoids = grammar.menu.item(order), grammar.menu.substance(avoid.value)
-    budget = budget_cents(facts["budget"].value)
-    if avoids in item.holds:
-        raise DataFileError(
-            f"persona {persona.id} avoids {avoid.value}, and {order} holds {avoids}"
-        )
-    if item.cents > budget:
-        raise DataFileError(
-            f"persona {persona.id}: {order} costs {price_words(item.cents)}, over the budget of "
-            f"{facts['budget'].value}"
-        )
-    if "food" in facts and grammar.menu.find_food(facts["food"].value) is None:
-        raise DataFileError(
-            f"persona {persona.id}: food must be on the menu ({', '.join(grammar.menu.foods)}), "
-            f"found {facts['food'].value!r}"
-        )
-    slots = {slot: facts[key].value for slot, key in FACT_SLOTS.items() if key in facts}
-    bare = re.sub(rf"^(?:an?|the) |\b(?:{'|'.join(SIZES)}) ", "", order)
-    slots |= {"avoid": avoid.value, "drink": bare, "drinks": f"{bare}s"}
-    return _Customer(slots, item, budget, avoids, has_allergy="allergy" in facts)
+    def _fault(self, persona: Persona, scenario: Scenario, turns: tuple[Turn, ...]) -> Fault | None:
+        """What the grammar promises, and then what the stage asks for."""
+        if faults := contradictions(persona, turns, self.grammar.menu):
+            return Fault("contradiction", "; ".join(faults))
+        told = facts_told(persona, said_by(turns, "agent"))
+        if len(told) < MIN_FACTS:
+            found = ", ".join(sorted(told)) or "none"
+            return Fault("too-few-facts", f"at least {MIN_FACTS} facts are told, found {found}")
+        return self._check(persona, scenario, turns) if self._check else None
 
 
 @dataclass
@@ -188,13 +174,15 @@ class _Talk:
     persona: Persona
     beats: list[Beat]
     rng: random.Random
+    unanswerable: Sequence[str] = ()
     known: set[str] = field(default_factory=set)  # facts that the barista has heard
     shop: dict[str, str] = field(default_factory=dict)  # slots that are open to both
     used: Counter[tuple[str, int]] = field(default_factory=Counter)  # templates, to not repeat
     topic: str = ""
+    fills: set[str] = field(default_factory=set)  # what the current turn's slots were filled with
 
     def __post_init__(self) -> None:
-        self.customer = _read_persona(self.persona, self.grammar)
+        self.customer = read_persona(self.persona, self.grammar)
         self.total = self.customer.item.cents
         self.patterns = PatternPicker(self.persona, self.rng)
         exchanges = {self.grammar.owners[beat.intent].name for beat in self.beats}
@@ -227,33 +215,36 @@ class _Talk:
         if self.in_group:
             self.total += to_cents(group.price)
 
-    def speak(self) -> list[Turn]:
+    def speak(self) -> list[Line]:
         rows: list[tuple[Role, list[str]]] = []
         for beat in self.beats:
             if rows and rows[-1][0] == beat.role:
                 rows[-1][1].append(beat.intent)
             else:
                 rows.append((beat.role, [beat.intent]))
-        turns: list[Turn] = []
+        lines: list[Line] = []
         last_intent = ""
         for position, (role, intents) in enumerate(rows):
+            self.fills = set()
             if role == "user":
-                last_text = turns[-1].text if turns else ""
+                last_text = lines[-1].text if lines else ""
                 before = self._acknowledge(last_intent, last_text, intents[0])
                 text = _join(before, *(self._say("user", intent) for intent in intents))
             else:
                 text = _join(*(self._say("agent", intent) for intent in intents))
                 must = not self.patterns.any_used and position >= len(rows) // 2
                 text = self.patterns.add(text, intents, must=must)
-            turns.append(Turn(role=role, text=text))
+            lines.append(Line(role, text, tuple(intents), frozenset(self.fills)))
             last_intent = intents[-1]
         if not self.patterns.any_used:
-            first = next(i for i, turn in enumerate(turns) if turn.role == "agent")
-            turns[first] = Turn(role="agent", text=self.patterns.add_anywhere(turns[first].text))
-        return turns
+            first = next(i for i, line in enumerate(lines) if line.role == "agent")
+            lines[first] = replace(lines[first], text=self.patterns.add_anywhere(lines[first].text))
+        return lines
 
     def _say(self, role: Role, intent: str) -> str:
         """One beat in words, drawn among the templates that are open and least used."""
+        if intent == "ask-unknown":
+            return self.rng.choice(self.unanswerable)
         self._prepare(intent)
         speaker = self.persona.type if role == "agent" else "barista"
         lines = self.grammar.lines[speaker]
@@ -273,6 +264,7 @@ class _Talk:
         self.used[key, index] += 1
         filled: set[str] = set()
         text = line.say(slots, self.rng, filled)
+        self.fills |= {slots[slot] for slot in filled}
         if role == "agent":
             self.known |= {FACT_SLOTS[slot] for slot in filled if slot in FACT_SLOTS}
         elif intent == "find-order":

@@ -2,8 +2,10 @@
 
 `contradictions` finds claims of a known form ("my name is …", "I'll have …", "I only have …
 dollars", "I'm allergic to …") whose content is not the persona's. It proves that the scripted
-grammar keeps to the facts, because the grammar makes its claims in these forms; of free
-speech it sees only part.
+grammar keeps to the facts, because the grammar makes its claims in these forms.
+
+`claims` are the rules of the coffee shop for any writer: free speech has irony, second thoughts
+and orders for others, so only what is plain counts. It sees only part.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from collections.abc import Callable, Iterable
 
 from duplex.characters import Fact, Persona
 from duplex.records import Turn
-from pipeline.engines.scripted_menu import SIZES, Menu, has_words
+from duplex.wording import has_words, spoken
+from pipeline.engines.scripted_menu import SIZES, Menu
 
 _NAME = re.compile(r"\b(?:[Mm]y name is|[Mm]y name's|[Cc]all me|under the name) ([A-Z][a-z]+)")
 _SHORT_NAME = re.compile(r"\b(?:[Ii]t's|I'm|[Uu]nder|This is) ([A-Z][a-z]+)\b")
@@ -23,6 +26,16 @@ _ORDER = re.compile(
     r"just)\b([^.?!]*)",
     re.IGNORECASE,
 )
+_PLAIN_ORDER = re.compile(
+    r"\b(?:i'll (?:have|take|go with)|(?:can|could|may) i (?:please )?(?:have|get)|give me|get me|"
+    r"i'd like|my usual is|i always (?:get|drink|order))\b([^.?!,;:\N{EM DASH}]*)[^.?!]*",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(
+    r"\b(?:but|no|not|or|actually|instead|wait|maybe|perhaps|for (?:my|him|her|them|the|a)|if|to|"
+    r"than|like last|never|without|was|were|had)\b",
+    re.IGNORECASE,
+)
 _MONEY = re.compile(
     r"\b(?:i (?:only )?(?:have|brought|set aside)|i've (?:only )?got|all of my|"
     r"my (?:own |limit is |budget is )?)\b[^.?!]*?\b([a-z]+(?: [a-z]+)?) (?:dollars|bucks)\b",
@@ -30,7 +43,7 @@ _MONEY = re.compile(
 )
 _ALLERGIC = re.compile(r"\ballergic to ([^.?!,]+)|\b(?:an?|my) ([a-z ]+?) allergy\b", re.IGNORECASE)
 _WORK = re.compile(r"\b(?:i work as|i am by trade) ([^.?!,]+)", re.IGNORECASE)
-_FROM = re.compile(r"\b(?:I'm|I am|I come|I was born) (?:from|in) ([A-Z][a-z]+)")
+_FROM = re.compile(r"\b(?:I'm from|I am from|I come from|I was born in) ([A-Z][a-z]+)")
 _HOME_GEAR = re.compile(r"\bat home (?:with|on) (an? [^.?!,]+)", re.IGNORECASE)
 
 # A fact's key -> what nobody says of whom the fact is true.
@@ -51,13 +64,6 @@ _DENIALS: dict[str, re.Pattern[str]] = {
 }
 
 
-def facts_told(persona: Persona, text: str) -> set[str]:
-    """Keys of the facts of which `text` holds a wording that counts."""
-    return {
-        fact.key for fact in persona.facts if any(has_words(text, wording) for wording in fact.says)
-    }
-
-
 def contradictions(persona: Persona, turns: Iterable[Turn], menu: Menu) -> list[str]:
     """One line for each claim of the customer that is not the persona's."""
     facts = {fact.key: fact for fact in persona.facts}
@@ -68,6 +74,42 @@ def contradictions(persona: Persona, turns: Iterable[Turn], menu: Menu) -> list[
         for fault in _faults(facts, turn.text, menu):
             found.append(f"turn {position}: {fault}: {turn.text!r}")
     return found
+
+
+def claims(persona: Persona, turns: Iterable[Turn], menu: Menu) -> list[str]:
+    """One line for each plain claim of the customer that is not the persona's."""
+    facts = {fact.key: fact for fact in persona.facts}
+    found: list[str] = []
+    for position, turn in enumerate(turns):
+        if turn.role != "agent":
+            continue
+        text = spoken(turn).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+        faults = [*_plain_orders(facts, text, menu), *_avoid_faults(facts, text, menu)]
+        faults += [
+            f"says {match[1]}, but {key} is {facts[key].value}"
+            for key, pattern in (("job", _WORK), ("home", _FROM))
+            for match in pattern.finditer(text)
+            if key in facts and not any(has_words(match[0], says) for says in facts[key].says)
+        ]
+        for key in ("allergy", "diet"):
+            # "I can eat anything but nuts" denies nothing.
+            if key in facts and not any(has_words(text, says) for says in facts[key].says):
+                faults += [f"denies {key}"] if _DENIALS[key].search(text) else []
+        found += [f"turn {position}: {fault}: {turn.text!r}" for fault in faults]
+    return found
+
+
+def _plain_orders(facts: dict[str, Fact], text: str, menu: Menu) -> Iterable[str]:
+    """An order with nothing after it that takes it back, and for nobody else."""
+    if "order" not in facts:
+        return
+    own = facts["order"].value
+    for match in _PLAIN_ORDER.finditer(text):
+        clause = match[1]
+        drink = menu.find_drink(clause)
+        if drink is None or drink == menu.find_drink(own) or _TAKEN_BACK.search(match[0]):
+            continue
+        yield f"orders something other than {own}"
 
 
 def _faults(facts: dict[str, Fact], text: str, menu: Menu) -> list[str]:

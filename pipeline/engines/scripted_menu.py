@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from duplex.base import Frozen
 from duplex.errors import DataFileError
+from duplex.wording import has_words
 
 SIZES = ("small", "medium", "large")
 _ONES = [
@@ -149,11 +150,6 @@ def load_menu(path: Path) -> Menu:
         return Menu.model_validate(data)
     except ValidationError as error:
         raise DataFileError(f"{path}: {error}") from error
-
-
-def has_words(text: str, words: str) -> bool:
-    """Whether `words` stand in `text` as whole words, whatever their case."""
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def to_cents(dollars: float) -> int:

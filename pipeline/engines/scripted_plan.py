@@ -22,6 +22,7 @@ from pipeline.engines.scripted_grammar import Exchange, Grammar
 # dialogues of a few turns come to it.
 _WAYS = ((50, True, 4), (100, False, 4), (200, False, 5))
 _STEPS = 60  # far more than the exchanges that any plan can hold
+UNKNOWN = "unknown"  # the exchange that asks what no prompt answers
 MIN_FACTS = 2  # what a customer must tell in every conversation
 
 
@@ -66,13 +67,14 @@ def plan_beats(
             f"a dialogue needs 2 <= min_turns <= max_turns, found {min_turns} and {max_turns}"
         )
     arc = split_arc(scenario, grammar)
+    exchanges = [e for e in grammar.exchanges if e.name != UNKNOWN or scenario.unanswerable]
     aim = rng.randint(min_turns, max_turns)
     reached: set[int] = set()
     for attempts, by_rank, highest in _WAYS:
         for _ in range(attempts):
             # The first way keeps to one length, so that lengths spread evenly.
             target = aim if by_rank else rng.randint(min_turns, max_turns)
-            segments = _fit(arc, grammar, rng, target, by_rank=by_rank, highest=highest)
+            segments = _fit(arc, grammar, exchanges, rng, target, by_rank=by_rank, highest=highest)
             length = _length(segments, grammar)
             told = {fact for segment in segments for fact in segment.exchange.tells}
             if len(told) >= MIN_FACTS:
@@ -94,6 +96,7 @@ def plan_beats(
 def _fit(
     arc: list[Segment],
     grammar: Grammar,
+    exchanges: list[Exchange],
     rng: random.Random,
     target: int,
     *,
@@ -112,7 +115,7 @@ def _fit(
                 break
             _remove(segments, rng.choice(removable))
         elif length < target:
-            addable = [exchange for exchange in grammar.exchanges if _may_add(exchange, segments)]
+            addable = [exchange for exchange in exchanges if _may_add(exchange, segments)]
             if not addable:
                 break
             (exchange,) = rng.choices(addable, [exchange.weight for exchange in addable])

@@ -8,11 +8,17 @@ no writer imports torch, nor anything heavy, before `write` is called.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from duplex.characters import Persona, Scenario
+from duplex.dialogue_checks import Check, Fault
 from duplex.records import Turn
+
+__all__ = [
+    "Candidate", "Check", "DialogueWriter", "Fault", "OnReject", "WrittenDialogue", "draw_prompt",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,20 @@ class WrittenDialogue:
     turns: tuple[Turn, ...]
     system_prompt: str
     mood: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One that was not kept. `turns` is empty where the reply held none."""
+
+    task_id: str
+    attempt: int
+    number: int
+    fault: Fault
+    turns: tuple[Turn, ...]
+
+
+OnReject = Callable[[Candidate], None]
 
 
 class DialogueWriter(Protocol):
@@ -36,8 +56,13 @@ class DialogueWriter(Protocol):
         seed: int,
         min_turns: int,
         max_turns: int,
+        task_id: str = "",
+        attempt: int = 0,
     ) -> WrittenDialogue:
-        """A dialogue of `min_turns` to `max_turns` turns; the same seed gives the same words."""
+        """A dialogue of `min_turns` to `max_turns` turns; the same seed gives the same words.
+
+        `task_id` and `attempt` name the candidates that are not kept.
+        """
         ...
 
 

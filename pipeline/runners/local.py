@@ -13,7 +13,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from duplex.datafiles import CHECKOUT
-from duplex.errors import RecordError, StageFailedError, TransientError
+from duplex.errors import BudgetError, RecordError, StageFailedError, TransientError
 from duplex.files import write_atomic
 from duplex.records import parse_record, record_line
+from duplex.sinks import FileWriter
 from duplex.stage import MapStage, StageContext, Task, WholeStage
-from duplex.store import FileWriter, LedgerEntry, StageFolder, folders_of
+from duplex.store import LedgerEntry, StageFolder, folders_of, outlives
 from pipeline.runners.work import Outcome, outcomes
 
 TRANSIENT_LIMIT = 5  # transient failures in a row after which a stage gives up for now
@@ -80,9 +81,10 @@ def _run_map(
     tasks = sorted(stage.tasks(context), key=lambda task: task.id)
     _check_ids(stage, tasks)
     book = _Book(stage, context, folder, tasks)
-    adopted = _adopt(stage, folder, {t: keys[0] for t, keys in book.keys.items()}, book.done)
+    wanted = {task.id: book.key(task.id, 0) for task in tasks if task.id not in book.rejected}
+    adopted = _adopt(stage, folder, wanted, book.done)
     if retry_rejected:
-        book.rejected = {}
+        book.retry_rejected()
     made = 0
     while True:
         if pending := book.pending():
@@ -100,8 +102,10 @@ def _run_map(
         first = next(iter(rejected.values()))
         raise StageFailedError(
             f"{stage.name}: at most {limit:.0%} of its tasks may be rejected, found "
-            f"{len(rejected)} of {len(tasks)}. See {folder.path / 'rejected.jsonl'}; the first: "
-            f"{first['task']}: {first['message']} Mend the cause, then run with --retry-rejected."
+            f"{len(rejected)} of {len(tasks)}: {len(rejected)} are missing, the others are kept. "
+            f"See {folder.path / 'rejected.jsonl'}; the first: {first['task']}: "
+            f"{first['message']} Mend the cause, then run with --retry-rejected: "
+            f"{book.what_a_retry_does()}"
         )
     counts = {
         "tasks": len(tasks),
@@ -117,37 +121,44 @@ class _Book:
 
     A ledger line counts when its key is that of one of its task's attempts. Another folder's
     are adopted at attempt 0 only: what was sent back there may be welcome here.
+    A stage that reviews gives a task `max_attempts`, and as many again for each time that it is
+    retried: the attempt of a reject is noted with it, and the retry starts at the next one.
     """
 
     def __init__(
         self, stage: MapStage, context: StageContext, folder: StageFolder, tasks: list[Task]
     ):
         self._stage, self._context, self._folder = stage, context, folder
+        self._reviews = type(stage).review is not MapStage.review
         self.tasks = {task.id: task for task in tasks}
-        attempts = stage.max_attempts if type(stage).review is not MapStage.review else 1
-        self.keys: dict[str, list[str]] = {
-            task.id: [
-                stage.record_key(context.config, replace(task, attempt=number))
-                for number in range(attempts)
-            ]
-            for task in tasks
-        }
+        self._keys: dict[str, list[str]] = {task.id: [] for task in tasks}
         self.undone: list[str] = []
-        self.done = {
-            entry.task_id: entry
-            for entry in folder.ledger().values()
-            if entry.key in self.keys.get(entry.task_id, ()) and folder.holds_blobs(entry)
+        self.done: dict[str, LedgerEntry] = {}
+        self.rejected: dict[str, dict[str, Any]] = {}
+        rejects, ledger = folder.rejected(), folder.ledger()
+        self._first = {  # attempt from which `max_attempts` are counted
+            task_id: int(rejects[task_id].get("attempt", 0)) + 1 if task_id in rejects else 0
+            for task_id in self.tasks
         }
-        self.rejected = {
-            task_id: fault
-            for task_id, fault in folder.rejected().items()
-            if fault.get("key") in self.keys.get(task_id, ()) and task_id not in self.done
-        }
-        for task_id, entry in self.done.items():
-            self._set_attempt(task_id, self.keys[task_id].index(entry.key))
+        for task_id in self.tasks:
+            entry, fault = ledger.get(task_id), rejects.get(task_id)
+            made = self._attempt_of(task_id, entry.key) if entry else None
+            failed = self._attempt_of(task_id, fault["key"]) if fault and "key" in fault else None
+            if fault and failed is not None and (made is None or outlives(fault, entry)):
+                self.rejected[task_id] = fault
+                self._set_attempt(task_id, failed)
+            elif entry and made is not None and folder.holds_blobs(entry):
+                self.done[task_id] = entry
+                self._set_attempt(task_id, made)
 
-    def key(self, task_id: str) -> str:
-        return self.keys[task_id][self.tasks[task_id].attempt]
+    def key(self, task_id: str, attempt: int | None = None) -> str:
+        """The record key at an attempt, its present one unless told otherwise."""
+        attempt = self.tasks[task_id].attempt if attempt is None else attempt
+        keys = self._keys[task_id]
+        while len(keys) <= attempt:
+            task = replace(self.tasks[task_id], attempt=len(keys))
+            keys.append(self._stage.record_key(self._context.config, task))
+        return keys[attempt]
 
     def pending(self) -> list[Task]:
         return [
@@ -156,9 +167,28 @@ class _Book:
             if task.id not in self.done and task.id not in self.rejected
         ]
 
+    def reject(self, task_id: str, error: Exception, *, reviewed: bool = False) -> None:
+        attempt = self.tasks[task_id].attempt
+        self._folder.reject_task(
+            task_id, self.key(task_id), error, attempt=attempt, reviewed=reviewed
+        )
+        self.rejected[task_id] = {"task": task_id, "message": str(error)}
+
+    def retry_rejected(self) -> None:
+        """Make the rejected ones pending again; where the stage reviews, as another attempt."""
+        for task_id in self.rejected:
+            if self._reviews:
+                self._set_attempt(task_id, self.tasks[task_id].attempt + 1)
+                self._first[task_id] = self.tasks[task_id].attempt
+        self.rejected = {}
+
+    def what_a_retry_does(self) -> str:
+        what = "with other seeds" if self._reviews else "from the same seeds"
+        return f"those {len(self.rejected)} are made again, {what}, and nothing else."
+
     def send_back(self) -> bool:
         """Ask the stage for its review; whether something has to be made again."""
-        if type(self._stage).review is MapStage.review:
+        if not self._reviews:
             return False
         finished = [
             (task_id, [parse_record(json.loads(line)) for line in self.done[task_id].lines])
@@ -167,14 +197,21 @@ class _Book:
         faults = self._stage.review(finished, self._context)
         for task_id, reason in sorted(faults.items()):
             attempt = self.tasks[task_id].attempt + 1
-            if attempt == len(self.keys[task_id]):
+            if attempt >= self._last(task_id):
                 error = RecordError(f"{reason} It was made {attempt} times.")
-                self._folder.reject_task(task_id, self.key(task_id), error)
-                self.rejected[task_id] = {"task": task_id, "message": str(error)}
+                self.reject(task_id, error, reviewed=True)
             else:
                 self._set_attempt(task_id, attempt)
             del self.done[task_id]
         return bool(faults)
+
+    def _last(self, task_id: str) -> int:
+        return self._first[task_id] + (self._stage.max_attempts if self._reviews else 1)
+
+    def _attempt_of(self, task_id: str, key: str) -> int | None:
+        """The attempt that a key belongs to; most are the first, so the others come later."""
+        attempts = range(self._last(task_id))
+        return next((number for number in attempts if self.key(task_id, number) == key), None)
 
     def _set_attempt(self, task_id: str, attempt: int) -> None:
         self.tasks[task_id] = replace(self.tasks[task_id], attempt=attempt)
@@ -207,7 +244,7 @@ def _work_off(
     stage: MapStage, context: StageContext, folder: StageFolder, pending: list[Task], book: _Book
 ) -> int:
     made = transient_in_a_row = 0
-    with closing(outcomes(stage, context, folder, pending)) as results:
+    with closing(_kept(outcomes(stage, context, folder, pending), book)) as results:
         for outcome in _progress(stage.name, results, len(pending)):
             task_id = outcome.task_id
             if isinstance(outcome.error, TransientError):
@@ -217,17 +254,26 @@ def _work_off(
                     break
                 continue
             if outcome.error is not None:
-                folder.reject_task(task_id, book.key(task_id), outcome.error)
-                book.rejected[task_id] = {"task": task_id, "message": str(outcome.error)}
+                book.reject(task_id, outcome.error)
                 continue
             transient_in_a_row = 0
             entry = LedgerEntry(
-                task_id, book.key(task_id), outcome.lines, outcome.blobs, outcome.seconds
-            )
+                task_id, book.key(task_id), outcome.lines, outcome.blobs, outcome.seconds,
+                attempt=book.tasks[task_id].attempt,
+            )  # fmt: skip
             folder.finish_task(entry)
             book.done[task_id] = entry
             made += 1
     return made
+
+
+def _kept(results: Iterator[Outcome], book: _Book) -> Generator[Outcome, None, None]:
+    """The outcomes; a budget that ends them says how far they came."""
+    try:
+        yield from results
+    except BudgetError as error:
+        done = f"Kept: {len(book.done)} of {len(book.tasks)} tasks."
+        raise BudgetError(f"{error} {done}") from None
 
 
 def _progress(name: str, results: Iterator[Outcome], total: int) -> Iterator[Outcome]:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from duplex.characters import Persona, Scenario
 from duplex.errors import RequestError
 from duplex.records import Turn
+from duplex.wording import facts_told
 from pipeline.engines.scripted import ScriptedWriter
-from pipeline.engines.scripted_check import contradictions, facts_told
+from pipeline.engines.scripted_check import contradictions
 from pipeline.engines.scripted_menu import budget_cents, price_words
 from pipeline.engines.writers import DialogueWriter, WrittenDialogue
 
@@ -335,7 +336,7 @@ def test_the_types_sound_different() -> None:
 
 def test_the_writer_keeps_to_the_protocol_and_imports_no_torch() -> None:
     writer: DialogueWriter = WRITER
-    assert re.fullmatch(r"scripted-1:[0-9a-f]{12}", writer.revision)
+    assert re.fullmatch(r"scripted-2:[0-9a-f]{12}", writer.revision)
     code = (
         "import sys\n"
         "from pipeline.engines.scripted import ScriptedWriter\n"
