@@ -1,4 +1,4 @@
-"""Small drawings for the stages' pages: histograms and timelines as rectangles of an SVG."""
+"""Small drawings for the stages' pages: histograms, and counts as bars."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ class Bar:
     width: float
     height: float
     title: str
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,9 @@ class Histogram:
 
     title: str
     bars: tuple[Bar, ...]
-    count: int
     summary: str
-    low: str = ""
-    high: str = ""
+    low: str
+    high: str
     zero_x: float | None = None
     width: int = WIDTH
     height: int = HEIGHT
@@ -70,7 +68,6 @@ def histogram(
     return Histogram(
         title=title,
         bars=tuple(bars),
-        count=len(values),
         summary=f"median {_figure(median)}{unit}, {len(values)} in all",
         low=f"{_figure(first * step)}{unit}",
         high=f"{_figure((first + count) * step)}{unit}",
@@ -78,28 +75,28 @@ def histogram(
     )
 
 
-def tally(title: str, names: Sequence[str], order: Sequence[str] = ()) -> Histogram | None:
-    """Counts of names, a bar each: those in `order` first, the others by count."""
+@dataclass(frozen=True)
+class Tally:
+    """Counts of names: (name, count, share of the greatest in percent)."""
+
+    title: str
+    rows: tuple[tuple[str, int, float], ...]
+
+    @property
+    def summary(self) -> str:
+        return ", ".join(f"{name} {count}" for name, count, _ in self.rows)
+
+
+def tally(title: str, names: Sequence[str], order: Sequence[str] = ()) -> Tally | None:
+    """Counts of names: those in `order` first, the others by count; None without names."""
     if not names:
         return None
     counts = Counter(names)
     rest = sorted(set(counts) - set(order), key=lambda name: (-counts[name], name))
     shown = [name for name in order if name in counts] + rest
-    width = WIDTH / len(shown)
     most = max(counts.values())
-    bars = [
-        Bar(
-            x=round(index * width + 1, 2),
-            y=round(HEIGHT - _height(counts[name], most), 2),
-            width=round(width - 2, 2),
-            height=_height(counts[name], most),
-            title=f"{name}: {counts[name]}",
-            label=name,
-        )
-        for index, name in enumerate(shown)
-    ]
-    summary = ", ".join(f"{name} {counts[name]}" for name in shown)
-    return Histogram(title=title, bars=tuple(bars), count=len(names), summary=summary)
+    rows = [(name, counts[name], round(100 * counts[name] / most, 1)) for name in shown]
+    return Tally(title, tuple(rows))
 
 
 def _height(number: int, most: int) -> float:
@@ -117,7 +114,7 @@ def _round_step(least: float) -> float:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def rendered(template: str, values: Mapping[str, Any]) -> str:

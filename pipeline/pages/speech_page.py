@@ -155,9 +155,9 @@ def persona_rows(
 def charts(speeches: Sequence[Speech], rejected: Sequence[dict[str, Any]]) -> list[Any]:
     turns = [turn for speech in speeches for turn in speech.turns]
     whole = [turn for turn in turns if turn.kind == "turn"]
-    cut_by = {"agent": "user cuts in", "user": "agent cuts in"}
+    cut_by = {"agent": "the user cuts in", "user": "the agent cuts in"}
     events = [cut_by[turn.role] for turn in whole if turn.cut]
-    events += [f"{turn.role} says mm-hm" for turn in turns if turn.kind == "backchannel"]
+    events += [f"backchannel of the {t.role}" for t in turns if t.kind == "backchannel"]
     return [
         histogram("Length of a dialogue", [s.num_samples / SAMPLE_RATE for s in speeches], " s"),
         histogram("Length of a turn", [turn.end_s - turn.start_s for turn in whole], " s"),
