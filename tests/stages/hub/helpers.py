@@ -39,7 +39,7 @@ def environment(hub=None, **variables):
 def duplex(*arguments, cwd, hub=None, **variables):
     return subprocess.run(
         [sys.executable, "-m", "duplex.cli", *map(str, arguments)],
-        cwd=cwd, env=environment(hub, **variables), capture_output=True, text=True, timeout=120,
+        cwd=cwd, env=environment(hub, **variables), capture_output=True, text=True, timeout=280,
     )  # fmt: skip
 
 

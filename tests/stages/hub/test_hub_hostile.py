@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from duplex.errors import RequestError
+from duplex.errors import CorruptFileError, RequestError
 from duplex.records import Speech, SpokenTurn, Voice, Word
 from duplex.store import stage_digest
+from pipeline.hub import pull
 from pipeline.hubs.scan import check_consent, scan_texts
 from tests.stages.hub.fake_hub import TOKEN
 from tests.stages.hub.helpers import (
     digests,
-    duplex,
     elsewhere,
 )
 
@@ -117,13 +116,14 @@ def plant_a_trap(hub):
     ],
 )
 def test_what_is_not_as_it_was_pushed_is_refused_and_nothing_is_used(
-    trained, shelf, tmp_path, attack, said
+    trained, reached, tmp_path, attack, said, monkeypatch
 ):
     place = elsewhere(trained, tmp_path)
-    attack(shelf)
-    result = duplex("pull", "me/data", "small.yaml", cwd=place, hub=shelf)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert re.search(said, result.stderr) and "Traceback" not in result.stderr
+    monkeypatch.chdir(place)
+    attack(reached)
+    with pytest.raises(CorruptFileError, match=said):
+        pull("me/data", Path("small.yaml"), None, revision=None, runs=Path("runs"), overrides=[],
+             as_json=False)  # fmt: skip
     assert digests(place) == {} and not list(place.rglob("sprung"))
     assert not list(tmp_path.rglob("x"))
 
@@ -160,7 +160,7 @@ def spoken_by(voice_id):
         role="agent", text="Hi", voice_id=voice_id, start_s=0, end_s=1, words=(word,)
     )  # fmt: skip
     return Speech(
-        id="s", dialogue_id="d", persona_id="p", scenario_id="c", system_prompt="", audio="0" * 64,
+        id="s", dialogue_id="d", persona_id="p", scenario_id="c", system_prompt="x", audio="0" * 64,
         first_speaker="agent", num_samples=1, turns=(turn,),
     )  # fmt: skip
 
