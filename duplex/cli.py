@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from duplex import __version__
+from duplex import __version__, cli_data
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import EXIT_WORK_FAILED, DuplexError
@@ -333,6 +333,10 @@ def convert_datasets(
     from pipeline import convert as conversions
 
     conversions.datasets(source, out, runs=runs, overrides=overrides, as_json=as_json)
+
+
+app.add_typer(cli_data.personas, name="personas")
+app.add_typer(cli_data.hub)  # push and pull
 
 
 @app.callback(invoke_without_command=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from duplex.base import Language
+from duplex.base import Language, Text
 from duplex.sections import Probability, Runtime, Section, StageSection
 
 EngineName = Literal[
@@ -34,6 +34,16 @@ class DialoguesRuntime(Runtime):
     budget_tokens: int | None = Field(default=None, ge=0, description="hard stop, in and out")
     price_in: float | None = Field(default=None, ge=0, description="dollars per million tokens")
     price_out: float | None = Field(default=None, ge=0, description="dollars per million tokens")
+    critic_price_in: float | None = Field(
+        default=None, ge=0, description="of another checks.critic"
+    )
+    critic_price_out: float | None = Field(
+        default=None, ge=0, description="of another checks.critic"
+    )
+    max_retries: int = Field(
+        default=8, ge=0, le=100, description="of one request that was turned away or cut off"
+    )
+    max_wait_s: float = Field(default=120, gt=0, description="longest pause before a retry")
 
 
 class DialogueChecks(Section):
@@ -77,14 +87,84 @@ class DialoguesSection(StageSection):
             runtime.price_in is None or runtime.price_out is None
         ):
             raise ValueError("budget_usd needs price_in and price_out, dollars per million tokens")
+        critic = self.checks.critic
+        if (
+            runtime.budget_usd is not None
+            and critic not in (None, self.llm)
+            and (runtime.critic_price_in is None or runtime.critic_price_out is None)
+        ):
+            raise ValueError(
+                "budget_usd with another model as checks.critic needs critic_price_in and "
+                "critic_price_out, dollars per million tokens"
+            )
         return self
 
 
+class VoiceDataset(Section):
+    """Recordings of many speakers in a `datasets` set: a hub name, or a folder of its files."""
+
+    name: str = Field(min_length=1)
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = Field(default=None, description="a commit: without it, what is newest")
+    audio: str = Field(default="audio", description="column")
+    speaker: str = Field(default="speaker_id", description="column")
+    transcript: str | None = Field(default=None, description="column")
+    gender: str | None = Field(default=None, description="column of female, male, F, M")
+    age: str | None = Field(default=None, description="column of young, adult, old or years")
+    max_rows: int = Field(default=2000, ge=1, le=100_000, description="looked at, at most")
+
+
+VoiceNames = dict[
+    Annotated[str, StringConstraints(pattern=r"^([a-z]{2,3}-)?(female|male)$")],
+    Annotated[tuple[Text, ...], Field(min_length=1)],
+]
+
+
 class VoicesSection(StageSection):
+    """Voices are made by the engine (espeak), named (`names`), or cloned from recordings
+    (`recordings`, `dataset`)."""
+
     engine: EngineName = "espeak"
     user_voices: int = Field(
-        default=4, ge=1, le=64, description="voices that share the user's side"
+        default=4, ge=1, le=64, description="voices that share the user's side, a language each"
     )
+    names: VoiceNames | None = Field(
+        default=None, description="the engine's own voices: {female: […], fr-male: […]}"
+    )
+    recordings: str | None = Field(
+        default=None, description="folder: a file, or a folder of files, for each speaker"
+    )
+    dataset: VoiceDataset | None = Field(default=None, description="a name is enough")
+    licence: Text | None = Field(default=None, description="of the recordings")
+    consent: Text | None = Field(default=None, description="on what consent they are used")
+    language: Language = Field(default="en", description="of recordings that do not say it")
+    guess_gender: bool = Field(
+        default=False, description="by pitch, where a recording does not say it"
+    )
+    recogniser: Literal["auto", "faster-whisper", "pocketsphinx", "none"] = Field(
+        default="auto", description="for recordings without a transcript"
+    )
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _name_is_enough(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> VoicesSection:
+        sources = [n for n in ("names", "recordings", "dataset") if getattr(self, n) is not None]
+        if len(sources) > 1:
+            raise ValueError(f"voices come from one source, found {' and '.join(sources)}")
+        if self.engine == "espeak" and sources:
+            raise ValueError(
+                f"espeak has voices of its own and clones none: {sources[0]} needs another engine"
+            )
+        if self.engine != "espeak" and not sources:
+            raise ValueError(
+                f"engine: {self.engine} needs its voices: names, recordings or dataset"
+            )
+        return self
 
 
 class TimelineSection(Section):
@@ -103,6 +183,13 @@ class TimelineSection(Section):
         default=(160, 480), description="how long somebody goes on who is cut short"
     )
 
+    @field_validator("yield_ms")
+    @classmethod
+    def _a_range(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= value[0] <= value[1] <= 5000:
+            raise ValueError(f"must be a range within 0 and 5000 ms, found {value[0]}-{value[1]}")
+        return value
+
 
 class UtteranceChecks(Section):
     """What an utterance must show before it is used."""
@@ -112,11 +199,46 @@ class UtteranceChecks(Section):
         default=None, description="of utterances transcribed; None: by engine"
     )
     recogniser: Literal["auto", "faster-whisper", "pocketsphinx", "none"] = "auto"
+    recogniser_model: str | None = Field(
+        default=None, description="faster-whisper: a size, a hub name or a folder; None: small"
+    )
     retries: int = Field(default=3, ge=0, le=20, description="with another seed each")
+
+
+class SpeechModel(Section):
+    """Where a neural engine's weights are from."""
+
+    weights: str | None = Field(
+        default=None, description="hub name owner/name, or a folder; None: the engine's own"
+    )
+    revision: str | None = Field(default=None, description="the hub's commit or tag")
+    voices: str | None = Field(
+        default=None, description="moshi-tts: hub name or folder of the voices' embeddings"
+    )
+
+
+class SpeechRuntime(Runtime):
+    base_url: str | None = Field(default=None, description="server of openai-speech, ends in /v1")
+    api_key: str | None = Field(default=None, repr=False, description="write ${OPENAI_API_KEY}")
+    timeout_s: float = Field(default=120, gt=0, description="longest silence of an engine")
+    deadline_s: float = Field(default=600, gt=0, description="longest reply, however it trickles")
+    start_s: float = Field(
+        default=1800, gt=0, description="start of an isolated engine: it may install itself first"
+    )
+    concurrency: int = Field(default=4, ge=1, le=256, description="requests in flight at most")
+    retries: int = Field(default=4, ge=0, le=20, description="of a busy server, with back-off")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="of the neural engines"
+    )
 
 
 class SpeechSection(StageSection):
     engine: EngineName = "espeak"
+    model: str | None = Field(default=None, description="openai-speech: the model's name there")
+    revision: str | None = Field(default=None, description="of an engine's weights: a hub commit")
+    instructions: bool = Field(
+        default=False, description="openai-speech: tell the emotion in words; not all servers can"
+    )
     engines: dict[Language, EngineName] = Field(
         default={}, description="for some languages another engine"
     )
@@ -125,3 +247,7 @@ class SpeechSection(StageSection):
     tail_s: float = Field(default=0.48, ge=0, le=30)
     timeline: TimelineSection = TimelineSection()
     checks: UtteranceChecks = UtteranceChecks()
+    models: dict[EngineName, SpeechModel] = Field(
+        default={}, description="weights of neural engines that are not their own"
+    )
+    runtime: SpeechRuntime = SpeechRuntime()

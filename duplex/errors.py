@@ -8,6 +8,7 @@
     └── WorkError (RuntimeError)       the work failed: exit code 1
         ├── RecordError                one record is bad: it is rejected, the stage goes on
         ├── TransientError             may work next time: the record stays undone, not rejected
+        ├── BudgetError                what may be spent is spent; all that was paid for is kept
         ├── LockedError                another run holds the run folder
         ├── CorruptFileError           a file that is not what its name or digest says
         ├── StageFailedError           a stage ended without its manifest
@@ -63,6 +64,10 @@ class RecordError(WorkError):
 
 
 class TransientError(WorkError):
+    pass
+
+
+class BudgetError(WorkError):
     pass
 
 

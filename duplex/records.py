@@ -68,7 +68,10 @@ class Turn(Frozen):
 
 
 class Dialogue(Record):
-    """A conversation in words. `writer` says what wrote it: `scripted`, `import` or a model."""
+    """A conversation in words. `writer` says what wrote it: `scripted`, `import` or a model.
+
+    `prompts`: what `system_prompt` was drawn from, where the prompts were written for it.
+    """
 
     persona_id: Slug
     persona_name: Text
@@ -80,6 +83,7 @@ class Dialogue(Record):
     gap_other: GapRange
     turns: tuple[Turn, ...] = Field(min_length=2)
     writer: Text
+    prompts: tuple[Text, ...] = ()
 
     @model_validator(mode="after")
     def _first_turn(self) -> Dialogue:
@@ -98,6 +102,7 @@ class Voice(Record):
 
     `sample`: mono 24 kHz WAV of the voice at -24 LUFS, for engines that clone; `transcript` is
     what it says. A recorded voice names where it is from and on what consent it is used.
+    `proof`: a mono WAV of a sentence that the voice has spoken here, to be listened to.
     """
 
     engine: Text
@@ -110,6 +115,7 @@ class Voice(Record):
     licence: Text
     source: Text | None = None
     consent: Text | None = None
+    proof: Sha256 | None = None
 
 
 class Word(Frozen):
@@ -135,8 +141,23 @@ class SpokenTurn(Frozen):
     cut: bool = Field(default=False, description="the other side cut it short")
 
 
+class SpeechQuality(Frozen):
+    """What the checks measured on a conversation's utterances: how many were transcribed, the
+    worst and the mean word error rate of those, and how many were refused and spoken again."""
+
+    utterances: int = Field(ge=1)
+    transcribed: int = Field(default=0, ge=0)
+    worst_wer: float | None = None
+    mean_wer: float | None = None
+    retries: int = Field(default=0, ge=0)
+
+
 class Speech(Record):
-    """A spoken conversation: stereo 24 kHz WAV, left agent, right user."""
+    """A spoken conversation: stereo 24 kHz WAV, left agent, right user.
+
+    `turns` are sorted by start. `text_digest` is of the dialogue as it was written, which
+    decides what counts as one conversation: an interruption leaves out what it cuts.
+    """
 
     dialogue_id: Slug
     persona_id: Slug
@@ -146,6 +167,8 @@ class Speech(Record):
     audio: Sha256
     num_samples: int = Field(gt=0)
     turns: tuple[SpokenTurn, ...]
+    text_digest: Sha256 | None = None
+    quality: SpeechQuality | None = None
 
 
 class FrameSpan(Frozen):
@@ -163,7 +186,8 @@ class TensorClip(Record):
     with the *second* prompt frame (layout `coffee`: with the first).
     `late_tokens` stand after the place that the alignment gives them, `dropped_tokens` nowhere;
     None where nobody knows, as in files that came without the text that they were made from.
-    `text_digest` is of all turns' words: two clips with one text are one conversation.
+    `text_digest` is of all turns' words as they were written, or where that is unknown as they
+    were spoken: two clips with one text are one conversation.
     """
 
     speech_id: Slug

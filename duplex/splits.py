@@ -4,6 +4,10 @@ Split by persona (held-out personas) or by conversation, never by frame. Convers
 share their whole text count as one, since a model that saw one has seen the other.
 
 Ranked by a hash of their own, so that one persona or conversation more moves few others.
+
+The user's voices are held apart too: `dialogue_sides` gives the split before a dialogue is
+spoken, `voice_sides` the voices of each side. The tensors stage comes to the same split, unless
+the speech stage rejects a dialogue: then a conversation at the border may change sides.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from duplex.records import TensorClip
+from duplex.clips import text_digest
+from duplex.records import Dialogue, TensorClip
 
 Split = Literal["train", "valid"]
 SplitBy = Literal["persona", "conversation"]
@@ -51,6 +56,40 @@ def assign_splits(
     return {
         member_id: "valid" if group in held_out else "train" for member_id, group in groups.items()
     }
+
+
+def dialogue_sides(
+    dialogues: Iterable[Dialogue],
+    voices: Mapping[str, str],
+    by: SplitBy,
+    fraction: float,
+    seed: int,
+) -> dict[str, Split]:
+    """Split of each dialogue by its id. Those without a voice will not be spoken: not counted.
+
+    Args:
+        voices: persona id -> id of the agent's voice.
+    """
+    members = [
+        Member(
+            id=dialogue.id,
+            persona=dialogue.persona_id,
+            conversation=dialogue.id,
+            text=text_digest(dialogue.turns),
+            voices=(voices[dialogue.persona_id],),
+        )
+        for dialogue in dialogues
+        if dialogue.persona_id in voices
+    ]
+    return assign_splits(members, by, fraction, seed)
+
+
+def voice_sides(voices: Iterable[str], fraction: float, seed: int) -> dict[str, Split]:
+    """Side of each of the user's voices by its id; all are for training where nothing, or a lone
+    voice, is to be held out."""
+    names = set(voices)
+    held_out = hold_out(names, fraction, seed)
+    return {name: "valid" if name in held_out else "train" for name in sorted(names)}
 
 
 def hold_out(names: set[str], fraction: float, seed: int) -> set[str]:

@@ -21,7 +21,8 @@ from duplex.config import Config
 from duplex.files import file_chunks
 
 if TYPE_CHECKING:
-    from duplex.store import FileWriter, StageFolder
+    from duplex.sinks import FileWriter
+    from duplex.store import StageFolder
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,23 @@ class Stage:
         """Outside files that decide the set of records: path -> sha256."""
         return {}
 
+    def beyond(self, config: Config) -> dict[str, Any]:
+        """Settings of other sections that choose among the sources of its records, such as which
+        voice. They are part of the folder's key; what was chosen is among a task's sources."""
+        return {}
+
     def folder_key(self, config: Config, input_digests: dict[str, str]) -> str:
-        return _digest(
-            {
-                "stage": self.name,
-                "version": self.version,
-                "seed": config.seed,
-                "section": config.keyed(self.name),
-                "engine": self.engine(config),
-                "files": sorted(self.files(config).values()),
-                "inputs": {name: input_digests[name] for name in self.reads},
-            }
-        )
+        material = {
+            "stage": self.name,
+            "version": self.version,
+            "seed": config.seed,
+            "section": config.keyed(self.name),
+            "engine": self.engine(config),
+            "files": sorted(self.files(config).values()),
+            "inputs": {name: input_digests[name] for name in self.reads},
+        }
+        beyond = self.beyond(config)
+        return _digest(material | ({"beyond": beyond} if beyond else {}))
 
     def record_key(self, config: Config, task: Task) -> str:
         section = {k: v for k, v in config.keyed(self.name).items() if k not in self.set_only}

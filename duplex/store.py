@@ -14,12 +14,11 @@ so a kill at any moment loses at most the task in flight.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from duplex.errors import CorruptFileError
 from duplex.files import (
     append_line,
     atomic_path,
-    named_when_written,
     read_lines,
     read_verified,
     sha256_bytes,
@@ -40,7 +38,6 @@ from duplex.files import (
     write_json,
 )
 from duplex.records import Artifact, parse_record
-from duplex.stage import BlobSink
 
 LEDGER, REJECTED, MANIFEST, FAILURE = (
     "ledger.jsonl", "rejected.jsonl", "manifest.json", "failure.json",
@@ -282,9 +279,7 @@ class StageFolder:
                 }
             )
         fixed = [file for file in files if file.pop("deterministic", True)]
-        digest = sha256_bytes(
-            canonical_json({"records": ordered, "files": fixed, "counts": counts}).encode()
-        )
+        digest = stage_digest(ordered, fixed, counts)
         manifest = {
             "stage": self.stage,
             "key": self.key,
@@ -309,82 +304,24 @@ class StageFolder:
             return "failed, and its note of why cannot be read"
 
 
+def stage_digest(ordered: list[str], files: list[dict[str, Any]], counts: Mapping[str, int]) -> str:
+    """A manifest's digest: of the record lines, the deterministic files and the counts."""
+    content = canonical_json({"records": ordered, "files": files, "counts": dict(counts)})
+    return sha256_bytes(content.encode())
+
+
 def outlives(fault: dict[str, Any], entry: LedgerEntry | None) -> bool:
     """Whether a task's reject is what became of it in the end, and not its finished record.
 
     Of the same attempt, it is the record: it was made when the reject was retried, unless it is
     the record itself that a review turned down.
     """
+    if entry is None:
+        return True
     attempt = int(fault.get("attempt", 0))
-    if entry is None or attempt != entry.attempt:
-        return entry is None or attempt > entry.attempt
+    if attempt != entry.attempt:
+        return attempt > entry.attempt
     return bool(fault.get("reviewed")) and fault.get("key") == entry.key
-
-
-class FolderBlobs(BlobSink):
-    """Blobs of one task in a stage folder; `names` are those put so far."""
-
-    def __init__(self, folder: StageFolder):
-        self._folder = folder
-        self.names: list[str] = []
-
-    def put(self, content: bytes, suffix: str) -> str:
-        sha256 = sha256_bytes(content)
-        name = f"{sha256}{suffix}"
-        path = self._folder.path / "blobs" / name
-        if not path.exists():
-            write_atomic(path, content)
-        self.names.append(name)
-        return sha256
-
-    def put_chunks(self, chunks: Iterable[bytes], suffix: str) -> str:
-        folder = self._folder.path / "blobs"
-        digest = hashlib.sha256()
-        with named_when_written(folder) as temporary:
-            with temporary.path.open("wb") as file:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    file.write(chunk)
-            sha256 = digest.hexdigest()
-            temporary.name = f"{sha256}{suffix}"
-        self.names.append(temporary.name)
-        return sha256
-
-
-class FileWriter:
-    """How a whole stage hands in its files. `work` outlives a kill; the rest is made whole."""
-
-    def __init__(self, folder: StageFolder):
-        self.folder = folder
-        self.files: list[dict[str, Any]] = []
-        folder.work.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def work(self) -> Path:
-        return self.folder.work
-
-    def add(
-        self,
-        artifact_id: str,
-        source: Path,
-        name: str,
-        *,
-        facts: dict[str, Any] | None = None,
-        deterministic: bool = True,
-    ) -> Artifact:
-        """Move `source` (in `work`) to `name` in the stage folder and record it.
-
-        `deterministic=False` keeps the file out of the stage's digest: pages, timings.
-        """
-        target = self.folder.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        size, sha256 = source.stat().st_size, sha256_file(source)
-        with atomic_path(target) as temporary:
-            source.replace(temporary)
-        self.files.append(
-            {"path": name, "sha256": sha256, "bytes": size, "deterministic": deterministic}
-        )
-        return Artifact(id=artifact_id, path=name, sha256=sha256, num_bytes=size, facts=facts or {})
 
 
 def folders_of(run_folder: Path, number: int, stage: str) -> list[StageFolder]:

@@ -1,5 +1,9 @@
 """`duplex clean`: removes stage folders that no given config needs, largest first; with them
-what kills left behind and codes that nobody has used for long."""
+what kills left behind and codes that nobody has used for long.
+
+Replies that were paid for stay: a folder's log of them moves to `<run>/exchanges/`, where later
+runs look for replies and for what was spent.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from pathlib import Path
 from duplex.config import Config
 from duplex.lock import RunLock
 from duplex.store import folders_of
+from pipeline.engines.llm.exchanges import FILE as EXCHANGES
+from pipeline.engines.llm.exchanges import keep_log
 from pipeline.run import STAGES, plan, run_folder_of
 from pipeline.tensors import CACHE_FOLDER
 
@@ -61,7 +67,9 @@ def _leftovers(config: Config, runs_root: Path) -> Iterator[Removal]:
 
 
 def freed_bytes(folder: Path) -> int:
-    stats = [path.lstat() for path in folder.rglob("*") if path.is_file()]
+    """Without the log of paid replies, which stays."""
+    paths = (path for path in folder.rglob("*") if path != folder / EXCHANGES)
+    stats = [path.lstat() for path in paths if path.is_file()]
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
@@ -74,4 +82,5 @@ def remove(removals: list[Removal], config: Config, runs_root: Path) -> None:
                 continue
             # The manifest goes first: a kill in between leaves no folder that looks complete.
             (removal.path / "manifest.json").unlink(missing_ok=True)
+            keep_log(removal.path)
             shutil.rmtree(removal.path)

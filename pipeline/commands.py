@@ -24,7 +24,7 @@ from duplex.errors import (
     StageFailedError,
 )
 from pipeline import run as pipeline_run
-from pipeline.run import Selection, plan, run_folder_of
+from pipeline.run import Selection, plan, planned_cost, run_folder_of
 
 STATE_COLOURS = {
     "done": "green", "stale": "yellow", "running": "cyan", "failed": "red", "missing": "dim",
@@ -102,6 +102,7 @@ def show_plan(config: Config, runs: Path, selection: Selection, *, as_json: bool
     for row in rows:
         table.add_row(row["name"], row["action"], row["folder"] or "(known when its inputs are)")
     Console().print(table)
+    print(planned_cost(config, runs, selection))
 
 
 def show_end(config: Config, config_path: Path, runs: Path, overrides: list[str]) -> None:

@@ -19,6 +19,7 @@ from duplex.config import Config
 from duplex.datafiles import find_path
 from duplex.errors import DuplexError
 from duplex.streams import KYUTAI_TOKENS
+from pipeline.dialogues import estimate_cost
 from pipeline.engines.checkpoint import model_identity
 from pipeline.run import STAGES
 
@@ -67,8 +68,8 @@ def _packages(config: Config) -> list[dict[str, str]]:
     needed: list[str] = list(REQUIRED)
     if "espeak" in (config.voices.engine, config.speech.engine):
         needed.append("espeakng-loader")
-    if config.dialogues.writer == "openai":
-        needed.append("openai")
+    if config.dialogues.writer != "scripted":
+        needed += ["openai", "json-repair"]
     if config.train.runtime.wandb:
         needed.append("wandb")
     found, missing = [], []
@@ -166,7 +167,7 @@ def _secrets(config: Config) -> list[dict[str, str]]:
         held = bool(os.environ.get("HF_TOKEN"))
         text = "HF_TOKEN is set" if held else "HF_TOKEN is not set: gated models need it"
         checks.append(_check("hub token", "ok" if held else "warn", text))
-    if config.dialogues.writer == "openai":
+    if config.dialogues.writer != "scripted":
         held = bool(config.dialogues.runtime.api_key)
         text = "given" if held else "missing: set the variable that dialogues.runtime.api_key names"
         checks.append(_check("LLM key", "ok" if held else "fail", text))
@@ -234,9 +235,11 @@ def _estimate(config: Config) -> dict[str, str]:
     dialogues = personas * config.dialogues.per_persona
     turns = (config.dialogues.min_turns + config.dialogues.max_turns) / 2
     minutes = dialogues * turns * 3.5 / 60
-    paid = (
-        f"{dialogues} to {config.dialogues.llm}" if config.dialogues.writer == "openai" else "none"
-    )
+    try:
+        cost = estimate_cost(config)
+    except DuplexError as error:
+        return _check("estimate", "fail", str(error))
+    paid = cost.describe() if cost else "none"
     return _check(
         "estimate",
         "ok",

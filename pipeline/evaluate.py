@@ -30,8 +30,8 @@ from duplex.datafiles import find_path
 from duplex.errors import RequestError, ServerError
 from duplex.files import read_lines, sha256_bytes, write_atomic
 from duplex.records import Score
+from duplex.sinks import FileWriter
 from duplex.stage import StageContext, WholeStage
-from duplex.store import FileWriter
 from pipeline.engines import espeak
 from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
 from pipeline.evaluation.items import LEAD_IN_S, LOUDNESS_DBFS, load_items, speak_item

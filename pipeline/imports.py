@@ -16,24 +16,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from duplex.base import canonical_json
-from duplex.characters import GapRange
 from duplex.config import Config
-from duplex.datafiles import describe_faults
 from duplex.errors import RecordError, RequestError, StageFailedError
 from duplex.files import write_json
 from duplex.lock import RunLock
-from duplex.records import Dialogue, Turn, record_line
+from duplex.records import record_line
+from duplex.sinks import FolderBlobs
 from duplex.stage import StageContext
-from duplex.store import FolderBlobs, StageFolder
+from duplex.store import StageFolder
+from pipeline.engines.dialogue_file import read_dialogues
 from pipeline.foreign_tensors import read_tensors
-from pipeline.imported import Imported, json_values, slug
+from pipeline.imported import Imported
 from pipeline.recordings import RecordingOptions, read_recordings
-from pipeline.run import IMPORTS_FOLDER, run_folder_of, stage_named
+from pipeline.run import IMPORTS_FOLDER, STAGE_NAMES, run_folder_of, stage_named
 from pipeline.runners.local import describe_environment
 
 IMPORTABLE = ("dialogues", "speech", "tensors")
@@ -109,8 +106,8 @@ def import_stage(
 
 def forget_import(config: Config, runs_root: Path, stage_name: str) -> bool:
     """Let the stage do its own work again; the imported folder stays until `duplex clean`."""
-    if stage_name not in IMPORTABLE:
-        raise RequestError(f"--stage must be one of {', '.join(IMPORTABLE)}; found {stage_name}")
+    if stage_name not in STAGE_NAMES:  # `duplex pull` puts others in place too
+        raise RequestError(f"--stage must be one of {', '.join(STAGE_NAMES)}; found {stage_name}")
     run_folder = run_folder_of(config, runs_root)
     pointer = run_folder / IMPORTS_FOLDER / f"{stage_name}.json"
     if not pointer.exists():
@@ -118,48 +115,3 @@ def forget_import(config: Config, runs_root: Path, stage_name: str) -> bool:
     with RunLock(run_folder):
         pointer.unlink()
     return True
-
-
-# -- dialogues
-
-
-def read_dialogues(path: Path) -> Imported:
-    imported = Imported()
-    for index, value in enumerate(json_values(path)):
-        name = str(value.get("conversation_id") or value.get("id") or f"record {index}")
-        try:
-            imported.records.append(_dialogue(value, index))
-        except (ValidationError, KeyError, TypeError, ValueError) as error:
-            why = _describe_fault(error)
-            imported.refused.append((name, why))
-    imported.refuse_doubles()
-    return imported
-
-
-def _describe_fault(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        return describe_faults(error)
-    if isinstance(error, KeyError):
-        return f"{error.args[0]} must be given, found nothing"
-    return str(error) or type(error).__name__
-
-
-def _dialogue(value: dict[str, Any], index: int) -> Dialogue:
-    if "first_speaker" in value:
-        return Dialogue.model_validate({k: v for k, v in value.items() if k != "record"})
-    turns = tuple(Turn(role=turn["role"], text=turn["text"]) for turn in value["turns"])
-    if not turns:
-        raise ValueError("turns must not be empty")
-    return Dialogue(
-        id=slug(str(value.get("conversation_id", f"dialogue-{index:05d}"))),
-        persona_id=slug(str(value["persona_id"])),
-        persona_name=str(value.get("persona_name", value["persona_id"])),
-        scenario_id=slug(str(value.get("scenario", "unknown"))),
-        system_prompt=value["system_prompt"],
-        mood=str(value.get("mood", "")),
-        first_speaker=turns[0].role,
-        gap_after_user=GapRange(low=2, high=8),
-        gap_other=GapRange(low=4, high=12),
-        turns=turns,
-        writer="import",
-    )

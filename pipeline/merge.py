@@ -11,8 +11,8 @@ import shutil
 
 from duplex.base import Record
 from duplex.config import Config
+from duplex.sinks import FileWriter
 from duplex.stage import StageContext, WholeStage
-from duplex.store import FileWriter
 from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
 from training.process import prepare_process
 

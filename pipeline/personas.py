@@ -5,7 +5,7 @@ from __future__ import annotations
 from duplex.base import Record
 from duplex.characters import Domain, Persona, Scenario
 from duplex.config import Config, PersonasSection
-from duplex.datafiles import find_path, load_domain, load_personas, load_scenarios
+from duplex.datafiles import find_path, load_world
 from duplex.stage import BlobSink, MapStage, StageContext, Task
 
 
@@ -18,7 +18,8 @@ class PersonasStage(MapStage):
         """Every record by the digest of its content: a comment in a YAML file changes nothing.
 
         Raises:
-            DataFileError: a file breaks its schema, or an id is not there.
+            DataFileError: a file breaks its schema or does not fit its domain, or an id is not
+                there; all faults at once.
         """
         return {f"{type(record).__name__}:{record.id}": record.digest
                 for record in _load(config.personas)}  # fmt: skip
@@ -34,10 +35,14 @@ class PersonasStage(MapStage):
 
 
 def _load(section: PersonasSection) -> list[Domain | Persona | Scenario]:
-    domain = load_domain(find_path(section.domain))
-    personas = load_personas(find_path(section.folder), section.only)
-    scenarios = load_scenarios(find_path(section.scenarios), section.only_scenarios)
-    return [domain, *personas, *scenarios]
+    world = load_world(
+        find_path(section.domain),
+        find_path(section.folder),
+        find_path(section.scenarios),
+        only=section.only,
+        only_scenarios=section.only_scenarios,
+    )
+    return [world.domain, *world.personas.values(), *world.scenarios.values()]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from duplex.streams import TEXT_ROW, apply_delays
 if TYPE_CHECKING:
     import numpy as np
 
-    from duplex.store import FileWriter, StageFolder
+    from duplex.sinks import FileWriter
+    from duplex.store import StageFolder
     from pipeline.engines.checkpoint import Checkpoint
     from pipeline.serving.probe import ProbeResult
 

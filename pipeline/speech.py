@@ -1,36 +1,44 @@
 """Stage 4: dialogues are spoken. One stereo WAV each: left the agent, right the user.
 
 The agent has its persona's voice in all of its dialogues. The user's voice is the one that
-scores highest by a hash of dialogue and voice: a fifth voice takes over a fifth of the
-dialogues and leaves the others as they are.
+scores highest by a hash of dialogue and voice, among the voices of the dialogue's language and
+of its side of the split: no voice that is heard in training is heard in validation. A fifth
+voice takes over a fifth of the dialogues and leaves the others as they are.
 
 A turn that cannot be spoken rejects its dialogue; nothing is replaced by silence.
 Cost: 0.19 s of CPU time for a dialogue of 73 s (80 scripted dialogues, 98 minutes: 15 s on one
-EPYC core), a WAV of 5.8 MB a minute.
+EPYC core), a WAV of 5.8 MB a minute. One dialogue's utterances are in memory at a time.
 """
 
 from __future__ import annotations
 
 import io
 import random
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from duplex.base import Record
-from duplex.config import Config, SpeechSection
+from duplex.base import Record, Role
+from duplex.clips import text_digest
+from duplex.config import Config
 from duplex.errors import MissingInputError, RecordError
-from duplex.records import Dialogue, Speech, Voice
+from duplex.records import Dialogue, Speech, SpeechQuality, Turn, Voice
+from duplex.splits import Split, dialogue_sides, voice_sides
 from duplex.stage import BlobSink, MapStage, StageContext, Task, record_seed
 from duplex.store import StageFolder
-from pipeline.engines import espeak
+from pipeline.engines.engines import engine_module
+from pipeline.engines.speaker import Speaker, speaker_revision
+from pipeline.engines.speaking import SpeechRequest, Utterance
+from pipeline.pages.speech_page import render
 
 if TYPE_CHECKING:
     import numpy as np
 
-TEMPLATES = Path(__file__).with_name("templates")
-LISTEN_PER_PERSONA = 2
-PIXELS_PER_SECOND = 6
+    from duplex.mixing import VoicedTurn
+
+CONTEXT_UTTERANCES = 4  # that an engine is given which speaks better for it
+REQUESTS_AT_ONCE = 8  # to an engine that takes several: a server
 
 
 @dataclass(frozen=True)
@@ -40,81 +48,83 @@ class Script:
     dialogue: Dialogue
     agent: Voice | None
     user: Voice
+    side: Split
 
 
 class SpeechStage(MapStage):
     name = "speech"
     number = 4
+    version = 2
     reads = ("dialogues", "voices")
 
     def __init__(self) -> None:
-        self._engine: espeak.EspeakEngine | None = None
-        self._section = SpeechSection()
+        self._speaker: Speaker | None = None
+        self._context: StageContext | None = None
 
     def engine(self, config: Config) -> str:
-        return espeak.revision()
+        return speaker_revision(config)
+
+    def beyond(self, config: Config) -> dict[str, Any]:
+        tensors = config.tensors
+        return {"split": tensors.split, "valid_fraction": tensors.valid_fraction}
 
     def takes_workers(self, config: Config) -> bool:
-        return config.speech.runtime.workers is not None  # espeak alone is quicker than a start
+        """Where it was asked for: espeak alone is quicker than a start."""
+        return config.speech.runtime.workers is not None and _engines(config) == {"espeak"}
+
+    def threads(self, config: Config) -> int:
+        parallel = all(engine_module(name).CAPABILITIES.parallel for name in _engines(config))
+        return REQUESTS_AT_ONCE if parallel else 1
 
     def tasks(self, context: StageContext) -> list[Task]:
+        dialogues: list[Dialogue] = list(context.records("dialogues", Dialogue))
         voices: list[Voice] = list(context.records("voices", Voice))
         agents = {voice.persona_id: voice for voice in voices if voice.role == "agent"}
-        users = [voice for voice in voices if voice.role == "user"]
-        if not users:
-            raise MissingInputError(
-                "the speech stage needs at least one voice with role user, found none in "
-                f"{context.inputs['voices'].path}. Raise voices.user_voices."
-            )
+        pools = user_pools(voices, context.config)
+        named = {persona: voice.id for persona, voice in agents.items() if persona}
+        section, seed = context.config.tensors, context.config.seed
+        sides = dialogue_sides(dialogues, named, section.split, section.valid_fraction, seed)
         tasks = []
-        for dialogue in context.records("dialogues", Dialogue):
+        for dialogue in dialogues:
             agent = agents.get(dialogue.persona_id)
-            user = choose_user_voice(dialogue.id, users, context.config.seed)
-            sources = (dialogue.digest, agent.digest if agent else "none", user.digest)
-            tasks.append(Task(dialogue.id, sources, Script(dialogue, agent, user)))
+            side = sides.get(dialogue.id, "train")
+            language = agent.language if agent else "en"
+            pool = pools.get((language, side)) or pools.get(("en", side), [])
+            if not pool:
+                raise MissingInputError(
+                    f"the speech stage needs at least one voice with role user for {language}, "
+                    f"found none in {context.inputs['voices'].path}. Raise voices.user_voices."
+                )
+            user = choose_user_voice(dialogue.id, pool, seed)
+            sources = (dialogue.digest, sound_of(agent) if agent else "none", sound_of(user))
+            tasks.append(Task(dialogue.id, sources, Script(dialogue, agent, user, side)))
         return tasks
 
     def setup(self, context: StageContext) -> None:
-        self._engine = espeak.EspeakEngine()
-        self._section = context.config.speech
+        self._context = context
+        self._speaker = Speaker(context.config.speech, context.report)
 
     def process(self, task: Task, seed: int, blobs: BlobSink) -> list[Record]:
-        from duplex.mixing import VoicedTurn, mix_turns
+        from duplex.mixing import mix_turns
 
-        assert self._engine is not None, "setup comes first"
+        assert self._context is not None, "setup comes first"
         script: Script = task.payload
-        dialogue = script.dialogue
-        if script.agent is None:
-            raise RecordError(
-                f"persona {dialogue.persona_id} must have a voice, found none: "
-                "see rejected.jsonl of the voices stage"
+        dialogue, section = script.dialogue, self._context.config.speech
+        reading = _Reading(self, script, seed)
+        turns = [reading.turn(index, turn) for index, turn in enumerate(dialogue.turns)]
+        try:
+            timeline = mix_turns(
+                turns,
+                gap_after_user=dialogue.gap_after_user,
+                gap_other=dialogue.gap_other,
+                rng=random.Random(seed),
+                loudness_dbfs=section.loudness_dbfs,
+                lead_in_s=section.lead_in_s,
+                tail_s=section.tail_s,
+                section=section.timeline,
             )
-        turns = []
-        for index, turn in enumerate(dialogue.turns):
-            voice = script.agent if turn.role == "agent" else script.user
-            try:
-                utterance = self._engine.synthesize(turn.text, voice.params)
-            except RecordError as error:
-                raise RecordError(f"turn {index} ({turn.role}): {error}") from error
-            turns.append(
-                VoicedTurn(
-                    role=turn.role,
-                    text=turn.text,
-                    voice_id=voice.id,
-                    samples=utterance.samples,
-                    words=utterance.words,
-                    gap_frames=turn.gap_frames,
-                )
-            )
-        timeline = mix_turns(
-            turns,
-            gap_after_user=dialogue.gap_after_user,
-            gap_other=dialogue.gap_other,
-            rng=random.Random(seed),
-            loudness_dbfs=self._section.loudness_dbfs,
-            lead_in_s=self._section.lead_in_s,
-            tail_s=self._section.tail_s,
-        )
+        except ValueError as error:
+            raise RecordError(str(error)) from error
         return [
             Speech(
                 id=task.id,
@@ -126,28 +136,137 @@ class SpeechStage(MapStage):
                 audio=blobs.put(wav_bytes(timeline.audio), ".wav"),
                 num_samples=timeline.audio.shape[1],
                 turns=timeline.turns,
+                text_digest=text_digest(dialogue.turns),
+                quality=quality_of(reading.spoken),
             )
         ]
 
+    def speak(self, request: SpeechRequest) -> Utterance:
+        """A request with its voice's recording, spoken."""
+        assert self._speaker is not None and self._context is not None, "setup comes first"
+        if request.voice.sample:
+            folder = self._context.inputs["voices"]
+            request = replace(request, sample=folder.blob_path(request.voice.sample, ".wav"))
+        return self._speaker.speak(request)
+
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        if self._speaker is not None:
+            self._speaker.close()
+            self._speaker = None
 
     def page(self, folder: StageFolder, context: StageContext) -> str | None:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        sides = {task.id: task.payload.side for task in self.tasks(context)}
+        names = {voice.id: voice for voice in context.records("voices", Voice)}
+        return render(folder, context.config, sides, names)
 
-        environment = Environment(
-            loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-            trim_blocks=True, lstrip_blocks=True,
-        )  # fmt: skip
-        rows = page_rows(finished_speech(folder))
-        return environment.get_template("speech.html.j2").render(
-            config=context.config.name,
-            rows=rows,
-            total_s=sum(row["duration_s"] for row in rows),
-            personas=len({row["speech"].persona_id for row in rows}),
+
+class _Reading:
+    """One dialogue, read aloud turn by turn."""
+
+    def __init__(self, stage: SpeechStage, script: Script, seed: int):
+        dialogue = script.dialogue
+        if script.agent is None:
+            raise RecordError(
+                f"persona {dialogue.persona_id} must have a voice, found none: "
+                "see rejected.jsonl of the voices stage"
+            )
+        self._stage, self._seed = stage, seed
+        self._voices: dict[Role, Voice] = {"agent": script.agent, "user": script.user}
+        self._language = script.agent.language
+        self.spoken: list[tuple[str, Utterance]] = []
+
+    def turn(self, index: int, turn: Turn) -> VoicedTurn:
+        """
+        Raises:
+            RecordError: no speech of it; names the turn.
+        """
+        from duplex.mixing import VoicedBackchannel, VoicedTurn
+
+        utterance = self._utterance(turn.role, turn.text, f"turn {index}", turn)
+        other: Role = "user" if turn.role == "agent" else "agent"
+        within = []
+        for number, said in enumerate(turn.backchannels):
+            heard = self._utterance(other, said.text, f"turn {index} backchannel {number}")
+            within.append(
+                VoicedBackchannel(
+                    text=said.text,
+                    voice_id=self._voices[other].id,
+                    after_word=said.after_word,
+                    samples=heard.samples,
+                    words=heard.words or (),
+                )
+            )
+        return VoicedTurn(
+            role=turn.role,
+            text=turn.text,
+            voice_id=self._voices[turn.role].id,
+            samples=utterance.samples,
+            words=utterance.words or (),
+            gap_frames=turn.gap_frames,
+            emotion=turn.emotion,
+            cut_after_words=turn.cut_after_words,
+            backchannels=tuple(within),
         )
+
+    def _utterance(self, role: Role, text: str, place: str, turn: Turn | None = None) -> Utterance:
+        request = SpeechRequest(
+            text=text,
+            voice=self._voices[role],
+            seed=record_seed(self._seed, "utterance", place),
+            language=self._language,
+            context=tuple(self.spoken[-CONTEXT_UTTERANCES:]),
+        )
+        if turn and turn.emotion:
+            intensity = 1.0 if turn.intensity is None else turn.intensity
+            request = replace(request, emotion=turn.emotion, intensity=intensity)
+        try:
+            utterance = self._stage.speak(request)
+        except RecordError as error:
+            raise RecordError(f"{place} ({role}): {error}") from error
+        self.spoken.append((text, utterance))
+        return utterance
+
+
+def _engines(config: Config) -> set[str]:
+    return {config.voices.engine, config.speech.engine, *config.speech.engines.values()}
+
+
+def user_pools(voices: Sequence[Voice], config: Config) -> dict[tuple[str, Split], list[Voice]]:
+    """The user's voices by language and side of the split. A language's lone voice is heard on
+    both sides."""
+    by_language: defaultdict[str, list[Voice]] = defaultdict(list)
+    for voice in voices:
+        if voice.role == "user":
+            by_language[voice.language].append(voice)
+    pools: defaultdict[tuple[str, Split], list[Voice]] = defaultdict(list)
+    both: tuple[Split, Split] = ("train", "valid")
+    for language, members in by_language.items():
+        fraction = config.tensors.valid_fraction
+        sides = voice_sides((voice.id for voice in members), fraction, config.seed)
+        for voice in members:
+            alone = len(set(sides.values())) == 1
+            for side in both if alone else (sides[voice.id],):
+                pools[language, side].append(voice)
+    return pools
+
+
+def sound_of(voice: Voice) -> str:
+    """Digest of what a voice sounds like: an engine that never says the same twice proves it
+    with another sentence, and that must not speak everything again."""
+    return voice.model_copy(update={"proof": None}).digest
+
+
+def quality_of(spoken: Sequence[tuple[str, Utterance]]) -> SpeechQuality:
+    """What the checks measured on the utterances of a conversation."""
+    checks = [utterance.checks for _, utterance in spoken if utterance.checks]
+    rates = [check.wer for check in checks if check.wer is not None]
+    return SpeechQuality(
+        utterances=len(spoken),
+        transcribed=len(rates),
+        worst_wer=round(max(rates), 4) if rates else None,
+        mean_wer=round(sum(rates) / len(rates), 4) if rates else None,
+        retries=sum(check.retries for check in checks),
+    )
 
 
 def choose_user_voice(dialogue_id: str, voices: list[Voice], run_seed: int) -> Voice:
@@ -171,56 +290,6 @@ def wav_bytes(audio: np.ndarray) -> bytes:
     target = io.BytesIO()
     soundfile.write(target, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return target.getvalue()
-
-
-# -- the page
-
-
-def finished_speech(folder: StageFolder) -> list[Speech]:
-    """The folder's records by id, also while its manifest is still to come."""
-    import json
-
-    from duplex.records import parse_record
-
-    lines = (line for entry in folder.ledger().values() for line in entry.lines)
-    records = (
-        folder.records() if folder.manifest() else (parse_record(json.loads(x)) for x in lines)
-    )
-    return sorted((r for r in records if isinstance(r, Speech)), key=lambda r: r.id)
-
-
-def page_rows(speeches: list[Speech]) -> list[dict[str, Any]]:
-    """One row a dialogue: its record, figures, and rectangles of its timeline."""
-    from duplex.frames import SAMPLE_RATE
-
-    heard: dict[str, int] = {}
-    rows = []
-    for speech in speeches:
-        heard[speech.persona_id] = heard.get(speech.persona_id, 0) + 1
-        gaps = [b.start_s - a.end_s for a, b in zip(speech.turns, speech.turns[1:], strict=False)]
-        rows.append(
-            {
-                "speech": speech,
-                "listen": heard[speech.persona_id] <= LISTEN_PER_PERSONA,
-                "duration_s": speech.num_samples / SAMPLE_RATE,
-                "words": sum(len(turn.words) for turn in speech.turns),
-                "voices": sorted({turn.voice_id for turn in speech.turns}),
-                "gap_mean_s": sum(gaps) / len(gaps) if gaps else None,
-                "gap_least_s": min(gaps, default=None),
-                "gap_most_s": max(gaps, default=None),
-                "width": round(speech.num_samples / SAMPLE_RATE * PIXELS_PER_SECOND, 1),
-                "bars": [
-                    {
-                        "role": turn.role,
-                        "x": round(turn.start_s * PIXELS_PER_SECOND, 1),
-                        "width": round((turn.end_s - turn.start_s) * PIXELS_PER_SECOND, 1),
-                        "title": f"{turn.start_s:.2f} s {turn.role}: {turn.text}",
-                    }
-                    for turn in speech.turns
-                ],
-            }
-        )
-    return rows
 
 
 if __name__ == "__main__":

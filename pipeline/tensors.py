@@ -364,7 +364,7 @@ class TensorsStage(MapStage):
             dialogue_id=speech.dialogue_id,
             persona_id=speech.persona_id,
             voices=agent_voices(speech),
-            text_digest=text_digest(speech.turns),
+            text_digest=speech.text_digest or text_digest(speech.turns),
             voice_sample=clip.sample.id if clip.sample else None,
             tensor=blobs.put(buffer.getvalue(), ".pt"),
             num_frames=codes.shape[1],

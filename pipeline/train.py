@@ -23,9 +23,9 @@ from duplex.config import Config, TrainSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes, write_atomic
 from duplex.records import TensorClip
+from duplex.sinks import FileWriter
 from duplex.splits import Split, member_of, overlaps
 from duplex.stage import StageContext, WholeStage, record_seed
-from duplex.store import FileWriter
 from pipeline.engines.checkpoint import Checkpoint, model_identity, resolve_checkpoint
 from training.process import prepare_process
 

@@ -1,139 +1,239 @@
-"""Stage 3: a voice for each persona, and some for the person on the other side.
+"""Stage 3: a voice for each persona, for good, and some for the person on the other side.
 
-A persona's voice follows its traits: gender and age choose the variants, accent the language,
-pitch and rate the numbers; a hash of its id picks among the variants and moves the numbers a
-little. So it depends on nothing but id and traits: editing what a persona says, or adding
-another one, changes no voice. Two ids with equal traits meet in the same voice less than once
-in 20 000 times; then the later id draws again.
+Three sources, one a config: espeak's own voices, shaped by a persona's traits
+(`pipeline/engines/espeak_voices.py`); voices that an engine has by name; recorded speakers, cut
+to a sample that an engine clones (`pipeline/engines/voice_recordings.py`). Nobody shares a
+voice, and each is proven: it says a sentence, which is kept to be listened to.
 
-User voices come from variants of their own, chosen for their distance: mean log-mel spectra of
-two sentences lie at least 4.6 dB from every persona variant and 5.1 dB from each other, while
-a persona variant's nearest lies at 1.6 to 4.9 dB. Variants that clip (antonio, paul) or halve
-the first formant (travis) are left out. Each voice is proven by speaking a word: 10 ms.
+Cost: 20 ms a voice with espeak. Recordings take 1 s a minute to be judged, all of them as soon
+as one voice is to be made, since who gets which depends on who is fit.
 """
 
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from duplex.base import Record, Role, canonical_json
+from duplex.base import Language, Record, canonical_json
 from duplex.characters import Persona, VoiceTraits
 from duplex.config import Config
-from duplex.errors import RequestError
+from duplex.errors import RecordError, RequestError
 from duplex.records import Dialogue, Voice
 from duplex.stage import BlobSink, MapStage, StageContext, Task
-from pipeline.engines import espeak
+from duplex.store import StageFolder
+from pipeline.engines.draws import Draw
+from pipeline.engines.engines import engine_for, engine_module
+from pipeline.engines.espeak_voices import Params, persona_params, user_params
+from pipeline.engines.speaking import SpeechEngine, SpeechRequest
+from pipeline.engines.voice_choice import Want, match_names
+from pipeline.engines.voice_sets import Casting, cast, clips_of, source_digest
+from pipeline.pages.voices_page import Rejected, render
 
-ENGINE = "espeak"
-LICENCE = "GPL-3.0-or-later (the engine)"
-PROOF_TEXT = "Hello."
 LONGEST_ID = 96  # of a record
-
-PERSONA_VARIANTS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("female", "young"): ("f2", "f3", "f5", "Annie"),
-    ("female", "adult"): ("f2", "f3", "f5", "Annie"),
-    ("female", "old"): ("f1", "aunty", "grandma"),
-    ("male", "young"): ("m3", "m6", "m7", "Alex"),
-    ("male", "adult"): ("m3", "m4", "m6", "m7", "max", "robert"),
-    ("male", "old"): ("m1", "m8", "grandpa"),
+PROOF_DBFS = -24.0
+PROOF_TEXTS = {
+    "en": "Hello. This is how I sound.",
+    "hi": "नमस्ते।",
+    "es": "Hola, buenos días.",
+    "fr": "Bonjour à tous.",
+    "de": "Guten Morgen zusammen.",
+    "it": "Buongiorno a tutti.",
+    "pt": "Bom dia a todos.",
+    "ja": "こんにちは。",
+    "ko": "안녕하세요.",
+    "zh": "你好。",
+    "ms": "Selamat pagi.",
+    "ta": "வணக்கம்.",
+    "te": "నమస్కారం.",
+    "mr": "नमस्कार.",
+    "kn": "ನಮಸ್ಕಾರ.",
+    "ml": "നമസ്കാരം.",
+    "bn": "নমস্কার.",
 }
-PITCH_SPREAD, RATE_SPREAD = 5, 8  # each way
-RANGE_LOW, RANGE_HIGH = 35, 70
-
-USER_VARIANTS = ("steph", "michel", "belinda", "Andy", "anika", "edward")
-USER_ACCENTS = ("en-us", "en-gb")
-USER_PITCHES = (50, 42, 58, 38, 62, 46)  # 6 variants x 2 accents x 6 pitches: 72 voices
-USER_RATES = (175, 165, 185, 170, 180)
-
-Params = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
 class VoicePlan:
-    """What a voice will be."""
+    """What a voice will be. `wants` are all voices that are chosen together with it."""
 
-    role: Role
-    persona_id: str | None
+    want: Want
+    engine: str
     params: Params
+    wants: tuple[Want, ...] = field(default=(), repr=False)
 
 
 class VoicesStage(MapStage):
     name = "voices"
     number = 3
+    version = 2
     reads = ("personas", "dialogues")
     set_only = frozenset({"user_voices"})
 
     def __init__(self) -> None:
-        self._engine: espeak.EspeakEngine | None = None
+        self._engines: dict[str, SpeechEngine] = {}
+        self._context: StageContext | None = None
+        self._casting: Casting | None = None
 
     def engine(self, config: Config) -> str:
-        return espeak.revision()
+        return engine_module(config.voices.engine).revision(config.speech)
 
     def tasks(self, context: StageContext) -> list[Task]:
-        traits = {p.id: p.voice for p in context.records("personas", Persona)}
-        for dialogue in context.records("dialogues", Dialogue):
-            if dialogue.persona_id not in traits:  # imported: somebody else's persona
-                traits[dialogue.persona_id] = default_traits(dialogue.persona_id)
-        users = range(context.config.voices.user_voices)
+        section = context.config.voices
+        wants = wanted_voices(context)
+        if section.names is not None:
+            return named_tasks(wants, context.config)
+        if section.recordings is None and section.dataset is None:
+            return espeak_tasks(wants)
+        if not engine_module(section.engine).CAPABILITIES.cloning:
+            raise RequestError(
+                f"recordings need an engine that clones voices, {section.engine} does not. Set "
+                "voices.engine: chatterbox, csm or pocket-tts"
+            )
+        # Who gets which speaker hangs on everybody who wants one.
+        together = _digest({"source": source_digest(section), "wants": [str(w) for w in wants]})
         return [
-            *agent_tasks(sorted(traits.items())),
-            *(
-                Task(f"user-{index:02d}", (), VoicePlan("user", None, user_params(index)))
-                for index in users
-            ),
+            Task(want.id, (together,), VoicePlan(want, section.engine, {}, tuple(wants)))
+            for want in wants
         ]
 
     def setup(self, context: StageContext) -> None:
-        self._engine = espeak.EspeakEngine()
+        self._context = context
 
     def process(self, task: Task, seed: int, blobs: BlobSink) -> list[Record]:
-        assert self._engine is not None, "setup comes first"
         plan: VoicePlan = task.payload
-        try:
-            self._engine.synthesize(PROOF_TEXT, plan.params)
-        except RequestError as error:
-            raise RequestError(
-                f"{task.id}: {error}. Look at `voice` of persona {plan.persona_id}; "
-                "accent must be a voice of espeak-ng, such as en-us, en-gb or en-gb-scotland."
-            ) from error
-        return [
-            Voice(
-                id=task.id,
-                engine=ENGINE,
-                role=plan.role,
-                persona_id=plan.persona_id,
-                params=plan.params,
-                licence=LICENCE,
-            )
-        ]
+        want = plan.want
+        voice = Voice(
+            id=task.id,
+            engine=plan.engine,
+            role=want.role,
+            persona_id=want.persona_id,
+            params=plan.params,
+            language=want.language,
+            licence=engine_module(plan.engine).CAPABILITIES.licence,
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            sample = None
+            if plan.wants:
+                voice, content = self._cloned(voice, plan)
+                voice = voice.model_copy(update={"sample": blobs.put(content, ".wav")})
+                sample = Path(scratch) / "sample.wav"
+                sample.write_bytes(content)
+            proof = self._proof(voice, seed, sample)
+        return [voice.model_copy(update={"proof": blobs.put(proof, ".wav")})]
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        engines, self._engines = self._engines, {}
+        for engine in engines.values():
+            engine.close()
 
+    def notes(self, folder: StageFolder) -> dict[str, Any]:
+        if self._casting is None:
+            return {}
+        return {"refused_recordings": [list(pair) for pair in self._casting.refused]}
 
-def agent_tasks(traits: Iterable[tuple[str, VoiceTraits]]) -> list[Task]:
-    """A task for each persona; no two get equal parameters."""
-    tasks: list[Task] = []
-    taken: set[str] = set()
-    for persona_id, voice in traits:
-        attempt = 0
-        while canonical_json(params := agent_params(persona_id, voice, attempt)) in taken:
-            attempt += 1
-        taken.add(canonical_json(params))
-        material: dict[str, object] = {
-            "persona": persona_id,
-            "voice": voice.model_dump(mode="json"),
+    def page(self, folder: StageFolder, context: StageContext) -> str | None:
+        refused: Iterable[Rejected] = self._casting.refused if self._casting else ()
+        return render(folder, context, tuple(refused))
+
+    def _cloned(self, voice: Voice, plan: VoicePlan) -> tuple[Voice, bytes]:
+        """The voice with what is known of its speaker, and its sample's WAV."""
+        from pipeline.engines.encoding import mono_wav_bytes
+        from pipeline.engines.voice_recordings import transcript_of
+
+        assert self._context is not None, "setup comes first"
+        section = self._context.config.voices
+        if self._casting is None:
+            self._casting = self._cast(plan.wants)
+        sample = self._casting.samples[plan.want.id]
+        source = (
+            f"{sample.clip.source}, {sample.start_s:g}-{sample.end_s:g} s, "
+            f"{sample.snr_db:.0f} dB above the noise, up to {sample.bandwidth_hz / 1000:.1f} kHz"
+        )
+        update = {
+            "licence": sample.clip.licence,
+            "consent": sample.clip.consent,
+            "source": source,
+            "transcript": transcript_of(sample, section),
         }
-        # Only a voice that had to give way depends on more than its own persona.
-        if attempt:
-            material["attempt"] = attempt
-        plan = VoicePlan("agent", persona_id, params)
-        tasks.append(Task(agent_voice_id(persona_id), (_digest(material),), plan))
-    return tasks
+        return voice.model_copy(update=update), mono_wav_bytes(sample.samples)
+
+    def _cast(self, wants: tuple[Want, ...]) -> Casting:
+        from pipeline.engines.vad import VoiceActivity
+
+        assert self._context is not None
+        section = self._context.config.voices
+        casting = cast(
+            wants,
+            clips_of(section),
+            VoiceActivity(),
+            guess_gender=section.guess_gender,
+            thorough=section.dataset is None,
+        )
+        if casting.refused:
+            source, reason = casting.refused[0]
+            self._context.report(
+                f"voices: {len(casting.refused)} recordings were refused, first {source}: {reason}"
+            )
+        return casting
+
+    def _proof(self, voice: Voice, seed: int, sample: Path | None) -> bytes:
+        """A sentence in this voice.
+
+        Raises:
+            RequestError: the engine has no such voice; names the persona.
+        """
+        from duplex.mixing import normalize_loudness
+        from pipeline.engines.encoding import mono_wav_bytes
+
+        assert self._context is not None, "setup comes first"
+        text = PROOF_TEXTS.get(voice.language, PROOF_TEXTS["en"])
+        request = SpeechRequest(
+            text=text, voice=voice, seed=seed, language=voice.language, sample=sample
+        )
+        try:
+            samples = self._engine(voice.engine).synthesize(request).samples
+        except RequestError as error:
+            hint = (
+                "accent must be a voice of espeak-ng, such as en-us, en-gb or en-gb-scotland."
+                if voice.engine == "espeak"
+                else "The engine must have it: see voices.names."
+            )
+            raise RequestError(
+                f"{voice.id}: {error}. Look at `voice` of persona {voice.persona_id}; {hint}"
+            ) from error
+        try:
+            return mono_wav_bytes(normalize_loudness(samples, PROOF_DBFS))
+        except ValueError as error:
+            raise RecordError(f"{voice.id}: {error}") from error
+
+    def _engine(self, name: str) -> SpeechEngine:
+        assert self._context is not None
+        if name not in self._engines:
+            self._engines[name] = engine_module(name).make(self._context.config.speech)
+        return self._engines[name]
+
+
+# -- what is wanted
+
+
+def wanted_voices(context: StageContext) -> list[Want]:
+    """A voice for each persona by id, also an imported one; then the user's, a language each."""
+    known = {p.id: (p.voice, p.language) for p in context.records("personas", Persona)}
+    for dialogue in context.records("dialogues", Dialogue):
+        if dialogue.persona_id not in known:  # imported: somebody else's persona
+            known[dialogue.persona_id] = default_traits(dialogue.persona_id), "en"
+    wants = [
+        Want(agent_voice_id(persona_id), "agent", language, persona_id, traits)
+        for persona_id, (traits, language) in sorted(known.items())
+    ]
+    for language in sorted({language for _, language in known.values()} or {"en"}):
+        for index in range(context.config.voices.user_voices):
+            wants.append(Want(user_voice_id(index, language), "user", language))
+    return wants
 
 
 def agent_voice_id(persona_id: str) -> str:
@@ -144,48 +244,74 @@ def agent_voice_id(persona_id: str) -> str:
     return f"{voice_id[: LONGEST_ID - 13]}-{short}"
 
 
-def agent_params(persona_id: str, traits: VoiceTraits, attempt: int = 0) -> Params:
-    draw = _Draw(f"{persona_id}\x00{attempt}")
-    pitch = traits.pitch + draw.between(-PITCH_SPREAD, PITCH_SPREAD)
-    variants = PERSONA_VARIANTS[traits.gender, traits.age]
-    return {
-        "voice": traits.accent,
-        "variant": variants[draw.between(0, len(variants) - 1)],
-        "pitch": min(max(pitch, 0), 99),
-        "range": draw.between(RANGE_LOW, RANGE_HIGH),
-        "rate_wpm": traits.rate_wpm + draw.between(-RATE_SPREAD, RATE_SPREAD),
-    }
-
-
-def user_params(index: int) -> Params:
-    """The index-th user voice. The first six differ in variant, the next six in accent too."""
-    lap, variant = divmod(index, len(USER_VARIANTS))
-    pitch, accent = divmod(lap, len(USER_ACCENTS))
-    return {
-        "voice": USER_ACCENTS[(accent + variant) % len(USER_ACCENTS)],
-        "variant": USER_VARIANTS[variant],
-        "pitch": USER_PITCHES[pitch],
-        "range": 50,
-        "rate_wpm": USER_RATES[index % len(USER_RATES)],
-    }
+def user_voice_id(index: int, language: Language = "en") -> str:
+    return f"user-{index:02d}" if language == "en" else f"user-{language}-{index:02d}"
 
 
 def default_traits(persona_id: str) -> VoiceTraits:
     """Traits of a persona of which only dialogues are known."""
-    gender = ("female", "male")[_Draw(f"gender of {persona_id}").between(0, 1)]
+    gender = ("female", "male")[Draw(f"gender of {persona_id}").between(0, 1)]
     return VoiceTraits.model_validate({"gender": gender})
 
 
-class _Draw:
-    """Numbers from a hash: the same on every machine and Python."""
+# -- tasks
 
-    def __init__(self, material: str):
-        self._rest = int.from_bytes(hashlib.sha256(material.encode()).digest(), "big")
 
-    def between(self, low: int, high: int) -> int:
-        """An integer in [low, high]."""
-        self._rest, offset = divmod(self._rest, high - low + 1)
-        return low + offset
+def espeak_tasks(wants: Iterable[Want]) -> list[Task]:
+    """A task for each want; no two personas get equal parameters."""
+    wants = list(wants)
+    agents = [(w.persona_id, w.traits, w.language) for w in wants if w.persona_id and w.traits]
+    chosen = persona_params(agents)
+    tasks: list[Task] = []
+    for want in wants:
+        if not want.persona_id or not want.traits:
+            index = int(want.id.rpartition("-")[2])
+            plan = VoicePlan(want, "espeak", user_params(index, want.language))
+            tasks.append(Task(want.id, (), plan))
+            continue
+        params, attempt = chosen[want.persona_id]
+        material: dict[str, object] = {
+            "persona": want.persona_id,
+            "voice": want.traits.model_dump(mode="json"),
+        }
+        if want.language != "en":
+            material["language"] = want.language
+        # Only a voice that had to give way depends on more than its own persona.
+        if attempt:
+            material["attempt"] = attempt
+        plan = VoicePlan(want, "espeak", params)
+        tasks.append(Task(want.id, (_digest(material),), plan))
+    return tasks
+
+
+def named_tasks(wants: Iterable[Want], config: Config) -> list[Task]:
+    """Voices of an engine by name. A language that it does not speak is another engine's, which
+    must be espeak: names mean nothing elsewhere.
+
+    Raises:
+        RequestError: too few names, or no engine for a language.
+    """
+    section = config.voices
+    assert section.names is not None
+    own = engine_module(section.engine).CAPABILITIES
+    spoken = [want for want in wants if own.speaks(want.language)]
+    others = [want for want in wants if not own.speaks(want.language)]
+    names = match_names(spoken, section.names)
+    tasks = [
+        Task(want.id, (names[want.id],), VoicePlan(want, section.engine, {"voice": names[want.id]}))
+        for want in spoken
+    ]
+    for want in others:
+        if engine_for(want.language, config.speech) != "espeak":
+            raise RequestError(
+                f"{want.id} speaks {want.language}, {section.engine} does not. Set for this "
+                f"language speech.engines: {{{want.language}: espeak}}, or clone voices from "
+                "recordings (voices.recordings)"
+            )
+    return tasks + [
+        replace(task, sources=(*task.sources, engine_module("espeak").revision(config.speech)))
+        for task in espeak_tasks(others)
+    ]
 
 
 def _digest(material: Mapping[str, object]) -> str:

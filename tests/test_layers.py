@@ -45,6 +45,7 @@ LAYERS = [
             "duplex.coffee",
             "duplex.clips",
             "duplex.mixing",
+            "duplex.room",
             "duplex.metrics",
             "duplex.phases",
             "duplex.inspection",
@@ -58,11 +59,22 @@ LAYERS = [
             "training.lora",
         ),
     ),
-    (3, ("duplex.files", "duplex.lock", "duplex.datafiles", "duplex.stage", "duplex.store")),
-    (3, ("pipeline.runners",)),
+    (
+        3,
+        (
+            "duplex.files",
+            "duplex.lock",
+            "duplex.datafiles",
+            "duplex.stage",
+            "duplex.store",
+            "duplex.sinks",
+        ),
+    ),
+    (3, ("pipeline.runners", "pipeline.imported")),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
+    (4, ("pipeline.pages",)),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
-    (6, ("pipeline", "duplex.cli")),
+    (6, ("pipeline", "duplex.cli", "duplex.cli_data")),
 ]
 PURE = LAYERS[2][1]
 ONLY_IN = {"ray": "pipeline.runners.ray", "accelerate": "training.loop", "peft": "training"}

@@ -88,7 +88,7 @@ def _ranked(
         lengths = [
             (turn.end_s - turn.start_s, -index)
             for index, turn in enumerate(speech.turns)
-            if turn.role == "agent" and turn.voice_id == voice
+            if turn.kind == "turn" and turn.role == "agent" and turn.voice_id == voice
         ]
         length_s, index = max(lengths, default=(0.0, 0))
         if length_s >= SHORTEST_S and voice_of(speech) == voice:
@@ -109,7 +109,7 @@ def _short(voice: str) -> str:
 
 def opening(speech: Speech) -> SpokenTurn | None:
     """The user's first turn where the conversation begins with it."""
-    first = speech.turns[0] if speech.turns else None
+    first = speech.turns[0] if speech.turns and speech.turns[0].kind == "turn" else None
     return first if first and first.role == "user" and speech.first_speaker == "user" else None
 
 
@@ -136,7 +136,7 @@ def split_of(speeches: list[Speech], section: TensorsSection, seed: int) -> dict
             id=speech.id,
             persona=speech.persona_id,
             conversation=speech.dialogue_id,
-            text=text_digest(speech.turns),
+            text=speech.text_digest or text_digest(speech.turns),
             voices=agent_voices(speech),
         )
         for speech in speeches
@@ -169,17 +169,21 @@ def fixed_batches(speeches: list[Speech], size: int) -> dict[str, tuple[Speech, 
 def dialogue_start(speech: Speech, *, greeting: bool) -> int:
     """The frame from which on a recording is dialogue: after the user's greeting, or 0.
 
+    A backchannel within the greeting is lost with it: in a prompt the agent is silent.
+
     Raises:
-        RecordError: the agent speaks over the greeting.
+        RecordError: the agent speaks over the greeting, or over its end.
     """
     first = opening(speech) if greeting else None
     if first is None:
         return 0
     _, end = turn_frames(first)
-    if any(turn_frames(turn)[0] < end for turn in speech.turns[1:]):
+    within = [turn for turn in speech.turns[1:] if turn_frames(turn)[0] < end]
+    if any(turn.kind == "turn" or turn_frames(turn)[1] > end for turn in within):
         raise RecordError(
             "a greeting in the prompt must be heard out, found another turn that starts before it "
-            "ends. Set tensors.greeting: false, or give the dialogue's second turn a gap."
+            "ends. Set tensors.greeting: false, or give the dialogue's second turn a gap and its "
+            "first no cut_after_words."
         )
     return end
 

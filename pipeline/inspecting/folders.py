@@ -269,7 +269,11 @@ def split_findings(clips: Sequence[TensorClip], speeches: dict[str, Speech]) -> 
         yield finding("split-overlap", fault)
     for code, kind, values in (
         ("shared-user-voice", "user voices", lambda turn: turn.role == "user" and turn.voice_id),
-        ("shared-sentence", "sentences", lambda turn: " ".join(turn.text.casefold().split())),
+        (
+            "shared-sentence",
+            "sentences",
+            lambda turn: turn.kind == "turn" and " ".join(turn.text.casefold().split()),
+        ),
     ):
         both = _on_both_sides(
             clips,

@@ -13,7 +13,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from duplex.datafiles import CHECKOUT
-from duplex.errors import RecordError, StageFailedError, TransientError
+from duplex.errors import BudgetError, RecordError, StageFailedError, TransientError
 from duplex.files import write_atomic
 from duplex.records import parse_record, record_line
+from duplex.sinks import FileWriter
 from duplex.stage import MapStage, StageContext, Task, WholeStage
-from duplex.store import FileWriter, LedgerEntry, StageFolder, folders_of, outlives
+from duplex.store import LedgerEntry, StageFolder, folders_of, outlives
 from pipeline.runners.work import Outcome, outcomes
 
 TRANSIENT_LIMIT = 5  # transient failures in a row after which a stage gives up for now
@@ -243,7 +244,7 @@ def _work_off(
     stage: MapStage, context: StageContext, folder: StageFolder, pending: list[Task], book: _Book
 ) -> int:
     made = transient_in_a_row = 0
-    with closing(outcomes(stage, context, folder, pending)) as results:
+    with closing(_kept(outcomes(stage, context, folder, pending), book)) as results:
         for outcome in _progress(stage.name, results, len(pending)):
             task_id = outcome.task_id
             if isinstance(outcome.error, TransientError):
@@ -264,6 +265,15 @@ def _work_off(
             book.done[task_id] = entry
             made += 1
     return made
+
+
+def _kept(results: Iterator[Outcome], book: _Book) -> Generator[Outcome, None, None]:
+    """The outcomes; a budget that ends them says how far they came."""
+    try:
+        yield from results
+    except BudgetError as error:
+        done = f"Kept: {len(book.done)} of {len(book.tasks)} tasks."
+        raise BudgetError(f"{error} {done}") from None
 
 
 def _progress(name: str, results: Iterator[Outcome], total: int) -> Iterator[Outcome]:

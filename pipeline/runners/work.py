@@ -36,8 +36,9 @@ from duplex.errors import (
     TransientError,
 )
 from duplex.records import record_line
+from duplex.sinks import FolderBlobs
 from duplex.stage import MapStage, StageContext, Task, record_seed
-from duplex.store import FolderBlobs, StageFolder
+from duplex.store import StageFolder
 
 TASKS_PER_WORKER = 16  # fewer do not repay a process's start: 5 s with torch and moshi
 

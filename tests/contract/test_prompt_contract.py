@@ -26,8 +26,9 @@ import pipeline.tensors
 from duplex.config import Config, SamplingSection
 from duplex.files import sha256_bytes
 from duplex.records import Speech, SpokenTurn, TensorClip, Word, record_line
+from duplex.sinks import FolderBlobs
 from duplex.stage import StageContext
-from duplex.store import FolderBlobs, StageFolder
+from duplex.store import StageFolder
 from duplex.streams import TEXT_ROW, USER_ROWS, Prompt, coffee_text
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.engines.pocket import train_tokenizer

@@ -9,8 +9,9 @@ import numpy as np
 
 from duplex.config import Config
 from duplex.records import Speech, SpokenTurn, Word, record_line
+from duplex.sinks import FolderBlobs
 from duplex.stage import StageContext
-from duplex.store import FolderBlobs, StageFolder
+from duplex.store import StageFolder
 from pipeline.speech import wav_bytes
 
 FRAME = 1920

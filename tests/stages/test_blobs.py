@@ -5,7 +5,8 @@ import hashlib
 import pytest
 
 from duplex.files import CHUNK_BYTES
-from duplex.store import FolderBlobs, StageFolder
+from duplex.sinks import FolderBlobs
+from duplex.store import StageFolder
 
 
 def test_chunks_and_files_are_stored_under_their_digest(tmp_path):

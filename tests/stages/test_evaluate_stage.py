@@ -17,8 +17,9 @@ from duplex.config import Config
 from duplex.errors import CorruptFileError, RequestError, ServerError
 from duplex.files import sha256_bytes
 from duplex.records import Artifact, Score
+from duplex.sinks import FileWriter
 from duplex.stage import StageContext
-from duplex.store import FileWriter, StageFolder
+from duplex.store import StageFolder
 from pipeline.evaluate import EvaluateStage, evaluate_to_folder, name_urls
 from pipeline.evaluation import report
 from pipeline.evaluation.play import PlaySettings, evaluate_urls

@@ -20,7 +20,8 @@ from duplex.cli import app
 from duplex.errors import DuplexError
 from duplex.files import sha256_bytes
 from duplex.records import Speech, SpokenTurn, TensorClip, record_line
-from duplex.store import FolderBlobs, StageFolder
+from duplex.sinks import FolderBlobs
+from duplex.store import StageFolder
 from duplex.streams import USER_ROWS, build_prompt, system_text
 from tests import tensorfiles as make
 

@@ -20,8 +20,9 @@ from duplex.config import Config
 from duplex.datafiles import CHECKOUT, load_personas
 from duplex.errors import ServerError
 from duplex.records import Proof, record_line
+from duplex.sinks import FileWriter
 from duplex.stage import StageContext
-from duplex.store import FileWriter, StageFolder
+from duplex.store import StageFolder
 from pipeline.serve import ServeStage
 from pipeline.serving import wire
 from pipeline.serving.app import _Redacting

@@ -9,7 +9,7 @@ import torch
 
 from duplex.errors import RequestError, StageFailedError
 from duplex.records import TensorClip, VoiceSample, parse_record
-from duplex.store import FolderBlobs
+from duplex.sinks import FolderBlobs
 from duplex.streams import AGENT_ROWS, TEXT_EPAD, TEXT_PAD, TEXT_ROW, USER_ROWS
 from pipeline.engines import encoding
 from pipeline.engines.checkpoint import Checkpoint

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from duplex.config import Config, LoraSection
 from duplex.records import FrameSpan, TensorClip, record_line
+from duplex.sinks import FolderBlobs
 from duplex.stage import StageContext
-from duplex.store import FolderBlobs, StageFolder
+from duplex.store import StageFolder
 from duplex.streams import NUM_ROWS, TEXT_PAD, TEXT_ROW
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.runners.local import execute

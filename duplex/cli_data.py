@@ -1,0 +1,147 @@
+"""The command groups that deal in files of data: `duplex personas`, `duplex push|pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+PersonaId = Annotated[str, typer.Argument(metavar="ID", help="As in angry-marcus.")]
+Kind = Annotated[str, typer.Option("--type", help="One of the domain's types.")]
+DomainFile = Annotated[
+    str | None, typer.Option("--domain", help="The domain's file; the coffee shop's if not given.")
+]
+Folder = Annotated[
+    Path | None, typer.Option("--folder", help="Where to write; the domain's own if not given.")
+]
+
+personas = typer.Typer(no_args_is_help=True, help="Write, draft and review persona files.")
+
+
+@personas.command(name="new")
+def personas_new(
+    persona_id: PersonaId, kind: Kind, domain: DomainFile = None, folder: Folder = None
+) -> None:
+    """Write a skeleton with comments, for a person to fill in.
+
+    Example: duplex personas new angry-ruth --type angry
+    """
+    from pipeline import personas_command
+
+    personas_command.new(persona_id, kind, domain, folder)
+
+
+@personas.command(name="check")
+def personas_check(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER|FILE]...", help="data/personas if not given."),
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option("--domain", help="Its file; the one the files name if not given.")
+    ] = None,
+    scenarios: Annotated[
+        Path | None,
+        typer.Option("--scenarios", help="Their folder; the one beside if not given."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Review personas and scenarios; exit 1 on a fault, warnings are for a person to judge.
+
+    Example: duplex personas check data/vet-reception/personas
+    """
+    from pipeline import personas_command
+
+    personas_command.check(paths or [], domain, scenarios, as_json=as_json)
+
+
+@personas.command(name="draft")
+def personas_draft(
+    persona_id: PersonaId,
+    about: Annotated[str, typer.Option("--about", help="Who it should be, in a few words.")],
+    kind: Kind,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="Its dialogues section names the model, URL and key."),
+    ] = None,
+    domain: DomainFile = None,
+    folder: Folder = None,
+) -> None:
+    """Have a language model write ID.draft.yaml, which no run takes before you rename it.
+
+    Example: duplex personas draft angry-ruth --type angry --about "a tax clerk, twice overcharged"
+    """
+    from pipeline import personas_command
+
+    personas_command.draft(persona_id, about, kind, config, domain, folder)
+
+
+RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in train.steps=20."),
+]
+RUNS = Path("runs")
+hub = typer.Typer()
+
+
+@hub.command()
+def push(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.")],
+    to: Annotated[str, typer.Option("--to", metavar="OWNER/NAME", help="The repository.")],
+    what: Annotated[str, typer.Option("--what", help="data or adapter.")] = "data",
+    public: Annotated[bool, typer.Option("--public", help="For everybody to read.")] = False,
+    view: Annotated[
+        bool, typer.Option(help="data: also as parquet files for `datasets`; doubles the audio.")
+    ] = True,
+    consent: Annotated[
+        str | None,
+        typer.Option(help="On what terms recorded voices are given; quoted in the card."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show files, sizes and card; send nothing.")
+    ] = False,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Push a run's data or adapter to the Hugging Face hub: private unless told otherwise.
+
+    Say it again after a failure: what is there is not sent again. The token is HF_TOKEN.
+
+    Example: duplex push configs/pocket.yaml --to you/pocket-data --dry-run
+    """
+    from pipeline import hub as hub_commands
+
+    hub_commands.push(
+        config, to, what, public=public, view=view, consent=consent, dry_run=dry_run,
+        runs=runs, overrides=overrides or [], as_json=as_json,
+    )  # fmt: skip
+
+
+@hub.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="CONFIG|OUT", help="Whose run, or a new folder: an adapter.")
+    ],
+    what: Annotated[
+        str | None, typer.Option("--what", help="data or adapter; data for a config.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A commit, branch or tag.")] = None,
+    runs: RunsRoot = RUNS,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pull a pushed data set into a config's run, or an adapter into a folder, and verify it.
+
+    Example: duplex pull you/pocket-data configs/pocket.yaml
+    """
+    from pipeline import hub as hub_commands
+
+    hub_commands.pull(
+        repo, target, what,
+        revision=revision, runs=runs, overrides=overrides or [], as_json=as_json,
+    )  # fmt: skip

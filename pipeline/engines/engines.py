@@ -1,0 +1,84 @@
+"""The speech engines by name, and which of them speaks what.
+
+Written out, not registered. A module is imported when its engine is asked for; the light ones
+alone (`revision`, `missing`, `CAPABILITIES` import nothing heavy) are read when keys are made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any, Protocol, cast
+
+from duplex.config_data import SpeechSection
+from duplex.datafiles import CHECKOUT, read_yaml
+from duplex.errors import DataFileError, RequestError
+from pipeline.engines.speaking import Capabilities, SpeechEngine
+
+ENGINES: dict[str, str] = {
+    "espeak": "pipeline.engines.espeak_speech",
+    "openai-speech": "pipeline.engines.openai_speech",
+    "chatterbox": "pipeline.engines.isolated",
+    "moshi-tts": "pipeline.engines.moshi_tts",
+    "csm": "pipeline.engines.csm",
+    "pocket-tts": "pipeline.engines.pocket_tts",
+    "dia": "pipeline.engines.dia",
+}
+LANGUAGES = CHECKOUT / "data/speech/languages.yaml"
+
+
+class EngineModule(Protocol):
+    """What a module of `ENGINES` has."""
+
+    CAPABILITIES: Capabilities
+
+    def revision(self, section: SpeechSection) -> str: ...
+    def make(self, section: SpeechSection) -> SpeechEngine: ...
+    def missing(self, section: SpeechSection) -> str | None: ...
+
+
+def engine_module(name: str) -> EngineModule:
+    """
+    Raises:
+        RequestError: no engine of that name.
+    """
+    if name not in ENGINES:
+        raise RequestError(f"a speech engine must be one of {', '.join(ENGINES)}; found {name}")
+    return cast(EngineModule, importlib.import_module(ENGINES[name]))
+
+
+@cache
+def language_map() -> dict[str, Any]:
+    """languages.yaml: language -> {name, engines, espeak}."""
+    found = read_yaml(LANGUAGES)
+    if not isinstance(found, dict) or not all(
+        isinstance(row, dict) and set(row) == {"name", "engines", "espeak"}
+        and set(row["engines"]) <= set(ENGINES) for row in found.values()
+    ):  # fmt: skip
+        raise DataFileError(
+            f"{LANGUAGES}: each language must have name, espeak and engines, these of "
+            f"{', '.join(ENGINES)}"
+        )
+    return found
+
+
+def engine_for(language: str, section: SpeechSection) -> str:
+    """The engine that speaks a language: what `speech.engines` says; `speech.engine` where it
+    speaks the language; else the first of languages.yaml that is at hand on this machine.
+
+    Raises:
+        RequestError: no engine here speaks it.
+    """
+    if language in section.engines:
+        return section.engines[language]
+    if engine_module(section.engine).CAPABILITIES.speaks(language):
+        return section.engine
+    preferred = language_map().get(language, {}).get("engines", [])
+    for name in preferred:
+        if engine_module(name).missing(section) is None:
+            return name
+    raise RequestError(
+        f"speech.engine must speak {language}, {section.engine} does not, and none of "
+        f"{', '.join(preferred) or 'the others'} is at hand. Name one that does: "
+        f"speech.engines: {{{language}: …}}"
+    )

@@ -1,0 +1,1 @@
+"""What `duplex push` and `duplex pull` are made of; `pipeline/hub.py` is what the command calls."""
