@@ -118,6 +118,18 @@ class UtteranceChecks(Section):
     retries: int = Field(default=3, ge=0, le=20, description="with another seed each")
 
 
+class SpeechModel(Section):
+    """Where a neural engine's weights are from."""
+
+    weights: str | None = Field(
+        default=None, description="hub name owner/name, or a folder; None: the engine's own"
+    )
+    revision: str | None = Field(default=None, description="the hub's commit or tag")
+    voices: str | None = Field(
+        default=None, description="moshi-tts: hub name or folder of the voices' embeddings"
+    )
+
+
 class SpeechRuntime(Runtime):
     base_url: str | None = Field(default=None, description="server of openai-speech, ends in /v1")
     api_key: str | None = Field(default=None, repr=False, description="write ${OPENAI_API_KEY}")
@@ -128,6 +140,9 @@ class SpeechRuntime(Runtime):
     )
     concurrency: int = Field(default=4, ge=1, le=256, description="requests in flight at most")
     retries: int = Field(default=4, ge=0, le=20, description="of a busy server, with back-off")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="of the neural engines"
+    )
 
 
 class SpeechSection(StageSection):
@@ -145,4 +160,7 @@ class SpeechSection(StageSection):
     tail_s: float = Field(default=0.48, ge=0, le=30)
     timeline: TimelineSection = TimelineSection()
     checks: UtteranceChecks = UtteranceChecks()
+    models: dict[EngineName, SpeechModel] = Field(
+        default={}, description="weights of neural engines that are not their own"
+    )
     runtime: SpeechRuntime = SpeechRuntime()

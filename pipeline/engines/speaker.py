@@ -136,7 +136,8 @@ class Speaker:
         if not words:
             raise RecordError(f"a text must have a word to say, found {_short(text)}")
         duration_s = len(spoken.samples) / SAMPLE_RATE
-        return Utterance(spoken.samples, words, words_by, Checks(duration_s, error, None, retry))
+        checks = Checks(duration_s, error, None, retry)
+        return Utterance(spoken.samples, words, words_by, checks, request.voice.id)
 
     def _hear(
         self, name: str, spoken: Utterance, request: SpeechRequest, needed: bool
