@@ -299,6 +299,19 @@ def test_openings_are_compared_within_a_persona_by_their_words():
     assert set(review.faults([alike, dialogue("d", persona_id="ann", turns=loud)])) == {"d"}
 
 
+def test_who_conflicts_with_an_unsettled_one_waits():
+    """What b becomes may push c away, and then d can stay as it is."""
+
+    def settled(**numbers: int) -> set[str]:
+        rows = [dialogue(name, persona_id="ann", turns=text_of(n)) for name, n in numbers.items()]
+        return set(SetReview(0.7).faults(rows))
+
+    assert settled(a=0, b=1, c=2, d=3) == {"b"}
+    assert settled(a=0, b=3, c=2, d=3) == {"c", "d"}  # b took the place: both are in its way
+    assert settled(a=0, b=3, c=4, d=6) == set()
+    assert settled(a=0, b=1, c=2, d=1) == {"b", "d"}  # d is in a's way whatever b becomes
+
+
 def test_another_threshold_is_another_set(tmp_path):
     pair = [dialogue(name, persona_id=name, turns=text_of(n)) for n, name in enumerate("ab")]
     assert set(SetReview(0.7).faults(pair)) == {"b"}
