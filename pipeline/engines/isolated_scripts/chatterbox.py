@@ -47,7 +47,9 @@ class Engine:
     def __init__(self, revision: str | None, device: str | None):
         try:
             import torch
-            from chatterbox.mtl_tts import ChatterboxMultilingualTTS
+            from chatterbox.mtl_tts import (  # pyright: ignore[reportMissingImports]
+                ChatterboxMultilingualTTS,
+            )
         except ImportError as error:
             raise Fault("missing", f"the package chatterbox-tts==0.1.7: {error}") from error
         self.torch = torch
