@@ -199,11 +199,46 @@ class UtteranceChecks(Section):
         default=None, description="of utterances transcribed; None: by engine"
     )
     recogniser: Literal["auto", "faster-whisper", "pocketsphinx", "none"] = "auto"
+    recogniser_model: str | None = Field(
+        default=None, description="faster-whisper: a size, a hub name or a folder; None: small"
+    )
     retries: int = Field(default=3, ge=0, le=20, description="with another seed each")
+
+
+class SpeechModel(Section):
+    """Where a neural engine's weights are from."""
+
+    weights: str | None = Field(
+        default=None, description="hub name owner/name, or a folder; None: the engine's own"
+    )
+    revision: str | None = Field(default=None, description="the hub's commit or tag")
+    voices: str | None = Field(
+        default=None, description="moshi-tts: hub name or folder of the voices' embeddings"
+    )
+
+
+class SpeechRuntime(Runtime):
+    base_url: str | None = Field(default=None, description="server of openai-speech, ends in /v1")
+    api_key: str | None = Field(default=None, repr=False, description="write ${OPENAI_API_KEY}")
+    timeout_s: float = Field(default=120, gt=0, description="longest silence of an engine")
+    deadline_s: float = Field(default=600, gt=0, description="longest reply, however it trickles")
+    start_s: float = Field(
+        default=1800, gt=0, description="start of an isolated engine: it may install itself first"
+    )
+    concurrency: int = Field(default=4, ge=1, le=256, description="requests in flight at most")
+    retries: int = Field(default=4, ge=0, le=20, description="of a busy server, with back-off")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="of the neural engines"
+    )
 
 
 class SpeechSection(StageSection):
     engine: EngineName = "espeak"
+    model: str | None = Field(default=None, description="openai-speech: the model's name there")
+    revision: str | None = Field(default=None, description="of an engine's weights: a hub commit")
+    instructions: bool = Field(
+        default=False, description="openai-speech: tell the emotion in words; not all servers can"
+    )
     engines: dict[Language, EngineName] = Field(
         default={}, description="for some languages another engine"
     )
@@ -212,3 +247,7 @@ class SpeechSection(StageSection):
     tail_s: float = Field(default=0.48, ge=0, le=30)
     timeline: TimelineSection = TimelineSection()
     checks: UtteranceChecks = UtteranceChecks()
+    models: dict[EngineName, SpeechModel] = Field(
+        default={}, description="weights of neural engines that are not their own"
+    )
+    runtime: SpeechRuntime = SpeechRuntime()

@@ -82,7 +82,7 @@ CHECKS: tuple[DialogueCheck, ...] = (
                   "another language in the same letters"),
     DialogueCheck("other-name", talk.other_name,
                   "the agent gives another name than its own",
-                  "`I'm X` where no name was asked for, names in lower case"),
+                  "`I'm X` where no name was asked for, names that begin as its own"),
     DialogueCheck("denied-fact", talk.denied_fact,
                   "`I'm not from …`, `I'm not allergic to …`, `I don't have …` of a fact",
                   "denials in other words, irony"),
@@ -116,8 +116,11 @@ CHECKS: tuple[DialogueCheck, ...] = (
 
 # Reasons that are found elsewhere: by a domain's own rules, by a writer, over the whole set.
 OTHER_CODES: dict[str, str] = {
-    "contradiction": "the domain's own rules: another order, allergy, job or home than the fact's",
+    "contradiction": "the coffee shop's own rules: another order, allergy, job or home",
     "unreadable": "a writer's reply that is no dialogue at all",
+    "refused": "the model would not write it, or a filter of the endpoint stopped it",
+    "cut-short": "the reply ran into `max_tokens`",
+    "prompt": "a prompt written for an existing dialogue that does not fit it",
     "critic": "a model that judges found the dialogue wanting",
     "near-duplicate": "as another dialogue of the set: three-word shingles, `near_duplicate`",
     "same-opening": "the same first three turns as another dialogue of the persona",

@@ -49,8 +49,12 @@ HELPER_PHRASES = (
     "is there anything else i can help", "is there anything else i can assist",
     "anything else i can do for you", "feel free to ask me", "let me know if you need anything",
 )  # fmt: skip
+# "And then she says, what can I get you"; "welcome to the club, they said".
 _REPORTED = re.compile(
-    r"\b(?:say|says|said|saying|ask|asks|asked|asking|tell|tells|told|heard|hear|hearing)\b"
+    r"\b(?:say|says|said|saying|asks|asked|asking|told|heard|hear|hearing|you ask)\b"
+)
+_SAID_AFTER = re.compile(
+    r"^(?: \w+){0,6}? (?:he|she|they|you|it|who) (?:say|says|said|asks?|asked)\b"
 )
 
 
@@ -66,7 +70,9 @@ def other_name(seen: Seen) -> str | None:
         if turn.role == "user":
             asked = _NAME_ASKED.search(text) is not None
             continue
-        matches = [*_NAME_GIVEN.finditer(text), *(_NAME_SHORT.finditer(text) if asked else ())]
+        # Who gives the own name as well may be Irish, and it may be Monday.
+        short = asked and not own & set(re.findall(r"\w+", text))
+        matches = [*_NAME_GIVEN.finditer(text), *(_NAME_SHORT.finditer(text) if short else ())]
         for match in matches:
             name = match[1]
             # A short form of the own name is the own name.
@@ -212,9 +218,10 @@ def role_inversion(seen: Seen) -> str | None:
         for sentence in re.split(r"(?<=[.!?])\s+", text):
             spelled = f" {' '.join(words(sentence))} "
             for phrase in lines:
-                before, found, _ = spelled.partition(f" {phrase} ")
-                # "You're welcome to it", and what somebody reports that was said, invert nothing.
-                if found and not _REPORTED.search(before) and not before.endswith("you're"):
+                before, found, after = spelled.partition(f" {phrase} ")
+                # "You're welcome to it" inverts nothing, nor does what somebody reports.
+                reported = _REPORTED.search(before) or _SAID_AFTER.search(f" {after}")
+                if found and not reported and not before.endswith("you're"):
                     return f"turn {index}: the agent says what the user's side says: {phrase!r}"
     return None
 

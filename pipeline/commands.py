@@ -24,7 +24,7 @@ from duplex.errors import (
     StageFailedError,
 )
 from pipeline import run as pipeline_run
-from pipeline.run import Selection, plan, run_folder_of
+from pipeline.run import Selection, plan, planned_cost, run_folder_of
 
 STATE_COLOURS = {
     "done": "green", "stale": "yellow", "running": "cyan", "failed": "red", "missing": "dim",
@@ -58,7 +58,6 @@ def run(
     if dry_run:
         pipeline_run.check_request(config)
         show_plan(config, runs, selection, as_json=as_json)
-        show_cost(config, runs, selection, as_json=as_json)
         return
     stream = sys.stderr if as_json else sys.stdout
 
@@ -103,18 +102,7 @@ def show_plan(config: Config, runs: Path, selection: Selection, *, as_json: bool
     for row in rows:
         table.add_row(row["name"], row["action"], row["folder"] or "(known when its inputs are)")
     Console().print(table)
-
-
-def show_cost(config: Config, runs: Path, selection: Selection, *, as_json: bool) -> None:
-    """What a paid writer would cost from nothing; replies that are in a log cost nothing again."""
-    from pipeline.dialogues import estimate_cost
-
-    steps = {step.stage.name: step for step in plan(config, runs)}
-    if as_json or steps["dialogues"].done or "dialogues" not in selection.names:
-        return
-    cost = estimate_cost(config)
-    if cost is not None:
-        print(f"\ndialogues: {cost.describe()}")
+    print(planned_cost(config, runs, selection))
 
 
 def show_end(config: Config, config_path: Path, runs: Path, overrides: list[str]) -> None:

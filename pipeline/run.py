@@ -24,7 +24,7 @@ from duplex.errors import EXIT_BAD_REQUEST, MissingInputError, RequestError, Sta
 from duplex.lock import LOCK_FD_VARIABLE, RunLock
 from duplex.stage import MapStage, StageContext, WholeStage
 from duplex.store import StageFolder
-from pipeline.dialogues import DialoguesStage, check_writer
+from pipeline.dialogues import DialoguesStage, check_writer, estimate_cost
 from pipeline.engines.checkpoint import check_base
 from pipeline.evaluate import EvaluateStage
 from pipeline.merge import MergeStage
@@ -207,6 +207,16 @@ def run(
                 )
             report(describe_step(step) + f" in {time.monotonic() - started:.1f} s")
     return plan(config, runs_root)
+
+
+def planned_cost(config: Config, runs_root: Path, selection: Selection) -> str:
+    """What a paid writer of dialogues would cost from nothing; empty where none has work.
+
+    Replies that are in a log cost nothing again.
+    """
+    step = plan(config, runs_root)[STAGE_NAMES.index("dialogues")]
+    cost = None if step.done or "dialogues" not in selection.names else estimate_cost(config)
+    return f"dialogues: {cost.describe()}" if cost else ""
 
 
 def has_rejects_to_retry(step: Step, retry_rejected: bool) -> bool:

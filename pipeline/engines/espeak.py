@@ -22,7 +22,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import select
 import signal
 import subprocess
@@ -39,6 +38,7 @@ import numpy as np
 from duplex.errors import MissingInputError, RecordError, RequestError, TransientError
 from duplex.frames import SAMPLE_RATE
 from duplex.records import Word
+from pipeline.engines.script_words import script_words
 
 PACKAGE = "espeakng-loader"
 MODULE = "espeakng_loader"
@@ -51,7 +51,6 @@ AUDIBLE_SHARE = 0.005  # of the peak: -46 dB
 VOICE_NAMES = {"en-gb": "gmw/en", "zh": "cmn"}
 # parameter -> (default, least, most); pitch and range are espeak's own scale, 50 its middle.
 PARAMETER_RANGES = {"pitch": (50, 0, 99), "range": (50, 0, 99), "rate_wpm": (175, 80, 450)}
-SPOKEN_PUNCTUATION = "&%@#"
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class EspeakEngine:
             TransientError: the worker died or hung; the next call starts a new one.
         """
         request = _request(text, params)
-        if not _spoken_words(text):
+        if not script_words(text):
             raise RecordError(f"a text must have a word to say, found {text!r}")
         header, samples = self._exchange(request)
         if "error" in header:
@@ -272,38 +271,6 @@ def _shortened(text: str) -> str:
 # -- from events to words
 
 
-@dataclass(frozen=True)
-class _ScriptWord:
-    end: int  # offset in the script, exclusive
-    text: str
-
-
-def _spoken_words(text: str) -> list[_ScriptWord]:
-    """What stands between spaces and has something to say, without the punctuation around it."""
-    words = []
-    for match in re.finditer(r"\S+", text):
-        bare = _without_punctuation(match[0])
-        if any(c.isalnum() or _is_symbol(c) for c in bare):
-            words.append(_ScriptWord(match.end(), bare))
-    return words
-
-
-def _is_symbol(character: str) -> bool:
-    return unicodedata.category(character)[0] == "S" or character in SPOKEN_PUNCTUATION
-
-
-def _without_punctuation(token: str) -> str:
-    def silent(character: str) -> bool:
-        return unicodedata.category(character)[0] == "P" and character not in SPOKEN_PUNCTUATION
-
-    start, end = 0, len(token)
-    while start < end and silent(token[start]):
-        start += 1
-    while end > start and silent(token[end - 1]):
-        end -= 1
-    return token[start:end]
-
-
 def _utterance(text: str, pcm: np.ndarray, header: dict[str, Any]) -> Utterance:
     """Bring the silence at the end to `TRAILING_S`, resample, and time the words.
 
@@ -336,7 +303,7 @@ def _timed_words(
     text: str, events: list[list[int]], phonemes: list[list[int]], speech_end: int
 ) -> list[tuple[str, int, int]]:
     """(word, first sample, end sample) of each spoken script word, in order."""
-    script = _spoken_words(text)
+    script = script_words(text)
     groups: list[tuple[int, list[str]]] = []  # (first sample, words spoken from there)
     reached = 0
     for offset, sample in events:

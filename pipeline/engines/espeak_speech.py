@@ -20,26 +20,8 @@ from pipeline.engines.speaking import Capabilities, SpeechRequest, Utterance
 
 NAME = "espeak"
 LANGUAGES = frozenset(
-    [
-        "en",
-        "hi",
-        "es",
-        "fr",
-        "de",
-        "it",
-        "pt",
-        "ja",
-        "ko",
-        "zh",
-        "ms",
-        "ta",
-        "te",
-        "mr",
-        "kn",
-        "ml",
-        "bn",
-    ]
-)
+    ("en", "hi", "es", "fr", "de", "it", "pt", "ja", "ko", "zh", "ms")
+) | {"ta", "te", "mr", "kn", "ml", "bn"}  # fmt: skip
 CAPABILITIES = Capabilities(
     languages=LANGUAGES,
     licence="GPL-3.0-or-later (the engine)",

@@ -32,7 +32,9 @@ class NearDuplicates:
         from datasketch import MinHashLSH
 
         self._threshold = threshold
-        self._index: Any = MinHashLSH(threshold=threshold, num_perm=NUM_PERM)
+        # Bands for more than 0.9 are too few for the library; what it proposes is measured anyway.
+        proposed = min(threshold, 0.9)
+        self._index: Any = MinHashLSH(threshold=proposed, num_perm=NUM_PERM, weights=(0.3, 0.7))
         self._texts: dict[str, bytes] = {}  # digests: which text an id has now
         self._shingles: dict[str, NDArray[np.uint64]] = {}  # sorted
         self._near: dict[str, dict[str, float]] = {}

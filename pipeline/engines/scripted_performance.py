@@ -22,6 +22,7 @@ from pipeline.engines.scripted_grammar import Grammar
 
 LONG_TURN_WORDS = 8  # shorter ones are over before somebody cuts in or murmurs
 BARISTA_BACKCHANNELS = 0.2  # of the customer's long turns
+_ANYBODY = 0.3  # how readily either side cuts in where the scene has interruptions
 _LOST_WORDS = range(2, 7)  # of a cut turn; the last word alone is no interruption
 _STEP = 0.1  # how much intensity wavers from turn to turn
 _DARK: frozenset[Emotion] = frozenset({"angry", "sad"})
@@ -143,17 +144,20 @@ def _choose_cuts(
         for index, line in enumerate(lines[:-1])
         if (found := _cut_places(line, persona))
     }
-    by_agent = [i for i in places if lines[i].role == "user" and rng.random() < persona.interrupts]
-    missing = scenario.interruptions - len(by_agent)
-    if missing > 0:
-        others = [index for index in places if index not in by_agent]
-        rng.shuffle(others)
-        # Who cuts in readily does so first; the barista has to, where the customer never would.
-        others.sort(key=lambda i: lines[i].role == "agent" or persona.interrupts == 0)
-        by_agent += others
+    chosen = [i for i in places if lines[i].role == "user" and rng.random() < persona.interrupts]
+    wanted = max(scenario.interruptions, len(chosen))
+    others = [index for index in places if index not in chosen]
+    rng.shuffle(others)
+    # What the scene wants beyond the character's own: by either side, more by who does it readily.
+    share = (_ANYBODY + persona.interrupts) / (2 * _ANYBODY + persona.interrupts)
+    sides: dict[Role, list[int]] = {
+        role: [i for i in others if lines[i].role == role] for role in ("user", "agent")
+    }
+    while sides["user"] or sides["agent"]:
+        cut_short: Role = "user" if rng.random() < share else "agent"
+        chosen += [sides[cut_short].pop()] if sides[cut_short] else []
     cuts: dict[int, int] = {}
-    wanted = max(scenario.interruptions, len(by_agent) if missing <= 0 else 0)
-    for index in by_agent:
+    for index in chosen:
         if len(cuts) < wanted and index - 1 not in cuts and index + 1 not in cuts:
             cuts[index] = rng.choice(places[index])
     return cuts

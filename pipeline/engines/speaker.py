@@ -16,11 +16,18 @@ from duplex.config import Config
 from duplex.config_data import SpeechSection
 from duplex.errors import RecordError, RequestError
 from duplex.files import sha256_file
+from duplex.frames import SAMPLE_RATE
 from pipeline.engines.emotions import EMOTIONS, with_emotion
 from pipeline.engines.engines import ENGINES, LANGUAGES, engine_for, engine_module
+from pipeline.engines.listening import Heard, Listener, recogniser_revision
+from pipeline.engines.script_words import words_by_ear, words_by_letters
 from pipeline.engines.speaking import Checks, SpeechEngine, SpeechRequest, Utterance
-
-SAMPLE_RATE = 24_000
+from pipeline.engines.utterance_check import (
+    fault_of_words,
+    faults_of_sound,
+    pace_of,
+    transcript_error,
+)
 
 
 class Speaker:
@@ -37,6 +44,9 @@ class Speaker:
         self._engines: dict[str, SpeechEngine] = {}
         self._locks: dict[str, threading.Lock] = {name: threading.Lock() for name in ENGINES}
         self._starting = threading.Lock()
+        self._listener = Listener(section.checks)
+        self._listening = threading.Lock()
+        self._told: set[str] = set()
 
     def __enter__(self) -> Speaker:
         return self
@@ -52,17 +62,31 @@ class Speaker:
         """
         name = engine_of(request, self._section)
         engine = self._engine(name)
-        prepared = replace(request, adjusted=settings_of(name, request))
-        utterance = self._synthesize(name, engine, prepared)
-        if utterance.words is None:
-            raise RecordError(f"{name} must time its words")
-        return replace(utterance, checks=Checks(len(utterance.samples) / SAMPLE_RATE))
+        settings = settings_of(name, request)
+        prepared = replace(request, adjusted=settings)
+        tries = 1 + self._section.checks.retries * engine.capabilities.seeded
+        reasons: list[str] = []
+        for number in range(tries):
+            try:
+                utterance = self._synthesize(name, engine, _again(prepared, number))
+                return self._checked(name, engine, utterance, prepared, number)
+            except RecordError as error:
+                reasons.append(str(error))
+        if tries == 1:
+            raise RecordError(reasons[0])
+        # Equal reasons once, in order.
+        listing = "; ".join(dict.fromkeys(reasons))
+        raise RecordError(
+            f"{name} must speak {_short(request.text)} well in one of {tries} tries: {listing}"
+        )
 
     def close(self) -> None:
         with self._starting:
             engines, self._engines = self._engines, {}
         for engine in engines.values():
             engine.close()
+        with self._listening:
+            self._listener.close()
 
     def _engine(self, name: str) -> SpeechEngine:
         with self._starting:
@@ -75,6 +99,85 @@ class Speaker:
             return engine.synthesize(request)
         with self._locks[name]:
             return engine.synthesize(request)
+
+    def _checked(
+        self, name: str, engine: SpeechEngine, spoken: Utterance, request: SpeechRequest, retry: int
+    ) -> Utterance:
+        """The utterance with its words timed.
+
+        Raises:
+            RecordError: it has faults.
+        """
+        text, language = request.text, request.language
+        faults = list(
+            faults_of_sound(spoken.samples, text, language, pace_of(dict(request.settings)))
+        )
+        share = self._section.checks.share
+        share = engine.capabilities.checked if share is None else share
+        chosen = in_sample(text, request.voice.id, share)
+        heard: Heard | None = None
+        error: float | None = None
+        if not faults and (chosen or spoken.words is None):
+            heard = self._hear(name, spoken, request, needed=chosen)
+        if heard is not None and chosen:
+            transcript = [word.text for word in heard.words]
+            error = transcript_error(text, transcript, heard.known)
+            fault = fault_of_words(error, self._section.checks.max_wer, transcript)
+            faults += [fault] if fault else []
+        if faults:
+            raise RecordError(f"{name} spoke {_short(text)} and {'; '.join(faults)}")
+        if chosen and engine.capabilities.cloning and request.sample is not None:
+            self._tell(f"{name}: whether a cloned voice sounds like its sample is not checked")
+        words, words_by = spoken.words, spoken.words_by
+        if words is None:
+            words = words_by_ear(text, spoken.samples, heard.words) if heard else None
+            words_by = "recogniser" if words is not None else "letters"
+            words = words_by_letters(text, spoken.samples) if words is None else words
+        if not words:
+            raise RecordError(f"a text must have a word to say, found {_short(text)}")
+        duration_s = len(spoken.samples) / SAMPLE_RATE
+        checks = Checks(duration_s, error, None, retry)
+        return Utterance(spoken.samples, words, words_by, checks, request.voice.id)
+
+    def _hear(
+        self, name: str, spoken: Utterance, request: SpeechRequest, needed: bool
+    ) -> Heard | None:
+        with self._listening:
+            if self._listener.hears(request.language):
+                return self._listener.hear(spoken.samples, request.language, request.text)
+        if needed:
+            self._tell(
+                f"{name}: what it says in {request.language} is not checked, since no recogniser "
+                "for it is at hand: pip install 'duplex-workbench[asr]' and set "
+                "speech.checks.recogniser: faster-whisper, which fetches its model"
+            )
+        return None
+
+    def _tell(self, message: str) -> None:
+        """Report something, once."""
+        with self._starting:
+            new = message not in self._told
+            self._told.add(message)
+        if new:
+            self._report(message)
+
+
+def in_sample(text: str, voice_id: str, share: float) -> bool:
+    """Whether an utterance is among those that are transcribed: by the hash of what it is."""
+    digest = hashlib.sha256(f"{voice_id}\x00{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _again(request: SpeechRequest, number: int) -> SpeechRequest:
+    """The request of a further try: with another seed, the same one each time."""
+    if number == 0:
+        return request
+    digest = hashlib.sha256(f"{request.seed}\x00try {number}".encode()).digest()
+    return replace(request, seed=int.from_bytes(digest[:4], "big"))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "…")
 
 
 def engine_of(request: SpeechRequest, section: SpeechSection) -> str:
@@ -113,6 +216,14 @@ def speaker_revision(config: Config) -> str:
     section = config.speech
     names = sorted({config.voices.engine, section.engine, *section.engines.values()})
     parts = [f"{name}={engine_module(name).revision(section)}" for name in names]
+    modules = [engine_module(name).CAPABILITIES for name in names]
+    share = section.checks.share
+    if (
+        share
+        or (share is None and any(found.checked for found in modules))
+        or any(not found.word_times for found in modules)
+    ):
+        parts.append(f"heard by {recogniser_revision(section.checks)}")
     maps = "".join(sha256_file(path) for path in (LANGUAGES, EMOTIONS))
     parts.append(f"maps={hashlib.sha256(maps.encode()).hexdigest()[:12]}")
     return ", ".join(parts)

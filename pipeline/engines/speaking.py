@@ -57,13 +57,15 @@ class Checks:
 class Utterance:
     """samples: float32 [S] at 24 kHz. words: times from its start; None where it knows none.
 
-    An engine leaves `words_by` and `checks` as they are: `Speaker` fills them in.
+    An engine leaves the other fields as they are: `Speaker` fills them in. `speaker` is the id of
+    the voice that spoke, for engines that are to hear it as context; None: unknown.
     """
 
     samples: np.ndarray = field(repr=False)
     words: tuple[Word, ...] | None
     words_by: TimedBy = "engine"
     checks: Checks | None = None
+    speaker: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,9 @@ class SpeechRequest:
     """One utterance to speak.
 
     `sample` is the path of the voice's recording, where it has one. `context` is what was said
-    before, oldest first, for engines that take it. `adjusted` is what language and emotion
-    change of the voice's parameters for the engine that speaks: an engine reads `settings`.
+    before, (text, utterance) with the oldest first, for engines that take it. `adjusted` is what
+    language and emotion change of the voice's parameters for the engine that speaks: an engine
+    reads `settings`.
     """
 
     text: str

@@ -117,6 +117,10 @@ def _listed(counts: dict[str, Any]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items()) or "none"
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.1f} minutes"
+
+
 def _licence_head(base: str, licence: str) -> dict[str, str]:
     if licence.startswith("CC-BY-4.0"):
         return {"license": "cc-by-4.0"}
@@ -172,14 +176,14 @@ def _counts(records: Sequence[Record]) -> list[tuple[str, str]]:
         turns = sum(len(dialogue.turns) for dialogue in dialogues)
         rows.append(("dialogues", f"{len(dialogues)}, {turns} turns"))
     if speeches:
-        hours = sum(speech.num_samples for speech in speeches) / SAMPLE_RATE / 3600
-        rows.append(("speech", f"{len(speeches)} recordings, {hours:.2f} hours, 24 kHz stereo WAV, "
-                     "left the agent, right the user"))  # fmt: skip
+        seconds = sum(speech.num_samples for speech in speeches) / SAMPLE_RATE
+        said = f"{len(speeches)} recordings, {_duration(seconds)}, 24 kHz stereo WAV"
+        rows.append(("speech", f"{said}, left the agent, right the user"))
     if clips:
         seconds = sum(frames_to_seconds(clip.num_frames) for clip in clips)
         layouts = sorted({f"{clip.layout}, {clip.alignment} alignment" for clip in clips})
         rows.append(("tensors", f"{len(clips)} of int64 [17, T] at 12.5 frames/s, "
-                     f"{seconds / 3600:.2f} hours with prompts; {'; '.join(layouts)}"))  # fmt: skip
+                     f"{_duration(seconds)} with prompts; {'; '.join(layouts)}"))  # fmt: skip
         codecs = sorted({clip.codec_digest[:12] for clip in clips})
         rows.append(("codec", f"sha256 {', '.join(codecs)}…: to another codec they mean nothing"))
     return rows
@@ -260,8 +264,7 @@ def _loading(repo: str, sections: Sequence[dict[str, Any]]) -> list[str]:
 
 def _limits(records: Sequence[Record], index: HubIndex) -> list[str]:
     lines = [
-        "- What the manifests count was counted; nobody is said to have listened to all of it.",
-        "- The personas are invented; a likeness to a real person is not meant.",
+        "- No record says that a person read or heard it; the figures are those of the manifests.",
     ]
     if not any(isinstance(r, Voice) for r in records):
         lines.append("- The run holds no record of the voices.")

@@ -37,7 +37,7 @@ from pipeline.hubs.index import (
 
 Result = TypeVar("Result")
 COMMIT_FILES, COMMIT_BYTES = 200, 1 << 30
-ATTEMPTS, FIRST_WAIT_S = 5, 1.0
+ATTEMPTS, FIRST_WAIT_S = 4, 1.0  # the client has retries of its own below
 DOWNLOADS = 8  # at once
 MAX_DETAIL = 300
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -72,7 +72,11 @@ class Hub:
             disable_progress_bars()
         self._repo, self._type = repo, repo_type
         # False: never a token from a file that `huggingface-cli login` left.
-        self._api = HfApi(token=self._token or False, library_name="duplex-workbench")
+        self._api = HfApi(
+            endpoint=os.environ.get("HF_ENDPOINT") or None,  # as it is now, not at import
+            token=self._token or False,
+            library_name="duplex-workbench",
+        )
 
     # -- up
 

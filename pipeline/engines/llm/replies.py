@@ -2,8 +2,8 @@
 
 Repaired is what can be meant in one way only: a fence or text around the object, a trailing
 comma, the domain's names for the roles, a place outside of its turn, a number out of range. What
-json-repair makes of a damaged object counts only when all brackets were there and every text in
-it stands in the reply word for word: nothing is invented, and no turn is lost.
+json-repair makes of a damaged object counts only when all brackets were there and it has the
+letters of the reply, all and no others: nothing is invented, and no word is lost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from duplex.base import Emotion, Role
@@ -67,7 +67,7 @@ def read_object(text: str) -> dict[str, Any] | list[Any] | Fault:
         value = _repaired(span)
         if value is None:
             return Fault("unreadable", f"its JSON is broken ({error})")
-    if not isinstance(value, (dict, list)):
+    if not isinstance(value, dict if span[0] == "{" else list):
         return Fault("unreadable", "there is no whole JSON object in it")
     return value
 
@@ -88,23 +88,12 @@ def _repaired(span: str) -> Any:
         value = json_repair.loads(span)
     except (RecursionError, ValueError):
         return None
-    for text in _strings(value):
-        forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
-        if not any(form in span for form in forms):
-            return None
-    return value
+    return value if _letters(span) == _letters(json.dumps(value, ensure_ascii=False)) else None
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
+def _letters(text: str) -> str:
+    """What a text says, without the signs that hold it together."""
+    return "".join(sign for sign in text.lower() if sign.isalnum())
 
 
 def read_turns(
@@ -119,22 +108,21 @@ def read_turns(
         return Fault("unreadable", 'the JSON object must hold "turns", a list of turns')
     if len(lines) > MAX_TURNS:
         return Fault("too-many-turns", f"there are {len(lines)} turns")
-    draw = random.Random(f"pauses/{seed}")
     turns: list[Turn] = []
     for number, line in enumerate(lines):
         if not isinstance(line, dict) or not isinstance(line.get("text"), str):
             return Fault("unreadable", f'turn {number} must be an object with "role" and "text"')
         name = str(line.get("role", "")).strip().lower()
-        role: Role | None = name if name in get_args(Role) else role_names.get(name)  # type: ignore[assignment]
+        role = role_names.get(name)
         if role is None:
-            return Fault(
-                "unknown-role", f'turn {number} has the role {name!r:.40}: "agent" or "user"'
-            )
-        spoken = line["text"].strip()
+            said = f'turn {number} has the role {name!r:.40}, it must be "agent" or "user"'
+            return Fault("unknown-role", said)
+        spoken = _spoken(line["text"])
         if not spoken:
             return Fault("empty-turn", f"turn {number} has no text")
         before = turns[-1] if turns else None
         is_last = number == len(lines) - 1
+        draw = random.Random(f"pauses/{seed}/{number}")
         turns.append(_turn(line, role, spoken, persona, before, is_last, draw))
     return tuple(turns)
 
@@ -177,14 +165,13 @@ def _turn(
 
 def _gap(line: dict[str, Any], range_: GapRange, draw: random.Random) -> int | None:
     """Frames, from a word for the pause or from a number; None leaves it to be drawn later."""
-    overlap = draw.randint(1, 4)  # drawn always, so that one turn's word moves no other's pause
     match str(line.get("pause", "")).strip().lower():
         case "quick":
             return range_.low
         case "long":
             return range_.high
         case "overlap":
-            return -overlap
+            return -draw.randint(1, 4)
         case "normal":
             return None
     frames = _number(line.get("gap_frames"))
