@@ -26,10 +26,8 @@ def test_the_commands_that_ask_nobody_work(trained, tmp_path):
 
 def test_the_other_commands_are_understood(tmp_path):
     """Up to the point where the hub would be asked, which is offline here."""
-    lines = [
-        line.split(" #")[0].strip() for line in TEXT.splitlines() if line[:11] == "    duplex "
-    ]
-    hub_lines = [line for line in lines if line.split()[1] in ("push", "pull")]
+    shown = re.findall(r"^    (duplex (?:push|pull) .*)$", TEXT, flags=re.MULTILINE)
+    hub_lines = [line.split(" #")[0] for line in shown]
     assert len(hub_lines) == 3
     for command in hub_lines:
         result = duplex(*shlex.split(command)[1:], cwd=tmp_path)
