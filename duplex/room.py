@@ -8,7 +8,6 @@
 All noises are filtered white noise, scaled by what the filter does to power and not by what was
 measured: a longer conversation begins with the same samples. Their levels are met within 1 dB.
 
-Cost: 25 ms for a minute with all three.
 Source: the pink filter is Julius O. Smith's (Spectral Audio Signal Processing, "Example:
 Synthesis of 1/F Noise"), within .5 dB of -3 dB an octave from 10 Hz to half the rate.
 """

@@ -5,7 +5,7 @@ Three sources, one a config: espeak's own voices, shaped by a persona's traits
 to a sample that an engine clones (`pipeline/engines/voice_recordings.py`). Nobody shares a
 voice, and each is proven: it says a sentence, which is kept to be listened to.
 
-Cost: 20 ms a voice with espeak. Recordings take 1 s a minute to be judged, all of them as soon
+Cost: 20 ms a voice with espeak. Recordings take 3 s a minute to be judged, all of them as soon
 as one voice is to be made, since who gets which depends on who is fit.
 """
 

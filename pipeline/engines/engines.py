@@ -18,7 +18,7 @@ from pipeline.engines.speaking import Capabilities, SpeechEngine
 ENGINES: dict[str, str] = {
     "espeak": "pipeline.engines.espeak_speech",
     "openai-speech": "pipeline.engines.openai_speech",
-    "chatterbox": "pipeline.engines.isolated",
+    "chatterbox": "pipeline.engines.chatterbox",
     "moshi-tts": "pipeline.engines.moshi_tts",
     "csm": "pipeline.engines.csm",
     "pocket-tts": "pipeline.engines.pocket_tts",

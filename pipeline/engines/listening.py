@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from pipeline.engines.recogniser import (
     PocketSphinx,
     Recogniser,
     make_recogniser,
+    require,
 )
 
 PADDING_S = 0.2
@@ -155,26 +155,38 @@ def _shifted(words: Sequence[Word], num_samples: int) -> tuple[Word, ...]:
 
 
 class ToldPocketSphinx(PocketSphinx):
-    """PocketSphinx that is told what may be said, among other words."""
+    """PocketSphinx that is told what may be said, among other words.
+
+    Each utterance gets a decoder of its own with a dictionary of these words: a language model
+    for the whole dictionary takes 4 s to add, this one 0.2 s, and nothing is carried over.
+    """
 
     def __init__(self) -> None:
-        super().__init__(lm=None)  # its own large one is not used
+        require("pocketsphinx", "pocketsphinx", "pip install pocketsphinx")
+        import pocketsphinx
+
+        self._sounds: dict[str, list[str]] = {}
+        path = Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict"))
+        for line in path.read_text(encoding="utf-8").splitlines():
+            word, _, sounds = line.partition(" ")
+            self._sounds.setdefault(word.partition("(")[0], []).append(sounds)
 
     def transcribe_told(self, samples: np.ndarray, text: str) -> tuple[tuple[Word, ...], set[str]]:
         """The words heard, and those of the text that its dictionary has."""
-        import pocketsphinx
-
-        decoder: Any = self._decoder
-        spoken = [word for word in words_of(text) if decoder.lookup_word(word)]
+        spoken = [word for word in words_of(text) if word in self._sounds]
         if not spoken:
             return (), set()
-        others = [word for word in COMMON.split() if decoder.lookup_word(word)]
-        with tempfile.NamedTemporaryFile("w", suffix=".arpa") as file:
-            file.write(language_model(spoken, others))
-            file.flush()
-            model = pocketsphinx.NGramModel(decoder.get_config(), decoder.get_logmath(), file.name)
-        decoder.add_lm("told", model)
-        decoder.activate_search("told")
+        others = [word for word in COMMON.split() if word in self._sounds]
+        lines = [
+            f"{word}({number}) {sounds}" if number > 1 else f"{word} {sounds}"
+            for word in sorted({*spoken, *others})
+            for number, sounds in enumerate(self._sounds[word], start=1)
+        ]
+        with tempfile.TemporaryDirectory(prefix="duplex-listen-") as name:
+            words, model = Path(name, "words.dict"), Path(name, "words.arpa")
+            words.write_text("\n".join([*lines, ""]), encoding="utf-8")
+            model.write_text(language_model(spoken, others), encoding="utf-8")
+            super().__init__(dict=str(words), lm=str(model))
         return self.transcribe(samples, "en"), set(spoken)
 
 

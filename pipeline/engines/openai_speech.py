@@ -48,7 +48,7 @@ _MAX_DETAIL = 300
 
 def revision(section: SpeechSection) -> str:
     """Model and manner of asking; not the address that serves it."""
-    return f"{NAME}-{VERSION} {section.model} {section.revision or 'unpinned'}"
+    return f"{NAME}-{VERSION} {section.model}"
 
 
 def missing(section: SpeechSection) -> str | None:

@@ -232,6 +232,7 @@ class PocketSphinx:
             return ()
         noise = np.random.default_rng(0).normal(0, DITHER, len(samples))
         pcm = (np.clip(samples + noise, -1.0, 1.0) * 32767).astype("<i2")
+        self._decoder.reinit_feat()  # else its front end carries something over
         self._decoder.start_utt()
         self._decoder.process_raw(pcm.tobytes(), full_utt=True)
         self._decoder.end_utt()

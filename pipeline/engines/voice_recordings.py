@@ -8,7 +8,7 @@ Taken is the stretch of `LEAST_S` to `MOST_S` with the most speech in it, by voi
 -24 LUFS, mono, 24 kHz. Refused are stretches that are clipped, noisy, or of a telephone's
 bandwidth, also when they were resampled since. Two speakers in one file are not told apart.
 
-Cost: 1 s for a minute of sound on one core, most of it voice activity. Files come from anybody:
+Cost: 3 s of CPU time for a minute of sound, most of it voice activity. Files come from anybody:
 `read_mono` bounds what is read of them.
 """
 

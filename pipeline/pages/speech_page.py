@@ -17,7 +17,7 @@ from duplex.store import StageFolder
 from pipeline.pages.drawing import histogram, rendered, tally
 
 LISTEN_PER_PERSONA = 2
-PIXELS_PER_SECOND = 6
+PIXELS_PER_SECOND = 10
 MANY = 60  # dialogues of which the table is folded
 
 

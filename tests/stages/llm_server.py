@@ -11,6 +11,7 @@ each one gets through in the end: after `patience` misdeeds in a row it behaves.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import random
@@ -80,6 +81,7 @@ class MisbehavingServer:
         self._script = script or []  # deeds of the first requests, in order
         self.books = Books()
         self._writer = ScriptedWriter()
+        _ = self._writer.grammar  # read now: later it would look like a silence
         self._personas = {
             prompt: persona
             for persona in load_personas(CHECKOUT / "data/personas")
@@ -198,6 +200,10 @@ class MisbehavingServer:
             await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
 
         await send({"role": "assistant", "content": ""})
+        while deed == "pings":  # signs of life, and no reply
+            with contextlib.suppress(ConnectionError):
+                await response.write(b": still there\n\n")
+            await asyncio.sleep(0.02)
         pieces = 12 if deed == "slow" else 3
         step = max(1, len(content) // pieces)
         for start in range(0, len(content), step):

@@ -26,8 +26,9 @@ from pipeline.clean import plan_removals, remove
 from pipeline.engines.llm.brief import messages, schema
 from pipeline.engines.llm.budget import Budget
 from pipeline.engines.llm.client import Client, Request
+from pipeline.engines.llm.dialect import Dialect
 from pipeline.engines.llm.exchanges import Exchanges, account
-from pipeline.engines.llm.wire import Wire
+from pipeline.engines.llm.wire import Failure, Whole, Wire
 from pipeline.entry import main
 from tests.stages.llm_server import KEY, PRICE_IN, PRICE_OUT, Books, MisbehavingServer
 
@@ -214,25 +215,42 @@ def test_another_config_and_clean_pay_for_no_reply_again(
     assert sum(server.books.requests.values()) == asked == 20
 
 
-def test_the_limit_holds_whoever_asks(tmp_path: Path) -> None:
+def some_request(seed: int) -> Request:
     domain = load_domain(CHECKOUT / "data/domains/coffee-shop.yaml")
     (persona,) = load_personas(CHECKOUT / "data/personas", ("nervous-mei",))
     (scenario,) = load_scenarios(CHECKOUT / "data/scenarios", ("remake",))
     asked = messages(
         domain, persona, scenario, persona.prompts[0], min_turns=15, max_turns=25, min_facts=2
     )
+    return Request("tiny", asked, seed, 0.8, 4096, "dialogue", schema())
+
+
+def test_the_limit_holds_whoever_asks(tmp_path: Path) -> None:
     with MisbehavingServer(think_s=0.05, deeds=("429-ms",), share=0.5) as server:
         wire = Wire(base_url=server.base_url, api_key=KEY, timeout_s=5, deadline_s=9)
         log = Exchanges(tmp_path / "exchanges.jsonl")
         client = Client(wire, log, Budget(), prices={}, concurrency=2)
         with ThreadPoolExecutor(8) as pool:
             for seed in [*range(12), *range(12)]:  # each twice, as two tasks may
-                request = Request("tiny", asked, seed, 0.8, 4096, "dialogue", schema())
-                pool.submit(client.ask, request, "t")
+                pool.submit(client.ask, some_request(seed), "t")
         client.close()
 
     assert server.books.most_in_flight == 2
     assert account(read_lines(log.path)).replies == 12 == len(server.books.completed)
+
+
+@pytest.mark.parametrize(("deed", "reason"), [("pings", "past-deadline"), ("stall", "timed-out")])
+def test_a_reply_that_does_not_end_is_given_up(deed: str, reason: str) -> None:
+    with MisbehavingServer(script=[deed, "slow"]) as server:
+        wire = Wire(base_url=server.base_url, api_key=KEY, timeout_s=0.6, deadline_s=1.0)
+        wire.connect()
+        body = Dialect().speak(some_request(1).body)
+        started = time.monotonic()
+        outcome = wire.post(body)
+        assert isinstance(outcome, Failure) and outcome.reason == reason
+        assert outcome.billed is None and time.monotonic() - started < 2.5
+        assert isinstance(wire.post(body), Whole)  # slow tokens are fine: 12 in 0.24 s
+        wire.close()
 
 
 def test_a_wrong_key_stops_the_stage_at_once(tmp_path: Path) -> None:

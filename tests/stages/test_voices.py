@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import wave
 
 import pytest
 
@@ -10,7 +11,7 @@ from duplex.characters import VoiceTraits
 from duplex.config import Config
 from duplex.datafiles import CHECKOUT, load_personas
 from duplex.errors import RequestError
-from duplex.records import Voice
+from duplex.records import Turn, Voice
 from duplex.stage import StageContext
 from pipeline.engines.espeak_voices import (
     PERSONA_VARIANTS,
@@ -19,10 +20,11 @@ from pipeline.engines.espeak_voices import (
     USER_VARIANTS,
     user_params,
 )
-from pipeline.engines.voice_choice import Want
+from pipeline.engines.voice_choice import Want, match_names
+from pipeline.speech import SpeechStage
 from pipeline.voices import VoicesStage, agent_voice_id, espeak_tasks
 from tests.factories import persona
-from tests.stages.spoken_helpers import context_of, folders, made_voices
+from tests.stages.spoken_helpers import context_of, conversation, folders, made_voices
 
 pytest.importorskip("espeakng_loader")
 
@@ -163,3 +165,84 @@ def test_keys_need_no_engine_and_no_audio_library():
     key, heavy = result.stdout.splitlines()
     assert "espeakng-loader 0." in key
     assert heavy == ""
+
+
+# -- voices by name
+
+
+NAMES = {"female": ["alba", "cosette", "eponine"], "male": ["jean", "marius"], "fr-male": ["luc"]}
+
+
+def wants(*personas, users=0, language="en"):
+    agents = [
+        Want(agent_voice_id(name), "agent", language, name, VoiceTraits(gender=gender))
+        for name, gender in personas
+    ]
+    return agents + [Want(f"user-{index:02d}", "user", language) for index in range(users)]
+
+
+def test_names_follow_gender_and_nobody_shares_one():
+    chosen = match_names(wants(("a", "female"), ("b", "female"), ("c", "male"), users=2), NAMES)
+    assert {chosen["agent-a"], chosen["agent-b"]} < set(NAMES["female"])
+    assert chosen["agent-c"] in NAMES["male"]
+    assert len(set(chosen.values())) == 5
+    alone = match_names(wants(("a", "female")), NAMES)
+    assert alone["agent-a"] == chosen["agent-a"]
+
+
+def test_a_language_takes_its_own_list():
+    everybody = wants(("c", "male")) + wants(("d", "male"), language="fr")
+    chosen = match_names(everybody, NAMES)
+    assert chosen["agent-d"] == "luc" and chosen["agent-c"] in NAMES["male"]
+
+
+@pytest.mark.parametrize(
+    ("these", "names", "message"),
+    [
+        (wants(("c", "male"), ("d", "male"), ("e", "male")), NAMES, r"1 male of a persona \(en\)"),
+        (wants(("c", "male"), users=5), NAMES, r"6 voices are needed, 5 found.*1 of the user's"),
+        (wants(), {"female": ["a", "b"], "male": ["b"]}, "found twice: b"),
+    ],
+)
+def test_too_few_names_or_one_twice_is_an_error(these, names, message):
+    with pytest.raises(RequestError, match=message):
+        match_names(these, names)
+
+
+def test_named_voices_are_the_engines_by_name_and_foreign_languages_espeaks(tmp_path):
+    german = persona("friendly-uwe", language="de", voice=VoiceTraits(gender="male"))
+    inputs = folders(tmp_path, [persona("angry-ann"), german], [])
+    section = {"engine": "moshi-tts", "names": NAMES, "user_voices": 2}
+    context = context_of(inputs, tmp_path, voices=section, speech={"engines": {"de": "espeak"}})
+    plans = {task.id: task.payload for task in VoicesStage().tasks(context)}
+    assert plans["agent-angry-ann"].engine == "moshi-tts"
+    assert plans["agent-angry-ann"].params["voice"] in NAMES["female"]
+    uwe = plans["agent-friendly-uwe"]
+    assert (uwe.engine, uwe.params["voice"], uwe.want.language) == ("espeak", "de", "de")
+    assert {name for name in plans if name.startswith("user")} == {
+        "user-00", "user-01", "user-de-00", "user-de-01",
+    }  # fmt: skip
+
+
+def test_a_personas_language_is_its_voices_and_its_user_speaks_it_too(tmp_path):
+    german = persona("friendly-uwe", language="de", voice=VoiceTraits(gender="male"))
+    words = (Turn(role="user", text="Guten Morgen."), Turn(role="agent", text="Einen Kaffee."))
+    talk = conversation("friendly-uwe", 0, words)
+    inputs, made = made_voices(tmp_path, [persona("angry-ann"), german], [talk])
+    voices = {voice.id: voice for voice in made.records()}
+    assert voices["agent-friendly-uwe"].language == "de"
+    assert voices["agent-friendly-uwe"].params["voice"] == "de"
+    context = context_of({"dialogues": inputs["dialogues"], "voices": made}, tmp_path)
+    (task,) = SpeechStage().tasks(context)
+    assert task.payload.user.language == "de"
+
+
+def test_each_voice_says_a_sentence_and_the_page_plays_it(tmp_path):
+    _, folder = made_voices(tmp_path, voices={"user_voices": 2})
+    page = (folder.path / "index.html").read_text()
+    for voice in folder.records():
+        with wave.open(str(folder.blob_path(voice.proof, ".wav"))) as file:
+            assert file.getframerate() == 24_000 and file.getnframes() > 12_000
+        assert f"blobs/{voice.proof}.wav" in page
+    assert page.count('class="tag valid"') >= 2  # a persona's, a user's
+    assert "http" not in page

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from duplex.characters import Fact, GapRange, Persona, Scenario
-from duplex.datafiles import load_domain
+from duplex.datafiles import load_domain, load_personas
 from pipeline.engines.scripted_grammar import Grammar, load_grammar
 from pipeline.engines.scripted_plan import split_arc
 
@@ -234,6 +234,17 @@ def test_the_evaluation_facts_occur_in_personas_of_the_type_but_never_together()
             if avoided:
                 seen |= {own.get("allergy") for own in alike} | {own.get("diet") for own in alike}
             assert value in seen, f"{item['id']}: no {item['persona_type']} persona has {value}"
+
+
+def test_the_vet_items_give_their_facts_and_no_trained_owner_has_them() -> None:
+    items = yaml.safe_load((DATA / "vet-reception/items.yaml").read_text(encoding="utf-8"))["items"]
+    owners = load_personas(DATA / "vet-reception/personas")
+    trained = {fact.value for owner in owners for fact in owner.facts}
+    assert {item["persona_type"] for item in items} <= {owner.type for owner in owners}
+    for item in items:
+        facts = [Fact.model_validate(fact) for fact in item["facts"]]
+        assert [fact.key for fact in facts if not holds(item["text_prompt"], fact)] == []
+        assert {fact.value for fact in facts} & trained <= {"no car"}
 
 
 def test_the_pocket_corpus_is_plain_speakable_text_that_names_every_persona() -> None:

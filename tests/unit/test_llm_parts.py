@@ -52,7 +52,18 @@ def test_what_can_be_meant_in_one_way_is_repaired(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [TEXT[:-12], TEXT[: TEXT.index("}") + 1], "{}}{", "no", "[" * 50_000, "{" * 9 + "}" * 9, '"x"'],
+    [
+        TEXT[:-12],
+        TEXT[: TEXT.index("}") + 1],
+        TEXT.replace('"Hi."', '"Hi." "you"'),  # json-repair drops the second
+        TEXT.replace('"Hi."', '/* or hey */ "Hi."}').replace("}}", "}"),
+        TEXT.replace('"text": "Hi."', '"text": "Hi.", "text": "Ho.",'),  # and the first
+        "{}}{",
+        "no",
+        "[" * 50_000,
+        "{" * 9 + "}" * 9,
+        '"x"',
+    ],
 )
 def test_what_may_have_lost_something_is_not(text: str) -> None:
     assert isinstance(read_object(text), Fault)
