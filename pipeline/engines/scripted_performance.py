@@ -167,8 +167,8 @@ def _choose_cuts(
 def _cut_places(line: Line, persona: Persona) -> list[int]:
     """After how many words the turn may be cut."""
     spelled = line.text.split()
-    if len(spelled) < LONG_TURN_WORDS:
-        return []
+    if len(spelled) < LONG_TURN_WORDS or "ask-unknown" in line.intents:
+        return []  # not to know the answer, one must have heard the question
     ends = [i for i, word in enumerate(spelled[:-1], start=1) if word[-1] in ".?!"]
     start = ends[-1] if ends else 0  # words before the last sentence
     places = []

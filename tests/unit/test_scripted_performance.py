@@ -208,6 +208,7 @@ def test_a_question_without_an_answer_is_met_with_not_knowing() -> None:
         for turn, after in pairwise(dialogue.turns):
             if turn.role == "user" and any(question in turn.text for question in questions):
                 asked[scenario] += 1
+                assert turn.cut_after_words is None, "the question is heard to its end"
                 assert any(
                     words in after.text.lower()
                     for words in ("know", "no idea", "a clue", "couldn't", "can't", "wish i knew")
