@@ -264,22 +264,29 @@ def untold_knowledge(seen: Seen) -> str | None:
     """The user says a name that was not told yet, or "your X", "you're a X" of such a fact."""
     told = set(seen.scenario.known)
     topic = {word for entry in seen.domain.topic for word in words(entry)}
+    of_the_subject = {
+        fact.key
+        for fact in seen.persona.facts
+        for word in words(" ".join((fact.value, *fact.says)))
+        if word in topic or word.rstrip("s") in topic
+    }
     for index, turn in enumerate(seen.turns):
         if turn.role == "agent":
-            told |= facts_told(seen.persona, spoken(turn))
+            told |= facts_told(seen.persona, turn.text)  # who cuts in has heard a little more
             continue
         for fact in seen.persona.facts:
             if fact.key in told:
                 continue
             for wording in fact.says:
-                proper = all(word[:1].isupper() for word in wording.split())
-                if proper and re.search(rf"(?<!\w){re.escape(wording)}(?!\w)", turn.text):
-                    return f"turn {index}: the user says {wording!r}, which nobody told it"
-                bare = re.sub(r"^(?:an?|the|my|your|his|her) ", "", wording)
-                if topic & {w.rstrip("s") for w in words(bare)} | topic & set(words(bare)):
+                if all(word[:1].isupper() for word in wording.split()):
+                    if re.search(rf"(?<!\w){re.escape(wording)}(?!\w)", turn.text):
+                        return f"turn {index}: the user says {wording!r}, which nobody told it"
+                    continue
+                if fact.key in of_the_subject:
                     continue  # whoever serves says such words unasked
+                bare = re.sub(r"^(?:an?|the|my|your|his|her) ", "", wording)
                 said = rf"\b(?:your|you're an?|you are an?) {re.escape(bare)}\b"
-                if not proper and re.search(said, turn.text, re.IGNORECASE):
+                if has_words(turn.text, bare) and re.search(said, turn.text, re.IGNORECASE):
                     return f"turn {index}: the user knows of {bare!r}, which nobody told it"
     return None
 

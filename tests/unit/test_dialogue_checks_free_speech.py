@@ -59,6 +59,19 @@ def test_what_people_say_is_not_taken_for_a_fault(persona: str, role: str, text:
     assert check(turns, persona) is None
 
 
+def test_who_serves_may_name_the_drink_unasked_and_hear_what_a_cut_left_unsaid() -> None:
+    turns = good("nervous-tobias", "remake")
+    turns[1] = Turn(role="user", text="Oh no, what is wrong with your flat white?")
+    turns[0] = Turn(role="agent", text="Er, pardon me, this is cold, if I may.")
+    assert check(turns, "nervous-tobias", "remake") is None
+    turns = good("nervous-tobias")
+    index = next(i for i, turn in enumerate(turns) if "Tobias" in turn.text)
+    assert turns[index].role == "agent"
+    turns[index] = Turn(role="agent", text="I'm the one called Tobias.", cut_after_words=4)
+    fault = check(turns, "nervous-tobias")
+    assert fault is None or fault.code != "untold-knowledge"
+
+
 def test_a_customer_may_confirm_an_order_in_the_barista_s_words() -> None:
     turns = good("nervous-elliot")
     index = next(i for i in range(len(turns) - 4, 0, -1) if turns[i].role == "user")
