@@ -111,12 +111,15 @@ def speech_features() -> Any:
 
     word = {"text": Value("string"), "start_s": Value("float64"), "end_s": Value("float64")}
     turn = {
+        "kind": Value("string"),
         "role": Value("string"),
         "text": Value("string"),
         "voice_id": Value("string"),
         "start_s": Value("float64"),
         "end_s": Value("float64"),
         "words": List(word),
+        "emotion": Value("string"),
+        "cut": Value("bool"),
     }
     text = ("id", "dialogue_id", "persona_id", "scenario_id", "system_prompt", "first_speaker")
     return Features(

@@ -177,6 +177,7 @@ def test_the_best_stretch(spans, expected):
 
 def test_links_hidden_files_and_other_things_are_no_recordings(folder, tmp_path):
     (folder / "link.wav").symlink_to(folder / "anna.wav")
+    (folder / "linked").symlink_to(folder / "beth")
     (folder / ".hidden.wav").write_bytes(b"x")
     (folder / "notes.txt").write_text("x")
     speakers = {clip.speaker for clip in clips_of_folder(folder, VoicesSection())}

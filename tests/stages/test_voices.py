@@ -244,5 +244,5 @@ def test_each_voice_says_a_sentence_and_the_page_plays_it(tmp_path):
         with wave.open(str(folder.blob_path(voice.proof, ".wav"))) as file:
             assert file.getframerate() == 24_000 and file.getnframes() > 12_000
         assert f"blobs/{voice.proof}.wav" in page
-    assert page.count('class="tag valid"') >= 2  # a persona's, a user's
+    assert page.count('class="tag valid"') >= 3  # the legend's, a persona's, a user's
     assert "http" not in page
