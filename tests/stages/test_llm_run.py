@@ -212,7 +212,7 @@ def test_another_config_and_clean_pay_for_no_reply_again(
         result = workplace.stage()
 
     assert result.returncode == 0, result.stdout
-    assert sum(server.books.requests.values()) == asked == 20
+    assert sum(server.books.requests.values()) == asked >= 20
 
 
 def some_request(seed: int) -> Request:
