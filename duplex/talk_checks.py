@@ -219,9 +219,11 @@ def role_inversion(seen: Seen) -> str | None:
             spelled = f" {' '.join(words(sentence))} "
             for phrase in lines:
                 before, found, after = spelled.partition(f" {phrase} ")
+                if not found:
+                    continue
                 # "You're welcome to it" inverts nothing, nor does what somebody reports.
                 reported = _REPORTED.search(before) or _SAID_AFTER.search(f" {after}")
-                if found and not reported and not before.endswith("you're"):
+                if not reported and not before.endswith("you're"):
                     return f"turn {index}: the agent says what the user's side says: {phrase!r}"
     return None
 

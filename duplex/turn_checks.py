@@ -164,7 +164,7 @@ def digits(seen: Seen) -> str | None:
 
 def emoji(seen: Seen) -> str | None:
     for number, text in seen.texts():
-        for sign in text:
+        for sign in text if not text.isascii() else "":
             if unicodedata.category(sign) in ("So", "Sk", "Cs", "Co") and sign not in "^`":
                 return f"turn {number} holds {sign!r}, which nobody says"
     return None

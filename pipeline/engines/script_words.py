@@ -22,6 +22,7 @@ SPOKEN_PUNCTUATION = "&%@#"
 # Han, kana and what lies between: scripts that set no spaces. (Korean does.)
 SPACELESS = re.compile(r"[\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 STEP_S = 0.01
+PAUSE_STEPS, NEAR_STEPS = 10, 8
 QUIET_DB = 35.0  # below the loudest step: a pause
 
 
@@ -147,9 +148,9 @@ def _laid_out(
     letters = np.array([max(sum(c.isalnum() for c in word), 1) for word in words], dtype=float)
     shares = np.concatenate([[0.0], np.cumsum(letters) / letters.sum()]) if len(words) else []
     if len(loud):
-        places = np.asarray(shares) * len(loud)
-        starts = [loud[min(int(place), len(loud) - 1)] * STEP_S for place in places[:-1]]
-        ends = [(loud[max(int(np.ceil(place)) - 1, 0)] + 1) * STEP_S for place in places[1:]]
+        places = _at_pauses(np.asarray(shares) * len(loud), loud)
+        starts = [loud[min(round(place), len(loud) - 1)] * STEP_S for place in places[:-1]]
+        ends = [(loud[max(round(place) - 1, 0)] + 1) * STEP_S for place in places[1:]]
     else:
         edges = [start_s + (end_s - start_s) * share for share in shares]
         starts, ends = edges[:-1], edges[1:]
@@ -161,6 +162,15 @@ def _laid_out(
         reached = max(a, b)
         timed.append(_word(word, a, reached))
     return tuple(timed)
+
+
+def _at_pauses(places: np.ndarray, loud: np.ndarray) -> np.ndarray:
+    """Edges of words moved to a pause that is near: people pause between words."""
+    pauses = np.flatnonzero(np.diff(loud) > PAUSE_STEPS) + 1
+    if not len(pauses):
+        return places
+    nearest = pauses[np.abs(places[:, None] - pauses[None, :]).argmin(axis=1)]
+    return np.where(np.abs(nearest - places) <= NEAR_STEPS, nearest, places)
 
 
 def _word(text: str, start_s: float, end_s: float) -> Word:

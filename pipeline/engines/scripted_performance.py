@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from duplex.base import Emotion, Role
 from duplex.characters import Domain, Mood, Persona, Scenario
 from duplex.records import Backchannel, Turn
-from duplex.wording import facts_told, has_words, patterns_used
+from duplex.wording import NUMBER_WORDS, facts_told, has_words, patterns_used, words
 from pipeline.engines.scripted_grammar import Grammar
 
 LONG_TURN_WORDS = 8  # shorter ones are over before somebody cuts in or murmurs
@@ -62,7 +62,8 @@ def perform(
 ) -> tuple[Turn, ...]:
     """The lines as turns. Without a domain no turn has an emotion."""
     cuts = _choose_cuts(lines, persona, scenario, rng)
-    moods = _moods(lines, persona, scenario, domain, rng)
+    # A generator of their own: the words are the same with moods and without.
+    moods = _moods(lines, persona, scenario, domain, random.Random(rng.getrandbits(64)))
     turns: list[Turn] = []
     for index, (line, mood) in enumerate(zip(lines, moods, strict=True)):
         text = line.text
@@ -179,6 +180,8 @@ def _cut_places(line: Line, persona: Persona) -> list[int]:
         if any(has_words(line.text, fill) and not has_words(said, fill) for fill in line.fills):
             break
         if any(has_words(rest, fill) for fill in line.fills):
+            break
+        if not NUMBER_WORDS.isdisjoint(words(rest)):  # "we close in fifteen minutes"
             break
         if line.role == "agent" and (
             facts_told(persona, said) != facts_told(persona, line.text)

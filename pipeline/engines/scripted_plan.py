@@ -76,8 +76,7 @@ def plan_beats(
             target = aim if by_rank else rng.randint(min_turns, max_turns)
             segments = _fit(arc, grammar, exchanges, rng, target, by_rank=by_rank, highest=highest)
             length = _length(segments, grammar)
-            told = {fact for segment in segments for fact in segment.exchange.tells}
-            if len(told) >= MIN_FACTS:
+            if len(_told(segments)) >= MIN_FACTS:
                 reached.add(length)
                 if min_turns <= length <= max_turns:
                     return [
@@ -116,6 +115,8 @@ def _fit(
             _remove(segments, rng.choice(removable))
         elif length < target:
             addable = [exchange for exchange in exchanges if _may_add(exchange, segments)]
+            if len(_told(segments)) < MIN_FACTS:  # first things first
+                addable = [exchange for exchange in addable if exchange.name != UNKNOWN]
             if not addable:
                 break
             (exchange,) = rng.choices(addable, [exchange.weight for exchange in addable])
@@ -123,6 +124,10 @@ def _fit(
         else:
             break
     return segments
+
+
+def _told(segments: list[Segment]) -> set[str]:
+    return {fact for segment in segments for fact in segment.exchange.tells}
 
 
 def _length(segments: list[Segment], grammar: Grammar) -> int:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from duplex.characters import Fact, GapRange, Persona, Scenario
+from duplex.datafiles import load_domain, load_personas
 from pipeline.engines.scripted_grammar import Grammar, load_grammar
 from pipeline.engines.scripted_plan import split_arc
 
@@ -23,6 +24,7 @@ SCENARIOS = [
     Scenario.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     for path in sorted((DATA / "scenarios").glob("*.yaml"))
 ]
+DOMAIN = load_domain(DATA / "domains/coffee-shop.yaml")
 SEEDS: dict[str, Any] = yaml.safe_load((DATA / "prompts/seeds.yaml").read_text(encoding="utf-8"))
 CORPUS = DATA / "pocket/corpus.txt"
 
@@ -160,6 +162,36 @@ def test_arcs_use_the_known_intents_and_the_barista_opens(
     assert scenario.first_speaker == ("agent" if scenario.id == "remake" else "user")
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=by_id)
+def test_scenes_have_a_kind_of_the_domain_and_questions_that_nobody_can_answer(
+    scenario: Scenario,
+) -> None:
+    assert scenario.kind in DOMAIN.kinds
+    assert len(scenario.unanswerable) >= 2
+    facts = {fact.key for persona in PERSONAS for fact in persona.facts}
+    assert set(scenario.known) <= facts
+    for question in scenario.unanswerable:
+        assert question.endswith("?") and not re.search(r"[^A-Za-z',? ]", question)
+
+
+def test_all_kinds_of_scenes_and_both_ends_of_the_moods_come_up() -> None:
+    assert {scenario.kind for scenario in SCENARIOS} == set(DOMAIN.kinds)
+    emotions = {turn.mood.emotion for scenario in SCENARIOS for turn in scenario.moods}
+    assert {"angry", "happy", "excited", "neutral", "sad"} == emotions
+
+
+def test_the_types_differ_in_how_they_listen() -> None:
+    def shares(kind: str, field: str) -> set[float]:
+        return {getattr(persona, field) for persona in PERSONAS if persona.type == kind}
+
+    assert all(persona.type in DOMAIN.types for persona in PERSONAS)
+    others = set(DOMAIN.types) - {"angry"}
+    assert min(shares("angry", "interrupts")) > max(max(shares(k, "interrupts")) for k in others)
+    for kind in ("nervous", "friendly"):
+        assert min(shares(kind, "backchannels")) >= 0.4 > max(shares("angry", "backchannels"))
+    assert all(len(set(persona.backchannel_words)) >= 3 for persona in PERSONAS)
+
+
 def test_every_intent_of_the_vocabulary_comes_up_in_an_arc_or_when_one_grows(
     grammar: Grammar,
 ) -> None:
@@ -202,6 +234,17 @@ def test_the_evaluation_facts_occur_in_personas_of_the_type_but_never_together()
             if avoided:
                 seen |= {own.get("allergy") for own in alike} | {own.get("diet") for own in alike}
             assert value in seen, f"{item['id']}: no {item['persona_type']} persona has {value}"
+
+
+def test_the_vet_items_give_their_facts_and_no_trained_owner_has_them() -> None:
+    items = yaml.safe_load((DATA / "vet-reception/items.yaml").read_text(encoding="utf-8"))["items"]
+    owners = load_personas(DATA / "vet-reception/personas")
+    trained = {fact.value for owner in owners for fact in owner.facts}
+    assert {item["persona_type"] for item in items} <= {owner.type for owner in owners}
+    for item in items:
+        facts = [Fact.model_validate(fact) for fact in item["facts"]]
+        assert [fact.key for fact in facts if not holds(item["text_prompt"], fact)] == []
+        assert {fact.value for fact in facts} & trained <= {"no car"}
 
 
 def test_the_pocket_corpus_is_plain_speakable_text_that_names_every_persona() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from duplex.errors import DataFileError
 from pipeline.engines.scripted import GRAMMAR_DIR, ScriptedWriter
 from pipeline.engines.scripted_grammar import load_grammar, parse
+from pipeline.engines.scripted_plan import plan_beats
 from tests.unit.test_scripted_writer import PERSONAS, SCENARIOS, WRITER, changed
 
 
@@ -85,3 +87,13 @@ def test_an_arc_with_an_unknown_intent_or_the_wrong_role_is_refused() -> None:
                 min_turns=8,
                 max_turns=10,
             )
+
+
+def test_the_shortest_dialogues_have_room_for_facts_before_questions_without_an_answer() -> None:
+    for seed in range(60):
+        for turns in ((4, 5), (5, 5)):
+            rng = random.Random(seed)
+            beats = plan_beats(
+                SCENARIOS["remake"], WRITER.grammar, rng, min_turns=turns[0], max_turns=turns[1]
+            )
+            assert "ask-unknown" not in {beat.intent for beat in beats}

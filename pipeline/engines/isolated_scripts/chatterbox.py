@@ -23,6 +23,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# Python puts a script's folder first, where this file would pass for the package of its name.
+sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
 PROTOCOL = "duplex-speech-1"
 WEIGHTS = "ResembleAI/chatterbox"
 T3 = "t3_mtl23ls_v2.safetensors"

@@ -52,12 +52,15 @@ def elsewhere(trained, tmp_path, **changes):
     return place
 
 
+def config_of(place):
+    return Config.model_validate(yaml.safe_load((place / "small.yaml").read_text()))
+
+
 def steps_of(place):
-    config = Config.model_validate(yaml.safe_load((place / "small.yaml").read_text()))
     here = Path.cwd()
     os.chdir(place)
     try:
-        return {step.stage.name: step for step in plan(config, place / "runs")}
+        return {step.stage.name: step for step in plan(config_of(place), place / "runs")}
     finally:
         os.chdir(here)
 

@@ -15,10 +15,12 @@ import yaml
 from duplex.config import Config
 from pipeline.hubs.cards import adapter_card
 from pipeline.hubs.index import HubFile, HubIndex, HubStage
+from pipeline.imports import forget_import
 from tests.stages.hub.helpers import (
     CONFIG,
     DATA,
     assert_unseen,
+    config_of,
     digests,
     duplex,
     elsewhere,
@@ -49,11 +51,10 @@ def test_another_config_gets_it_put_in_place_until_it_says_otherwise(trained, sh
     place = elsewhere(trained, tmp_path, dialogues=other)
     result = duplex("pull", "me/data", "small.yaml", "--json", cwd=place, hub=shelf)
     rows = {row["stage"]: row for row in json.loads(result.stdout)["stages"]}
-    assert rows["personas"]["how"] == "restored" and rows["dialogues"]["how"] == "put in place"
     assert {name: digests(trained)[name] for name in DATA} == digests(place)
     assert steps_of(place)["tensors"].done
-    for stage in ("dialogues", "voices", "speech", "tensors"):
-        duplex("import", "small.yaml", "--stage", stage, "--forget", cwd=place)
+    assert [name for name in DATA if rows[name]["how"] == "put in place"] == ["dialogues"]
+    assert forget_import(config_of(place), place / "runs", "dialogues")
     assert not steps_of(place)["dialogues"].done
 
 
@@ -206,22 +207,33 @@ def test_a_killed_push_goes_on_without_sending_finished_files_again(trained, hub
     assert hub.asked("PUT", "/lfs/") == [] and "duplex.json" in hub.repos["me/data"].tree
 
 
-def test_a_pull_that_broke_off_asks_only_for_what_is_missing(trained, shelf, tmp_path):
+def test_a_killed_pull_asks_only_for_what_is_missing(trained, shelf, tmp_path):
     place = elsewhere(trained, tmp_path)
-    wav = next(p for p in shelf.repos["me/data"].tree if p.endswith(".wav"))
+    files = json.loads(shelf.repos["me/data"].tree["duplex.json"][0])["files"]
+    wav = next(file["path"] for file in files if file["path"].endswith(".wav"))
     gate = {"open": False}
     shelf.faults.append(
         lambda verb, path: "500" if not gate["open"] and verb == "GET" and wav in path else None
     )
-    first = duplex("pull", "me/data", "small.yaml", cwd=place, hub=shelf)
-    assert first.returncode == 1 and "to go on where this stopped" in first.stderr
+    command = [sys.executable, "-m", "duplex.cli", "pull", "me/data", "small.yaml"]
+    process = subprocess.Popen(
+        command, cwd=place, env=environment(shelf), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
+    while len(set(shelf.asked("GET", "/resolve/"))) < len(files) + 1:  # and the index
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)  # what was asked for arrives
+    process.kill()
+    process.wait()
     assert digests(place) == {}
     gate["open"], shelf.log = True, []
     second = duplex("pull", "me/data", "small.yaml", cwd=place, hub=shelf)
     assert second.returncode == 0, second.stderr
-    assert {path.rpartition("/")[2] for path in shelf.asked("GET", "/resolve/")} == {
-        wav.rpartition("/")[2]
-    }
+    assert [path.partition("/blobs/")[2] for path in shelf.asked("GET", "/resolve/")] == [
+        wav.removeprefix("blobs/")
+    ]
+    assert {name: digests(trained)[name] for name in DATA} == digests(place)
 
 
 def test_a_wrong_token_is_refused_at_once_and_never_printed(trained, hub):

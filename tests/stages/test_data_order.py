@@ -1,0 +1,73 @@
+"""The data stages, personas to speech: the same bytes whatever the order of work."""
+
+import random
+
+import pytest
+
+from duplex.config import Config
+from pipeline import run as pipeline_run
+from pipeline.runners import local
+from pipeline.runners.work import outcomes
+
+DATA_STAGES = ("personas", "dialogues", "voices", "speech")
+CONFIG = {
+    "name": "order",
+    "personas": {"only": ["angry-marcus", "friendly-june", "nervous-mei"]},
+    "dialogues": {
+        "per_persona": 6, "min_turns": 8, "max_turns": 10,
+        "checks": {"near_duplicate": 0.08},  # so low that some are sent back
+    },
+    "speech": {"timeline": {"room_tone_dbfs": -60, "noise_dbfs": -50, "leakage_db": -40}},
+}  # fmt: skip
+
+
+def digests(root, **dialogues):
+    """Digests of the data stages, worked off in this process."""
+    section = CONFIG["dialogues"] | dialogues
+    config = Config.model_validate(CONFIG | {"dialogues": section})
+    found = {}
+    for index, name in enumerate(DATA_STAGES):
+        steps = pipeline_run.plan(config, root)
+        context = pipeline_run.context_for(steps[index], steps, config, root)
+        local.execute(steps[index].stage, context, steps[index].folder)
+        manifest = steps[index].folder.manifest()
+        found[name] = manifest["digest"]
+        if name == "dialogues":
+            found["made"] = manifest["provenance"]["made"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def in_order(tmp_path_factory):
+    return digests(tmp_path_factory.mktemp("in-order"))
+
+
+def test_some_dialogues_are_sent_back_here(in_order):
+    assert in_order["made"] > 18
+
+
+def test_two_runs_are_equal(in_order, tmp_path):
+    assert digests(tmp_path) == in_order
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_another_order_changes_no_byte(in_order, tmp_path, monkeypatch, seed):
+    def shuffled(stage, context, folder, tasks):
+        tasks = list(tasks)
+        random.Random(seed).shuffle(tasks)
+        return outcomes(stage, context, folder, tasks)
+
+    monkeypatch.setattr(local, "outcomes", shuffled)
+    assert digests(tmp_path) == in_order
+
+
+def test_a_run_with_more_dialogues_keeps_the_speech_that_it_had(in_order, tmp_path):
+    digests(tmp_path, per_persona=3)
+    assert digests(tmp_path) == in_order | {"made": digests_made(tmp_path)}
+
+
+def digests_made(root):
+    """What the second of two runs in one folder made anew."""
+    config = Config.model_validate(CONFIG)
+    step = pipeline_run.plan(config, root)[1]
+    return step.folder.manifest()["provenance"]["made"]
