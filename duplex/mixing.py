@@ -238,13 +238,15 @@ def _cut(one: _Placed, next_start: int, number: float, section: TimelineSection)
     under_way = [word for word in words if word.start_s < stop_s < word.end_s]
     if under_way and under_way[0].end_s - stop_s < FINISH_WORD_S:
         stop_s = under_way[0].end_s
-    if stop_s >= len(turn.samples) / SAMPLE_RATE:
+    num_samples = round(stop_s * SAMPLE_RATE)
+    if num_samples >= len(turn.samples):
         return one  # it was over before anybody had to yield
+    stop_s = num_samples / SAMPLE_RATE
     count = max(index for index, word in enumerate(words, 1) if _was_heard(word, stop_s))
     heard = tuple(
         word.model_copy(update={"end_s": min(word.end_s, stop_s)}) for word in words[:count]
     )
-    samples = _faded(turn.samples[: round(stop_s * SAMPLE_RATE)])
+    samples = _faded(turn.samples[:num_samples])
     text = " ".join(word.text for word in heard)
     return replace(one, turn=replace(turn, text=text, words=heard, samples=samples), cut=True)
 

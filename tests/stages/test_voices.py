@@ -238,11 +238,12 @@ def test_a_personas_language_is_its_voices_and_its_user_speaks_it_too(tmp_path):
 
 
 def test_each_voice_says_a_sentence_and_the_page_plays_it(tmp_path):
+    # The personas say the same in all dialogues, so none of them can be held out.
     _, folder = made_voices(tmp_path, voices={"user_voices": 2})
     page = (folder.path / "index.html").read_text()
     for voice in folder.records():
         with wave.open(str(folder.blob_path(voice.proof, ".wav"))) as file:
             assert file.getframerate() == 24_000 and file.getnframes() > 12_000
         assert f"blobs/{voice.proof}.wav" in page
-    assert page.count('class="tag valid"') >= 3  # the legend's, a persona's, a user's
+    assert page.count('class="tag valid"') == 2  # the legend's and a user's
     assert "http" not in page

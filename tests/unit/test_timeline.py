@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.signal  # noqa: F401 - a second, else charged to the first example
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duplex.alignment import written_words
@@ -206,6 +205,7 @@ SECTIONS = st.tuples(st.integers(0, 600), st.integers(0, 600)).map(
 )
 
 
+@settings(deadline=None)  # sound takes long where others compute too
 @given(conversations(), st.integers(0, 99), SECTIONS)
 def test_what_always_holds(turns, seed, section):
     timeline = mixed(turns, seed, section)
@@ -242,6 +242,7 @@ def test_what_always_holds(turns, seed, section):
             assert heard < HEARD_SHARE * WORD_S + FINISH_WORD_S
 
 
+@settings(deadline=None)  # sound takes long where others compute too
 @given(conversations(), st.integers(0, 99))
 def test_equal_seeds_give_equal_bytes(turns, seed):
     section = TimelineSection(room_tone_dbfs=-60, leakage_db=-40, noise_dbfs=-50)
@@ -250,10 +251,17 @@ def test_equal_seeds_give_equal_bytes(turns, seed):
     assert once.turns == again.turns
 
 
+@settings(deadline=None)  # sound takes long where others compute too
 @given(conversations(), st.integers(0, 99), st.integers(13, 40))
 def test_fixing_one_turn_redraws_nothing_of_the_others(turns, seed, gap):
-    """A turn that is said later moves what follows, and lengthens or shortens none of it."""
-    turns = [replace(turn, backchannels=()) for turn in turns]
+    """A turn that is said later moves what follows, and lengthens or shortens none of it.
+
+    Without overlaps: where one lies decides how far it must give way to its own speaker.
+    """
+    turns = [
+        replace(turn, backchannels=(), gap_frames=turn.gap_frames and abs(turn.gap_frames))
+        for turn in turns
+    ]
     before = mixed(turns, seed).turns
     later = [*turns[:1], replace(turns[1], gap_frames=gap), *turns[2:]]
     after = mixed(later, seed).turns
