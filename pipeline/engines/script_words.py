@@ -7,6 +7,7 @@ no spaces: there each character is a word of its own.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -147,19 +148,20 @@ def _laid_out(
     loud = np.flatnonzero(active[first:last]) + first
     letters = np.array([max(sum(c.isalnum() for c in word), 1) for word in words], dtype=float)
     shares = np.concatenate([[0.0], np.cumsum(letters) / letters.sum()]) if len(words) else []
+    bounds: list[tuple[float, float]]
     if len(loud):
-        places = _at_pauses(np.asarray(shares) * len(loud), loud)
-        starts = [loud[min(round(place), len(loud) - 1)] * STEP_S for place in places[:-1]]
-        ends = [(loud[max(round(place) - 1, 0)] + 1) * STEP_S for place in places[1:]]
+        places = [round(float(p)) for p in _at_pauses(np.asarray(shares) * len(loud), loud)]
+        starts = [float(loud[min(place, len(loud) - 1)]) * STEP_S for place in places[:-1]]
+        ends = [(float(loud[max(place - 1, 0)]) + 1) * STEP_S for place in places[1:]]
+        bounds = list(zip(starts, ends, strict=True))
     else:
-        edges = [start_s + (end_s - start_s) * share for share in shares]
-        starts, ends = edges[:-1], edges[1:]
-    bounds = [(max(a, start_s), min(b, end_s)) for a, b in zip(starts, ends, strict=True)]
+        edges = [start_s + (end_s - start_s) * float(share) for share in shares]
+        bounds = list(itertools.pairwise(edges))
     # A word that begins in the step in which the one before it ends begins at that end.
     timed, reached = [], start_s
     for word, (a, b) in zip(words, bounds, strict=True):
         a = min(max(a, reached), end_s)
-        reached = max(a, b)
+        reached = max(a, min(b, end_s))
         timed.append(_word(word, a, reached))
     return tuple(timed)
 

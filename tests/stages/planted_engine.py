@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = []
+# ///
 """A second isolated engine, of the real protocol: it speaks by espeak-ng, and breaks on request.
 
 Started by its path with a plain Python, as `uv` would start another; `MODE` in its environment
@@ -25,7 +29,9 @@ def reply(header, samples=b""):
 def worker():
     path = os.environ["ESPEAK_WORKER"]
     process = subprocess.Popen(
-        [sys.executable, "-P", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [os.environ.get("WORKER_PYTHON", sys.executable), "-P", path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     process.stdout.readline()
     return process

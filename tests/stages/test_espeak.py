@@ -15,11 +15,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from duplex.alignment import written_words
+from duplex.config_data import SpeechSection
 from duplex.datafiles import CHECKOUT
 from duplex.errors import MissingInputError, RecordError, RequestError, TransientError
 from duplex.frames import SAMPLE_RATE
-from pipeline.engines import espeak
+from duplex.records import Voice
+from pipeline.engines import espeak, espeak_speech
+from pipeline.engines.engines import language_map
 from pipeline.engines.espeak import TRAILING_S, EspeakEngine
+from pipeline.engines.espeak_speech import EspeakSpeech, language_of
+from pipeline.engines.speaker import Speaker
+from pipeline.engines.speaking import SpeechRequest
+from pipeline.engines.utterance_check import faults_of_sound
 
 espeakng_loader = pytest.importorskip("espeakng_loader")
 
@@ -250,3 +258,98 @@ def test_a_hanging_worker_is_transient_ended_and_replaced():
             engine.synthesize(TEXT, VOICE)
         assert gone(pid)
         assert len(engine.synthesize(TEXT, VOICE).words) == len(TEXT.split())
+
+
+# -- through the interface of all engines
+
+SENTENCES = {
+    "en": "Good morning, I would like a large latte and a warm muffin, please.",
+    "hi": "नमस्ते, मुझे एक बड़ी कॉफ़ी और एक गरम मफ़िन चाहिए।",
+    "es": "Buenos días, quisiera un café grande y una magdalena caliente, por favor.",
+    "fr": "Bonjour, je voudrais un grand café au lait et un gâteau, s'il vous plaît.",
+    "de": "Guten Morgen, ich hätte gern einen großen Kaffee und ein Stück Kuchen, bitte.",
+    "it": "Buongiorno, vorrei un caffè grande e un pezzo di torta, per favore.",
+    "pt": "Bom dia, eu queria um café grande e um pedaço de bolo, por favor.",
+    "ja": "おはようございます。おおきいラテとマフィンをください。",
+    "ko": "안녕하세요, 따뜻한 라테 한 잔하고 머핀 하나 주세요.",
+    "zh": "早上好，我想要一杯大拿铁和一个热松饼，谢谢。",
+    "ms": "Selamat pagi, saya mahu secawan kopi besar dan sepotong kek.",
+    "ta": "வணக்கம், எனக்கு ஒரு பெரிய காபியும் ஒரு கேக்கும் வேண்டும்.",
+    "te": "నమస్కారం, నాకు ఒక పెద్ద కాఫీ మరియు ఒక కేక్ కావాలి.",
+    "mr": "नमस्कार, मला एक मोठी कॉफी आणि एक केक पाहिजे.",
+    "kn": "ನಮಸ್ಕಾರ, ನನಗೆ ಒಂದು ದೊಡ್ಡ ಕಾಫಿ ಮತ್ತು ಒಂದು ಕೇಕ್ ಬೇಕು.",
+    "ml": "നമസ്കാരം, എനിക്ക് ഒരു വലിയ കാപ്പിയും ഒരു കേക്കും വേണം.",
+    "bn": "নমস্কার, আমি একটা বড় কফি আর একটা কেক চাই।",
+}
+
+
+def request(text=TEXT, language="en", engine="espeak", voice_id="v", params=None, **changes):
+    voice = Voice(id=voice_id, engine=engine, role="agent", params=params or {}, licence="test")
+    return SpeechRequest(text, voice, seed=0, language=language, **changes)
+
+
+@pytest.fixture(scope="module")
+def speech():
+    speech = EspeakSpeech()
+    yield speech
+    speech.close()
+
+
+def test_there_is_a_sentence_for_each_language_of_the_map():
+    assert set(SENTENCES) == set(language_map()) == set(espeak_speech.CAPABILITIES.languages)
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_each_language_is_spoken_by_its_own_voice_with_all_words_timed(speech, language):
+    text = SENTENCES[language]
+    utterance = speech.synthesize(request(text, language, params=VOICE))
+    assert faults_of_sound(utterance.samples, text, language) == ()
+    assert_words_ordered(utterance)
+    starts = [word.start_s for word in utterance.words]
+    assert len(set(starts)) > 0.6 * len(starts), "words have times of their own"
+    timed = [(word.text, word.start_s, word.end_s) for word in utterance.words]
+    assert [word for word, _, _ in written_words(text, timed)] == text.split()
+    if language != "en":  # the English voice would spell it, or say it as English
+        foreign = speech.synthesize(request(text, "en", params=VOICE))
+        assert not np.array_equal(foreign.samples, utterance.samples)
+
+
+def test_kanji_are_refused_and_kana_are_not(speech):
+    with pytest.raises(RecordError, match="must be written in kana, found '今'"):
+        speech.synthesize(request("ラテを今ください。", "ja"))
+    assert speech.synthesize(request("ラテをください。", "ja")).words
+
+
+def test_a_language_that_espeak_has_under_another_name_is_known():
+    assert language_of("cmn") == "zh" and language_of("gmw/en") == "en"
+    assert language_of("en-gb-scotland") == "en"
+    with pytest.raises(RequestError, match=r"languages\.yaml has none for xx"):
+        espeak_speech.voice_name("xx")
+
+
+def test_a_voice_of_another_engine_gets_a_variant_of_its_own(speech):
+    spoken = [
+        speech.synthesize(request(engine="csm", voice_id=name)).samples.tobytes()
+        for name in ("agent-ann", "agent-bob", "agent-ann")
+    ]
+    assert spoken[0] == spoken[2] != spoken[1]
+
+
+@pytest.mark.parametrize("emotion", ["happy", "sad", "angry", "excited"])
+def test_each_emotion_is_heard_and_more_of_it_is_heard_more(emotion):
+    """Distance of pitch and length to plain speech grows with the intensity."""
+    own = VOICE | {"pitch": 50, "rate_wpm": 175}
+    heard = []
+    with Speaker(SpeechSection()) as speaker:
+        for feeling, intensity in (
+            ("neutral", 1.0),
+            (emotion, 0.5),
+            (emotion, 1.0),
+            (emotion, 2.0),
+        ):
+            spoken = speaker.speak(request(params=own, emotion=feeling, intensity=intensity))
+            heard.append(len(spoken.samples))
+    moved = [abs(length - heard[0]) for length in heard[1:]]
+    assert 0 < moved[0] < moved[1] < moved[2]
+    quicker = heard[3] < heard[0]
+    assert quicker == (emotion != "sad")

@@ -21,7 +21,7 @@ from duplex.frames import SAMPLE_RATE
 from duplex.records import Voice
 from pipeline.engines import chatterbox, espeak
 from pipeline.engines.espeak import EspeakEngine
-from pipeline.engines.isolated import IsolatedEngine, clean_environment
+from pipeline.engines.isolated import IsolatedEngine, clean_environment, uv
 from pipeline.engines.speaking import Capabilities, SpeechRequest
 from tests.stages.test_espeak import gone
 
@@ -66,6 +66,30 @@ def test_a_script_speaks_and_is_started_once(engine):
     common = min(len(reference), len(first.samples))
     assert first.samples.dtype == np.float32
     assert np.corrcoef(first.samples[:common], reference[:common])[0, 1] > 0.99
+
+
+@pytest.mark.skipif(uv() is None, reason="needs uv, which starts the scripts")
+def test_a_script_speaks_when_uv_starts_it_and_ends_with_it(engine):
+    starter = uv()
+    assert starter is not None
+    isolated = IsolatedEngine(
+        [starter, "run", "--no-project", "--script", str(SCRIPT)],
+        engine.capabilities,
+        engine="planted",
+        version="1.0",
+        start_s=60.0,
+        environment={
+            "ESPEAK_WORKER": str(espeak.WORKER), "WORKER_PYTHON": sys.executable,
+            "UV_OFFLINE": "1", "UV_PYTHON": sys.executable,
+        },
+    )  # fmt: skip
+    spoken = isolated.synthesize(request()).samples
+    assert np.array_equal(spoken, engine.synthesize(request()).samples)
+    assert isolated.pid is not None
+    script = [child.pid for child in psutil.Process(isolated.pid).children(recursive=True)]
+    assert script, "uv starts it as a child"
+    isolated.close()
+    assert all(gone(pid) for pid in script)
 
 
 def test_parameters_reach_the_script(engine):
