@@ -156,13 +156,13 @@ def _laid_out(
         bounds = list(zip(starts, ends, strict=True))
     else:
         edges = [start_s + (end_s - start_s) * float(share) for share in shares]
-        bounds = list(itertools.pairwise(edges))
+        bounds = [(float(a), float(b)) for a, b in itertools.pairwise(edges)]
     # A word that begins in the step in which the one before it ends begins at that end.
     timed, reached = [], start_s
     for word, (a, b) in zip(words, bounds, strict=True):
-        a = min(max(a, reached), end_s)
-        reached = max(a, min(b, end_s))
-        timed.append(_word(word, a, reached))
+        begins_s = float(min(max(a, reached), end_s))
+        reached = float(max(begins_s, min(b, end_s)))
+        timed.append(_word(word, begins_s, reached))
     return tuple(timed)
 
 
