@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 
 from duplex.characters import Beat, Domain, Scenario
+from duplex.config_data import DialogueChecks
 from duplex.datafiles import CHECKOUT, load_domain
+from duplex.dialogue_checks import dialogue_check
 from duplex.errors import BudgetError, RecordError, RequestError, TransientError
 from duplex.files import read_lines
 from pipeline.engines.llm.budget import Budget
 from pipeline.engines.llm.client import Client
 from pipeline.engines.llm.critic import Critic
 from pipeline.engines.llm.exchanges import Exchanges
-from pipeline.engines.llm.structure import structure_check
 from pipeline.engines.llm.wire import Wire
 from pipeline.engines.llm.writer import OpenAIWriter, revision
 from pipeline.engines.writers import Candidate
@@ -137,7 +138,10 @@ class Bench:
         )  # fmt: skip
         self.writer = OpenAIWriter(
             self.client, DOMAIN, model="tiny", temperature=0.5, max_tokens=500,
-            max_candidates=candidates, min_facts=1, check=structure_check(4, 6),
+            max_candidates=candidates, min_facts=1,
+            check=dialogue_check(
+                DOMAIN, DialogueChecks(min_facts=1), min_turns=4, max_turns=6
+            ),
             on_reject=self.rejected.append,
             critic=Critic(self.client, "judge") if critic else None,
         )  # fmt: skip
@@ -272,7 +276,7 @@ def test_a_request_that_the_endpoint_cannot_serve_rejects_the_record(
         (reply([GOOD[1], GOOD[0], GOOD[1], GOOD[2]]), "first-speaker", "by user"),
         (reply([GOOD[0], GOOD[1], GOOD[1], GOOD[0]]), "same-role-twice", "both spoken by agent"),
         (reply(GOOD[:2]), "too-few-turns", "at least 4"),
-        (reply([*GOOD[:3], {"role": "agent", "text": "Here is $4."}]), "markup", "'4'"),
+        (reply([*GOOD[:3], {"role": "agent", "text": "Here is $4."}]), "markup", r"'\$'"),
     ],
 )
 def test_a_reply_that_is_never_usable_rejects_the_record_with_the_reason(
