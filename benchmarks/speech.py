@@ -32,11 +32,11 @@ from duplex.frames import SAMPLE_RATE
 from duplex.metrics import proportion_interval
 from duplex.records import Voice
 from pipeline.engines.engines import ENGINES, engine_module
+from pipeline.engines.espeak_voices import agent_params, user_params
 from pipeline.engines.listening import choose_recogniser
 from pipeline.engines.scripted import ScriptedWriter
 from pipeline.engines.speaker import Speaker
 from pipeline.engines.speaking import SpeechRequest
-from pipeline.voices import agent_params, user_params
 
 UTTERANCES, HEARD, LONG_RUN, EARLY = 300, 60, 2000, 200
 RESULTS = CHECKOUT / "docs/results"

@@ -39,7 +39,10 @@ def test_a_bad_setting(fresh, setting):
 
 BAD_PERSONAS = {
     "a persona without a name": (lambda p: p.pop("name"), "name: Field required"),
-    "two personas with one id": (lambda p: p.update(id="angry-marcus"), "id angry-marcus is taken"),
+    "another persona's id": (
+        lambda p: p.update(id="angry-marcus"),
+        "id must be the file's name, nervous-mei; found angry-marcus",
+    ),
     "an unknown key": (lambda p: p.update(favourite="tea"), "favourite"),
     "a prompt that lacks a fact": (
         lambda p: p.update(prompts=[*p["prompts"], "You are Mei, a customer."]),

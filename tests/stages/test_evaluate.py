@@ -70,7 +70,7 @@ def test_an_engine_that_says_nothing_is_an_error_that_names_the_item():
 def test_all_faults_of_the_items_file_are_told_at_once(tmp_path):
     path = tmp_path / "items.yaml"
     good = item().model_dump(mode="json")
-    bad = good | {"id": "Not A Slug", "persona_type": "bored", "user_turns": [], "mood": "?"}
+    bad = good | {"id": "Not A Slug", "persona_type": "Rather bored", "user_turns": [], "mood": "?"}
     path.write_text(json.dumps({"items": [good, bad]}))
     with pytest.raises(DataFileError) as caught:
         load_items(path)

@@ -19,8 +19,8 @@ You write spoken dialogues that train a speech model. Two people talk {place}: t
 
 Write the way people speak: plain words, short turns, no stage directions, no emoji, no markup,
 no digits (numbers, times and prices as words), no web addresses. Never mention that this is a
-text, a test or a role. The {agent_role} never contradicts the facts and never speaks like somebody
-who serves; the {user_role} knows only what has been said so far.
+text, a test or a role. The {agent_role} never contradicts the facts and never takes the {user_role}'s
+part; the {user_role} knows only what has been said so far, or is told below.
 
 Answer with one JSON object and nothing else: {{"turns": [...]}}. Each turn has
 - "role": "agent" or "user";
@@ -135,6 +135,9 @@ def _extras(names: dict[Role, str], persona: Persona, scenario: Scenario) -> lis
     lines = [
         f"From {turn.at} on, the {agent}'s mood is {_mood(turn.mood)}." for turn in scenario.moods
     ]
+    known = [f"{f.key}: {f.value}" for f in persona.facts if f.key in scenario.known]
+    if known:
+        lines.append(f"The {user} knows from before of the {agent}: {'; '.join(known)}.")
     if scenario.interruptions:
         lines.append(
             f"Somebody cuts in on the other one {scenario.interruptions} time(s); "

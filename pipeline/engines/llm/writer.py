@@ -21,7 +21,7 @@ from pipeline.engines.llm.exchanges import Reply
 from pipeline.engines.llm.replies import fault_of, read_turns
 from pipeline.engines.writers import Candidate, Check, Fault, WrittenDialogue, draw_prompt
 
-VERSION = 2  # raise it when this code asks or reads in another way
+VERSION = 3  # raise it when this code asks or reads in another way
 
 
 def revision(model: str, temperature: float, critic: str | None) -> str:
