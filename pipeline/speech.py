@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from duplex.mixing import VoicedTurn
 
 CONTEXT_UTTERANCES = 4  # that an engine is given which speaks better for it
-REQUESTS_AT_ONCE = 8  # to an engine that takes several: a server
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,14 @@ class SpeechStage(MapStage):
         }
 
     def threads(self, config: Config) -> int:
-        parallel = all(
-            engine_module(name).CAPABILITIES.parallel for name in configured_engines(config)
-        )
-        return REQUESTS_AT_ONCE if parallel else 1
+        """As many as a server takes requests. espeak may speak some languages beside it, in its
+        own process; neural engines share torch's generators, so that their order would count."""
+        if not engine_module(config.voices.engine).CAPABILITIES.parallel:
+            return 1
+        others = set(config.speech.engines.values()) - {"espeak"}
+        if not all(engine_module(name).CAPABILITIES.parallel for name in others):
+            return 1
+        return config.speech.runtime.concurrency
 
     def tasks(self, context: StageContext) -> list[Task]:
         dialogues: list[Dialogue] = list(context.records("dialogues", Dialogue))
