@@ -103,21 +103,30 @@ def configured_engines(config: Config) -> set[str]:
     return {config.voices.engine, config.speech.engine, *config.speech.engines.values()}
 
 
+def engines_by_language(config: Config) -> dict[str, str]:
+    """The engine of each language of the run's personas; empty where `voices.engine` speaks all
+    languages anyway. One that none speaks is left out: the voices stage says it."""
+    found = {}
+    for language in sorted(_languages(config)):
+        try:
+            found[language] = voice_engine(language, config)
+        except RequestError:
+            continue
+    return found
+
+
 def unnamed_engines(config: Config) -> dict[str, str]:
     """Engines that no setting names, for languages of the run's personas: language -> revision.
 
     They are the machine's choice from languages.yaml, and may be others tomorrow: for the keys of
     folders. A record's key has the revision of those alone that speak in it.
     """
-    speech, found = config.speech, {}
-    for language in sorted(_languages(config)):
-        try:
-            name = voice_engine(language, config)
-        except RequestError:
-            continue  # the voices stage says it, once it makes a voice of this language
-        if name not in configured_engines(config):
-            found[language] = engine_module(name).revision(speech)
-    return found
+    named = configured_engines(config)
+    return {
+        language: engine_module(name).revision(config.speech)
+        for language, name in engines_by_language(config).items()
+        if name not in named
+    }
 
 
 def _languages(config: Config) -> set[str]:

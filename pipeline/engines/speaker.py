@@ -234,12 +234,14 @@ def engines_revision(names: Iterable[str], section: SpeechSection) -> str:
     """Of these engines, and of who listens where one of them is listened to."""
     names = sorted(names)
     parts = [f"{name}={engine_module(name).revision(section)}" for name in names]
-    modules = [engine_module(name).CAPABILITIES for name in names]
-    share = section.checks.share
-    if (
-        share
-        or (share is None and any(found.checked for found in modules))
-        or any(not found.word_times for found in modules)
-    ):
+    if somebody_listens(names, section):
         parts.append(f"heard by {recogniser_revision(section.checks)}")
     return ", ".join(parts)
+
+
+def somebody_listens(names: Iterable[str], section: SpeechSection) -> bool:
+    """Whether a recogniser hears some of what these engines say: to check it or to time it."""
+    found = [engine_module(name).CAPABILITIES for name in names]
+    share = section.checks.share
+    checked = share > 0 if share is not None else any(one.checked for one in found)
+    return checked or any(not one.word_times for one in found)
