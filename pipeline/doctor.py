@@ -21,6 +21,9 @@ from duplex.errors import DuplexError
 from duplex.streams import KYUTAI_TOKENS
 from pipeline.dialogues import estimate_cost
 from pipeline.engines.checkpoint import model_identity
+from pipeline.engines.engines import engine_module, engines_by_language
+from pipeline.engines.listening import choose_recogniser, missing_recogniser
+from pipeline.engines.speaker import somebody_listens
 from pipeline.run import STAGES
 
 GB = 1e9
@@ -41,6 +44,8 @@ def examine(config: Config, runs_root: Path) -> list[dict[str, str]]:
         _machine(),
         *_packages(config),
         *_data(config),
+        *_engines(config),
+        *_recogniser(config),
         _model(config),
         *_codec(config),
         *_secrets(config),
@@ -66,8 +71,6 @@ def _machine() -> dict[str, str]:
 
 def _packages(config: Config) -> list[dict[str, str]]:
     needed: list[str] = list(REQUIRED)
-    if "espeak" in (config.voices.engine, config.speech.engine):
-        needed.append("espeakng-loader")
     if config.dialogues.writer != "scripted":
         needed += ["openai", "json-repair"]
     if config.train.runtime.wandb:
@@ -79,9 +82,52 @@ def _packages(config: Config) -> list[dict[str, str]]:
         except metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        hint = "run `make setup`, or `pip install -e '.[espeak]'` in the checkout"
+        hint = "run `make setup` in the checkout"
         return [_check("packages", "fail", f"missing {', '.join(missing)}: {hint}")]
     return [_check("packages", "ok", ", ".join(found))]
+
+
+def _engines(config: Config) -> list[dict[str, str]]:
+    """Each engine that this config speaks through."""
+    checks = []
+    for name in sorted(_speaking(config)):
+        module = engine_module(name)
+        lacks, licence = module.missing(config.speech), module.CAPABILITIES.licence
+        text = f"{name} is at hand" if lacks is None else f"{name} needs {lacks}"
+        checks.append(_check("speech engine", _state(lacks), f"{text}; licence: {licence}"))
+    return checks
+
+
+def _speaking(config: Config) -> set[str]:
+    named = {config.voices.engine, *config.speech.engines.values()}
+    return named | set(engines_by_language(config).values())
+
+
+def _state(lacks: str | None) -> str:
+    """Weights come by themselves at the first use, where there is a network."""
+    if lacks is None:
+        return "ok"
+    fetched = lacks.startswith("the weights") and not os.environ.get("HF_HUB_OFFLINE")
+    return "warn" if fetched else "fail"
+
+
+def _recogniser(config: Config) -> list[dict[str, str]]:
+    """Who listens to what the engines say, where anybody is to."""
+    checks = config.speech.checks
+    if not somebody_listens(_speaking(config), config.speech):
+        return []
+    name = choose_recogniser(checks)
+    if name is None:
+        advice = (
+            "speech.checks.recogniser: none" if checks.recogniser == "none" else "none is at hand: "
+            "pip install -e '.[asr]' and set speech.checks.recogniser: faster-whisper"
+        )  # fmt: skip
+        text = f"nobody checks what is spoken, and words are timed by their letters; {advice}"
+        return [_check("recogniser", "warn", text)]
+    if lacks := missing_recogniser(checks):
+        return [_check("recogniser", _state(lacks), f"{name} needs {lacks}")]
+    note = " (English only, told the text)" if name == "pocketsphinx" else ""
+    return [_check("recogniser", "ok", f"{name} is at hand{note}")]
 
 
 def _data(config: Config) -> list[dict[str, str]]:

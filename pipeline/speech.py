@@ -28,8 +28,13 @@ from duplex.records import Dialogue, Speech, SpeechQuality, Turn, Voice
 from duplex.splits import Split, dialogue_sides, voice_sides
 from duplex.stage import BlobSink, MapStage, StageContext, Task, record_seed
 from duplex.store import StageFolder
-from pipeline.engines.engines import engine_module
-from pipeline.engines.speaker import Speaker, speaker_revision
+from pipeline.engines.engines import configured_engines, engine_module, unnamed_engines
+from pipeline.engines.speaker import (
+    Speaker,
+    chosen_engine,
+    engines_revision,
+    speaker_revision,
+)
 from pipeline.engines.speaking import SpeechRequest, Utterance
 from pipeline.pages.speech_page import render
 
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
     from duplex.mixing import VoicedTurn
 
 CONTEXT_UTTERANCES = 4  # that an engine is given which speaks better for it
-REQUESTS_AT_ONCE = 8  # to an engine that takes several: a server
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,26 @@ class SpeechStage(MapStage):
 
     def beyond(self, config: Config) -> dict[str, Any]:
         tensors = config.tensors
-        return {"split": tensors.split, "valid_fraction": tensors.valid_fraction}
+        unnamed = unnamed_engines(config)
+        return {"split": tensors.split, "valid_fraction": tensors.valid_fraction} | (
+            {"engines": unnamed} if unnamed else {}
+        )
 
     def takes_workers(self, config: Config) -> bool:
         """Where it was asked for: espeak alone is quicker than a start."""
-        return config.speech.runtime.workers is not None and _engines(config) == {"espeak"}
+        return config.speech.runtime.workers is not None and configured_engines(config) == {
+            "espeak"
+        }
 
     def threads(self, config: Config) -> int:
-        parallel = all(engine_module(name).CAPABILITIES.parallel for name in _engines(config))
-        return REQUESTS_AT_ONCE if parallel else 1
+        """As many as a server takes requests. espeak may speak some languages beside it, in its
+        own process; neural engines share torch's generators, so that their order would count."""
+        if not engine_module(config.voices.engine).CAPABILITIES.parallel:
+            return 1
+        others = set(config.speech.engines.values()) - {"espeak"}
+        if not all(engine_module(name).CAPABILITIES.parallel for name in others):
+            return 1
+        return config.speech.runtime.concurrency
 
     def tasks(self, context: StageContext) -> list[Task]:
         dialogues: list[Dialogue] = list(context.records("dialogues", Dialogue))
@@ -98,6 +113,8 @@ class SpeechStage(MapStage):
                 )
             user = choose_user_voice(dialogue.id, pool, seed)
             sources = (dialogue.digest, sound_of(agent) if agent else "none", sound_of(user))
+            if agent:
+                sources += unnamed_revision((agent, user), context.config)
             tasks.append(Task(dialogue.id, sources, Script(dialogue, agent, user, side)))
         return tasks
 
@@ -228,8 +245,12 @@ class _Reading:
         return utterance
 
 
-def _engines(config: Config) -> set[str]:
-    return {config.voices.engine, config.speech.engine, *config.speech.engines.values()}
+def unnamed_revision(voices: tuple[Voice, Voice], config: Config) -> tuple[str, ...]:
+    """Of the engines that speak for an agent and its user and that the config does not name."""
+    language, section = voices[0].language, config.speech
+    names = {chosen_engine(voice, language, section) for voice in voices}
+    names -= configured_engines(config)
+    return (engines_revision(names, section),) if names else ()
 
 
 def user_pools(voices: Sequence[Voice], config: Config) -> dict[tuple[str, Split], list[Voice]]:

@@ -26,7 +26,7 @@ from duplex.records import Dialogue, Voice
 from duplex.stage import BlobSink, MapStage, StageContext, Task
 from duplex.store import StageFolder
 from pipeline.engines.draws import Draw
-from pipeline.engines.engines import engine_for, engine_module
+from pipeline.engines.engines import engine_module, unnamed_engines, voice_engine
 from pipeline.engines.espeak_voices import Params, persona_params, user_params
 from pipeline.engines.speaking import SpeechEngine, SpeechRequest
 from pipeline.engines.voice_choice import Want, match_names
@@ -81,6 +81,10 @@ class VoicesStage(MapStage):
     def engine(self, config: Config) -> str:
         return engine_module(config.voices.engine).revision(config.speech)
 
+    def beyond(self, config: Config) -> dict[str, Any]:
+        unnamed = unnamed_engines(config)
+        return {"engines": unnamed} if unnamed else {}
+
     def tasks(self, context: StageContext) -> list[Task]:
         section = context.config.voices
         wants = wanted_voices(context)
@@ -93,12 +97,7 @@ class VoicesStage(MapStage):
                 f"recordings need an engine that clones voices, {section.engine} does not. Set "
                 "voices.engine: chatterbox, csm or pocket-tts"
             )
-        # Who gets which speaker hangs on everybody who wants one.
-        together = _digest({"source": source_digest(section), "wants": [str(w) for w in wants]})
-        return [
-            Task(want.id, (together,), VoicePlan(want, section.engine, {}, tuple(wants)))
-            for want in wants
-        ]
+        return cloned_tasks(wants, context.config)
 
     def setup(self, context: StageContext) -> None:
         self._context = context
@@ -291,27 +290,54 @@ def named_tasks(wants: Iterable[Want], config: Config) -> list[Task]:
     Raises:
         RequestError: too few names, or no engine for a language.
     """
-    section = config.voices
+    section, wants = config.voices, list(wants)
     assert section.names is not None
     own = engine_module(section.engine).CAPABILITIES
     spoken = [want for want in wants if own.speaks(want.language)]
-    others = [want for want in wants if not own.speaks(want.language)]
     names = match_names(spoken, section.names)
     tasks = [
         Task(want.id, (names[want.id],), VoicePlan(want, section.engine, {"voice": names[want.id]}))
         for want in spoken
     ]
-    for want in others:
-        if engine_for(want.language, config.speech) != "espeak":
+    return tasks + _espeak_instead([want for want in wants if want not in spoken], config)
+
+
+def cloned_tasks(wants: Iterable[Want], config: Config) -> list[Task]:
+    """Voices from recordings, each of the engine that speaks its language; espeak's own voices
+    where that is espeak, which clones none.
+
+    Raises:
+        RequestError: no engine for a language.
+    """
+    section, wants = config.voices, list(wants)
+    engines = {want.id: voice_engine(want.language, config) for want in wants}
+    cloned = [want for want in wants if engine_module(engines[want.id]).CAPABILITIES.cloning]
+    # Who gets which speaker hangs on everybody who wants one.
+    together = _digest({"source": source_digest(section), "wants": [str(w) for w in cloned]})
+    tasks = []
+    for want in cloned:
+        name, sources = engines[want.id], (together,)
+        if name != section.engine:
+            sources = (together, engine_module(name).revision(config.speech))
+        tasks.append(Task(want.id, sources, VoicePlan(want, name, {}, tuple(cloned))))
+    return tasks + _espeak_instead([want for want in wants if want not in cloned], config)
+
+
+def _espeak_instead(wants: list[Want], config: Config) -> list[Task]:
+    """espeak's voices for those whose language `voices.engine` does not speak.
+
+    Raises:
+        RequestError: their engine is another one, in which they have no voice.
+    """
+    for want in wants:
+        if (name := voice_engine(want.language, config)) != "espeak":
             raise RequestError(
-                f"{want.id} speaks {want.language}, {section.engine} does not. Set for this "
-                f"language speech.engines: {{{want.language}: espeak}}, or clone voices from "
-                "recordings (voices.recordings)"
+                f"{want.id} speaks {want.language}, {config.voices.engine} does not, and {name} "
+                f"has no voice for it. Set speech.engines: {{{want.language}: espeak}}, or clone "
+                "voices from recordings (voices.recordings)"
             )
-    return tasks + [
-        replace(task, sources=(*task.sources, engine_module("espeak").revision(config.speech)))
-        for task in espeak_tasks(others)
-    ]
+    revision = engine_module("espeak").revision(config.speech)
+    return [replace(task, sources=(*task.sources, revision)) for task in espeak_tasks(wants)]
 
 
 def _digest(material: Mapping[str, object]) -> str:

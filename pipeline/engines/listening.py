@@ -70,12 +70,12 @@ def choose_recogniser(checks: UtteranceChecks) -> str | None:
     if checks.recogniser != "auto":
         return checks.recogniser
     whisper = importlib.util.find_spec("faster_whisper") is not None
-    if whisper and _model_at_hand(checks.recogniser_model or DEFAULT_MODEL):
+    if whisper and model_at_hand(checks.recogniser_model or DEFAULT_MODEL):
         return "faster-whisper"
     return "pocketsphinx" if importlib.util.find_spec("pocketsphinx") is not None else None
 
 
-def _model_at_hand(model: str) -> bool:
+def model_at_hand(model: str) -> bool:
     """Whether a Whisper model is a folder, or in the hub's cache: nothing is fetched unasked."""
     if Path(model).is_dir():
         return True
@@ -83,6 +83,19 @@ def _model_at_hand(model: str) -> bool:
 
     name = model if "/" in model else f"Systran/faster-whisper-{model}"
     return (Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
+
+
+def missing_recogniser(checks: UtteranceChecks) -> str | None:
+    """What the chosen recogniser lacks on this machine, and how to get it."""
+    name, model = choose_recogniser(checks), checks.recogniser_model or DEFAULT_MODEL
+    if name == "faster-whisper":
+        if importlib.util.find_spec("faster_whisper") is None:
+            return "the package faster-whisper: pip install -e '.[asr]'"
+        if not model_at_hand(model):
+            return f"the weights {model} (MIT), which it downloads when it first listens"
+    if name == "pocketsphinx" and importlib.util.find_spec("pocketsphinx") is None:
+        return "the package pocketsphinx: pip install pocketsphinx"
+    return None
 
 
 def recogniser_revision(checks: UtteranceChecks) -> str:

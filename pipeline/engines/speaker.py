@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from duplex.config import Config
@@ -17,8 +17,15 @@ from duplex.config_data import SpeechSection
 from duplex.errors import RecordError, RequestError
 from duplex.files import sha256_file
 from duplex.frames import SAMPLE_RATE
+from duplex.records import Voice
 from pipeline.engines.emotions import EMOTIONS, with_emotion
-from pipeline.engines.engines import ENGINES, LANGUAGES, engine_for, engine_module
+from pipeline.engines.engines import (
+    ENGINES,
+    LANGUAGES,
+    configured_engines,
+    engine_for,
+    engine_module,
+)
 from pipeline.engines.listening import Heard, Listener, recogniser_revision
 from pipeline.engines.script_words import words_by_ear, words_by_letters
 from pipeline.engines.speaking import Checks, SpeechEngine, SpeechRequest, Utterance
@@ -180,19 +187,24 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "…")
 
 
+def chosen_engine(voice: Voice, language: str, section: SpeechSection) -> str:
+    """`speech.engines` for the language; the voice's own where that speaks it; else as
+    `engine_for`, which may raise a RequestError."""
+    if language in section.engines:
+        return section.engines[language]
+    if voice.engine in ENGINES and engine_module(voice.engine).CAPABILITIES.speaks(language):
+        return voice.engine
+    return engine_for(language, section)
+
+
 def engine_of(request: SpeechRequest, section: SpeechSection) -> str:
-    """The engine of a request: `speech.engines` for its language; the voice's own where that
-    speaks it; else as `engine_for`.
+    """The engine of a request, as `chosen_engine`.
 
     Raises:
         RequestError: none speaks it, or the voice cannot be had in the one that does.
     """
     voice, language = request.voice, request.language
-    name = section.engines.get(language)
-    if name is None and voice.engine in ENGINES:
-        own = engine_module(voice.engine).CAPABILITIES
-        name = voice.engine if own.speaks(language) else None
-    name = name or engine_for(language, section)
+    name = chosen_engine(voice, language, section)
     capabilities = engine_module(name).CAPABILITIES
     if not capabilities.speaks(language):
         raise RequestError(f"{name} must speak {language}, and does not: see speech.engines")
@@ -213,17 +225,23 @@ def settings_of(name: str, request: SpeechRequest) -> dict[str, str | int | floa
 
 def speaker_revision(config: Config) -> str:
     """Everything but the requests that decides what is spoken: engines, recogniser, data."""
-    section = config.speech
-    names = sorted({config.voices.engine, section.engine, *section.engines.values()})
-    parts = [f"{name}={engine_module(name).revision(section)}" for name in names]
-    modules = [engine_module(name).CAPABILITIES for name in names]
-    share = section.checks.share
-    if (
-        share
-        or (share is None and any(found.checked for found in modules))
-        or any(not found.word_times for found in modules)
-    ):
-        parts.append(f"heard by {recogniser_revision(section.checks)}")
     maps = "".join(sha256_file(path) for path in (LANGUAGES, EMOTIONS))
-    parts.append(f"maps={hashlib.sha256(maps.encode()).hexdigest()[:12]}")
+    spoken = engines_revision(configured_engines(config), config.speech)
+    return f"{spoken}, maps={hashlib.sha256(maps.encode()).hexdigest()[:12]}"
+
+
+def engines_revision(names: Iterable[str], section: SpeechSection) -> str:
+    """Of these engines, and of who listens where one of them is listened to."""
+    names = sorted(names)
+    parts = [f"{name}={engine_module(name).revision(section)}" for name in names]
+    if somebody_listens(names, section):
+        parts.append(f"heard by {recogniser_revision(section.checks)}")
     return ", ".join(parts)
+
+
+def somebody_listens(names: Iterable[str], section: SpeechSection) -> bool:
+    """Whether a recogniser hears some of what these engines say: to check it or to time it."""
+    found = [engine_module(name).CAPABILITIES for name in names]
+    share = section.checks.share
+    checked = share > 0 if share is not None else any(one.checked for one in found)
+    return checked or any(not one.word_times for one in found)

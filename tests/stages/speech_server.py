@@ -49,12 +49,16 @@ def wav(samples: np.ndarray, body: dict[str, Any]) -> Reply:
 
 
 class SpeechServer:
-    """`answers` come one after the other, the last one again and again."""
+    """`answers` come one after the other, the last one again and again.
+
+    `most_at_once`: requests that it had in hand at the same time, at most.
+    """
 
     def __init__(self, *answers: Answer):
         self.seen: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.url = ""
+        self.most_at_once = self._at_once = 0
         waiting = list(answers or (wav,))
         lock = threading.Lock()
         engine = EspeakEngine()
@@ -63,6 +67,9 @@ class SpeechServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                with lock:
+                    outer._at_once += 1
+                    outer.most_at_once = max(outer.most_at_once, outer._at_once)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     outer.seen.append(body)
@@ -74,6 +81,8 @@ class SpeechServer:
                     reply = Reply(b"no such page", "text/plain", 404)
                 else:
                     reply = answer(samples, body)
+                with lock:  # from here on the client may have what it needs
+                    outer._at_once -= 1
                 self.send_response(reply.status)
                 self.send_header("Content-Type", reply.content_type)
                 length = len(reply.body) if reply.declared is None else reply.declared

@@ -252,6 +252,7 @@ def test_threads_share_the_engine_and_hold_to_the_limit():
             lengths = set(pool.map(lambda _: len(engine.synthesize(request()).samples), range(6)))
         engine.close()
     assert len(lengths) == 1 and len(server.seen) == 6
+    assert server.most_at_once == 2
 
 
 def test_the_key_is_in_no_dump_of_the_section():
