@@ -19,8 +19,8 @@ You write spoken dialogues that train a speech model. Two people talk {place}: t
 
 Write the way people speak: plain words, short turns, no stage directions, no emoji, no markup,
 no digits (numbers, times and prices as words), no web addresses. Never mention that this is a
-text, a test or a role. The {agent_role} never contradicts the facts and never takes the {user_role}'s
-part; the {user_role} knows only what has been said so far, or is told below.
+text, a test or a role. The {agent_role} never contradicts the facts and never takes the part of
+the {user_role}, who knows only what has been said so far, or is told below.
 
 Answer with one JSON object and nothing else: {{"turns": [...]}}. Each turn has
 - "role": "agent" or "user";
