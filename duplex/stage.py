@@ -133,8 +133,8 @@ class MapStage(Stage):
     def review(self, done: list[tuple[str, list[Record]]], context: StageContext) -> dict[str, str]:
         """Looks at all finished tasks together; returns those to be made again, and why.
 
-        `done` is sorted by task id. For the same result in any order of work, send a task back
-        only for its conflict with tasks of lower id of which none is sent back itself.
+        `done` is sorted by task id and holds every task that is not rejected. The answer must
+        depend on it alone: then the end is the same in any order of work, after any kill.
         """
         return {}
 

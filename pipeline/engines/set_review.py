@@ -1,9 +1,8 @@
 """Which dialogues of a set must be written again, because another one says the same.
 
-A dialogue goes back for its conflict with *settled* ones: those before the first that goes back
-itself. Others that conflict with these go back in the same round; the rest waits. So a dialogue
-ends at its first attempt that conflicts with no final one of lower id, whatever the order of work
-and wherever a run was killed: what one dialogue after the other would have given.
+One after the other by id, a dialogue goes back for its conflict with one before it that stays. All
+that go back are written again before the next review, which sees the same set whatever the order of
+work and wherever a run was killed; so rounds are few, and the end depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -33,29 +32,29 @@ class SetReview:
         self._near = NearDuplicates(near_duplicate)
 
     def faults(self, dialogues: list[Dialogue]) -> dict[str, Fault]:
-        """Those to be written again, by id. Empty when the set is settled."""
+        """Those to be written again, by id. Empty when all may stay."""
         ordered = sorted(dialogues, key=lambda dialogue: dialogue.id)
         for name in set(self._near.names()) - {dialogue.id for dialogue in ordered}:
             self._near.remove(name)
         for dialogue in ordered:
             self._near.put(dialogue.id, full_text(dialogue))
-        settled: set[str] = set()
+        staying: set[str] = set()
         openings: dict[tuple[str, ...], str] = {}
         found: dict[str, Fault] = {}
         for dialogue in ordered:
-            fault = self._conflict(dialogue, settled, openings)
+            fault = self._conflict(dialogue, staying, openings)
             if fault is not None:
                 found[dialogue.id] = fault
-            elif not found:
-                settled.add(dialogue.id)
+            else:
+                staying.add(dialogue.id)
                 openings[opening(dialogue)] = dialogue.id
         return found
 
     def _conflict(
-        self, dialogue: Dialogue, settled: set[str], openings: dict[tuple[str, ...], str]
+        self, dialogue: Dialogue, staying: set[str], openings: dict[tuple[str, ...], str]
     ) -> Fault | None:
         near = self._near.near(dialogue.id)
-        alike = min((name for name in near if name in settled), default=None)
+        alike = min((name for name in near if name in staying), default=None)
         if alike is not None:
             return Fault(
                 "near-duplicate",

@@ -23,9 +23,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from duplex.base import canonical_json
 from duplex.datafiles import CHECKOUT
 from duplex.errors import BudgetError, RecordError, StageFailedError, TransientError
-from duplex.files import write_atomic
+from duplex.files import append_line, read_lines, write_atomic
 from duplex.records import parse_record, record_line
 from duplex.sinks import FileWriter
 from duplex.stage import MapStage, StageContext, Task, WholeStage
@@ -33,6 +34,7 @@ from duplex.store import LedgerEntry, StageFolder, folders_of, outlives
 from pipeline.runners.work import Outcome, outcomes
 
 TRANSIENT_LIMIT = 5  # transient failures in a row after which a stage gives up for now
+SENT_BACK = "sent_back.jsonl"  # a line for each review that sent something back
 RECORDED_PACKAGES = (
     "torch", "moshi", "peft", "safetensors", "numpy", "soxr", "soundfile", "espeakng-loader",
     "duplex-workbench",
@@ -81,7 +83,7 @@ def _run_map(
     tasks = sorted(stage.tasks(context), key=lambda task: task.id)
     _check_ids(stage, tasks)
     book = _Book(stage, context, folder, tasks)
-    wanted = {task.id: book.key(task.id, 0) for task in tasks if task.id not in book.rejected}
+    wanted = {task.id: book.key(task.id) for task in book.pending() if task.attempt == 0}
     adopted = _adopt(stage, folder, wanted, book.done)
     if retry_rejected:
         book.retry_rejected()
@@ -135,7 +137,8 @@ class _Book:
         self.undone: list[str] = []
         self.done: dict[str, LedgerEntry] = {}
         self.rejected: dict[str, dict[str, Any]] = {}
-        rejects, ledger = folder.rejected(), folder.ledger()
+        ledger, sent_back = folder.ledger(), self._sent_back()
+        rejects = folder.rejected()
         self._first = {  # attempt from which `max_attempts` are counted
             task_id: int(rejects[task_id].get("attempt", 0)) + 1 if task_id in rejects else 0
             for task_id in self.tasks
@@ -144,10 +147,13 @@ class _Book:
             entry, fault = ledger.get(task_id), rejects.get(task_id)
             made = self._attempt_of(task_id, entry.key) if entry else None
             failed = self._attempt_of(task_id, fault["key"]) if fault and "key" in fault else None
+            wanted = sent_back.get(task_id, 0)
+            self._set_attempt(task_id, wanted)
             if fault and failed is not None and (made is None or outlives(fault, entry)):
-                self.rejected[task_id] = fault
-                self._set_attempt(task_id, failed)
-            elif entry and made is not None and folder.holds_blobs(entry):
+                if failed >= wanted:
+                    self.rejected[task_id] = fault
+                    self._set_attempt(task_id, failed)
+            elif entry and made is not None and made >= wanted and folder.holds_blobs(entry):
                 self.done[task_id] = entry
                 self._set_attempt(task_id, made)
 
@@ -195,15 +201,41 @@ class _Book:
             for task_id in sorted(self.done)
         ]
         faults = self._stage.review(finished, self._context)
+        again: dict[str, int] = {}
+        given_up: dict[str, str] = {}
         for task_id, reason in sorted(faults.items()):
             attempt = self.tasks[task_id].attempt + 1
             if attempt >= self._last(task_id):
-                error = RecordError(f"{reason} It was made {attempt} times.")
-                self.reject(task_id, error, reviewed=True)
+                given_up[task_id] = f"{reason} It was made {attempt} times."
             else:
-                self._set_attempt(task_id, attempt)
+                again[task_id] = attempt
+        if faults:
+            line = canonical_json({"again": again, "given_up": given_up})
+            append_line(self._folder.path / SENT_BACK, line)
+        for task_id, reason in given_up.items():
+            self.reject(task_id, RecordError(reason), reviewed=True)
+        for task_id, attempt in again.items():
+            self._set_attempt(task_id, attempt)
+        for task_id in faults:
             del self.done[task_id]
         return bool(faults)
+
+    def _sent_back(self) -> dict[str, int]:
+        """The attempt at which each task is that a review sent back. What the last one gave up
+        is rejected, if a kill came in between."""
+        attempts: dict[str, int] = {}
+        lines = list(read_lines(self._folder.path / SENT_BACK)) if self._reviews else []
+        for line in lines:
+            attempts |= {t: n for t, n in line["again"].items() if t in self.tasks}
+        rejected = self._folder.rejected()
+        for task_id, reason in lines[-1]["given_up"].items() if lines else ():
+            attempt = attempts.get(task_id, 0)
+            noted = rejected.get(task_id, {}).get("attempt", -1)
+            if task_id in self.tasks and noted < attempt:
+                self._set_attempt(task_id, attempt)
+                self.reject(task_id, RecordError(reason), reviewed=True)
+        self.rejected = {}  # they are read with the others
+        return attempts
 
     def _last(self, task_id: str) -> int:
         return self._first[task_id] + (self._stage.max_attempts if self._reviews else 1)

@@ -299,17 +299,24 @@ def test_openings_are_compared_within_a_persona_by_their_words():
     assert set(review.faults([alike, dialogue("d", persona_id="ann", turns=loud)])) == {"d"}
 
 
-def test_who_conflicts_with_an_unsettled_one_waits():
-    """What b becomes may push c away, and then d can stay as it is."""
+def test_who_conflicts_with_one_that_goes_back_may_stay():
+    """As b goes back, c stays; then d, which is alike c, cannot."""
 
-    def settled(**numbers: int) -> set[str]:
+    def sent_back(**numbers: int) -> set[str]:
         rows = [dialogue(name, persona_id="ann", turns=text_of(n)) for name, n in numbers.items()]
         return set(SetReview(0.7).faults(rows))
 
-    assert settled(a=0, b=1, c=2, d=3) == {"b"}
-    assert settled(a=0, b=3, c=2, d=3) == {"c", "d"}  # b took the place: both are in its way
-    assert settled(a=0, b=3, c=4, d=6) == set()
-    assert settled(a=0, b=1, c=2, d=1) == {"b", "d"}  # d is in a's way whatever b becomes
+    assert sent_back(a=0, b=1, c=2, d=3) == {"b", "d"}
+    assert sent_back(a=0, b=3, c=4, d=6) == set()
+
+
+def test_pairs_that_have_nothing_to_do_with_each_other_go_back_in_one_round():
+    rows = [
+        dialogue(f"{pair}-{side}", persona_id="ann", turns=text_of(3 * pair))
+        for pair in range(4)
+        for side in ("a", "b")
+    ]
+    assert set(SetReview(0.7).faults(rows)) == {f"{pair}-b" for pair in range(4)}
 
 
 def test_another_threshold_is_another_set(tmp_path):

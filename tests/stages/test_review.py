@@ -19,7 +19,7 @@ REACH = 3  # colours nearer than that are alike: being alike is not transitive
 
 
 class Colours(MapStage):
-    """Draws a colour for each task and sends back those that a settled one has already."""
+    """Draws a colour for each task and sends back those that one before it has already."""
 
     name = "voices"
     number = 3
@@ -56,13 +56,13 @@ class Colours(MapStage):
         for task_id, (voice,) in done:
             if any(abs(voice.params["c"] - other) < REACH for other in taken):
                 sent_back[task_id] = f"the colour {voice.params['c']} is taken."
-            elif not sent_back:  # what stands after a task that changes is not settled
+            else:
                 taken.add(voice.params["c"])
         return sent_back
 
 
 def run(stage, root, **options):
-    config = Config(name="toy", seed=44)  # one at which a careless review ends elsewhere
+    config = Config(name="toy", seed=44)  # one that ends elsewhere if a kill loses a review
     folder = StageFolder.of(root, 3, "voices", "c0105c0105" * 6)
     return execute(stage, StageContext(config, root), folder, **options), folder
 
