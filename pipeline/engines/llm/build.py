@@ -62,7 +62,11 @@ def build_client(section: DialoguesSection, folder: StageFolder, number: int) ->
 def spending_notes(folder: StageFolder) -> dict[str, Any]:
     """What this folder's log adds up to; empty where nothing was ever sent."""
     path = folder.path / FILE
-    return {"llm": account(read_lines(path)).notes()} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    asked = (line.get("request") for line in read_lines(path))
+    models = {str(request["model"]) for request in asked if isinstance(request, dict)}
+    return {"llm": account(read_lines(path)).notes() | {"models": sorted(models)}}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from duplex.config import Config
-from pipeline.hubs.cards import adapter_card
+from pipeline.hubs.cards import adapter_card, data_card
 from pipeline.hubs.index import HubFile, HubIndex, HubStage
+from pipeline.hubs.scan import strip_provenance
 from pipeline.imports import forget_import
 from tests.stages.hub.helpers import (
     BLOBS,
@@ -174,6 +175,24 @@ def test_an_adapters_card_names_the_licence_of_its_base(base, licence, name):
     head = yaml.safe_load(card.split("---")[1])
     assert (head.get("license"), head.get("license_name")) == (licence, name)
     assert head.get("base_model") == (base if licence else None) and "not recorded" in card
+
+
+def test_a_card_says_what_was_not_kept_and_what_a_model_took_and_not_where():
+    llm = {"models": ["tiny"], "requests": 4, "tokens_in": 900, "tokens_out": 80,
+           "base_url": "http://10.0.0.7/v1", "endpoint_takes": {"at": "10.0.0.7"}}  # fmt: skip
+    funnel = {"written": 5, "kept": 2, "reasons": {"near-duplicate": 2, "refused": 1}}
+    provenance = strip_provenance({"funnel": funnel, "llm": llm, "host": "attic"})
+    none = "0" * 64
+    stage = HubStage(
+        stage="dialogues", key=none, digest=none, counts={"records": 2}, provenance=provenance
+    )
+    file = HubFile(path="records/dialogues.jsonl", sha256=none, bytes=1)
+    index = HubIndex(format=1, kind="data", name="c", base="x", stages=(stage,), files=(file,))
+    card = data_card("me/x", index, [], [], None)
+    assert "- candidates: 5 written, 2 kept" in card
+    assert "- not kept, by reason: 2 near-duplicate, 1 refused" in card
+    assert "- 4 requests by `tiny`: 900 tokens in, 80 out" in card
+    assert "10.0.0.7" not in card + index.to_bytes().decode() and "attic" not in card
 
 
 # -- failures on the way
