@@ -128,6 +128,11 @@ class Client:
         self._connected = False
 
     @property
+    def replies(self) -> int:
+        """How many came from the endpoint, and not from a log."""
+        return self._count.replies
+
+    @property
     def dialects(self) -> dict[str, Any]:
         """What the endpoint was found to take, by model."""
         return self._dialects.describe()
