@@ -68,6 +68,12 @@ def personas_draft(
     ] = None,
     domain: DomainFile = None,
     folder: Folder = None,
+    runs: Annotated[
+        Path, typer.Option("--runs", help="The config's run there has the budget and the log.")
+    ] = Path("runs"),
+    again: Annotated[
+        bool, typer.Option("--again", help="Pay for another reply to the same words.")
+    ] = False,
 ) -> None:
     """Have a language model write ID.draft.yaml, which no run takes before you rename it.
 
@@ -75,7 +81,7 @@ def personas_draft(
     """
     from pipeline import personas_command
 
-    personas_command.draft(persona_id, about, kind, config, domain, folder)
+    personas_command.draft(persona_id, about, kind, config, domain, folder, runs=runs, again=again)
 
 
 RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")]

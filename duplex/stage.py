@@ -128,6 +128,10 @@ class MapStage(Stage):
         """
         return 1
 
+    def stop(self) -> None:
+        """The run is given up while tasks are under way in threads: let them begin nothing more
+        that costs. Called from another thread than theirs; what they return is dropped."""
+
     max_attempts: ClassVar[int] = 8  # of a task whose records `review` sends back
 
     def review(self, done: list[tuple[str, list[Record]]], context: StageContext) -> dict[str, str]:

@@ -177,6 +177,10 @@ class DialoguesStage(MapStage):
             notes["llm"]["endpoint_takes"] = self._client.dialects
         return notes
 
+    def stop(self) -> None:
+        if self._client is not None:
+            self._client.stop()
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()

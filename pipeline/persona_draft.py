@@ -1,6 +1,8 @@
 """A persona as a model drafts it: asked for by schema, checked like any other, asked again.
 
-What comes back is a draft: a person reads it before a run may take it.
+What comes back is a draft: a person reads it before a run may take it. Requests go through the
+client of the dialogues: they count in the run folder's budget, are kept in its log of exchanges,
+and one that was answered before is not paid again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from pydantic import ValidationError
 from duplex.characters import Domain, Persona
 from duplex.datafiles import describe_faults
 from duplex.errors import RecordError
-from pipeline.engines.ask_json import Endpoint, ask_json
+from pipeline.engines.llm.client import Client, Request
+from pipeline.engines.llm.replies import fault_of, read_object
+from pipeline.engines.writers import Fault
 from pipeline.persona_review import review_persona
 
 ATTEMPTS = 3
@@ -56,45 +60,57 @@ _AGAIN = "That cannot be used:\n{reasons}\nSend the whole JSON object again, men
 
 
 def write_draft(
-    persona_id: str, about: str, kind: str, domain: Domain, endpoint: Endpoint
+    persona_id: str,
+    about: str,
+    kind: str,
+    domain: Domain,
+    client: Client,
+    *,
+    model: str,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """The fields of a persona that breaks no rule, by the model of `endpoint`.
+    """The fields of a persona that breaks no rule.
 
     Raises:
         RecordError: no usable reply in `ATTEMPTS`; what the last one lacked.
-        TransientError, RequestError: the endpoint cannot be used.
+        TransientError, RequestError, BudgetError: see `Client.ask`.
     """
     own = {"id": persona_id, "domain": domain.id, "type": kind, "language": domain.language}
     question = _ASK.format(
         title=domain.title, agent_role=domain.agent_role, user_role=domain.user_role,
         about=about, type=kind, types=", ".join(domain.types), schema=json.dumps(_schema()),
     )  # fmt: skip
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
-    reasons: list[str] = []
-    for _ in range(ATTEMPTS):
-        reply: dict[str, Any] | None = None
-        try:
-            reply = ask_json(endpoint, messages)
-            persona = Persona.model_validate(reply | own)
-            reasons = _faults(persona, domain)
-        except ValidationError as error:
-            reasons = [describe_faults(error)]
-        except ValueError as error:
-            if not isinstance(error, ValidationError) and type(error) is not ValueError:
-                raise
-            reasons = [str(error)]
+    first = ({"role": "system", "content": _SYSTEM}, {"role": "user", "content": question})
+    messages, reasons = first, [""]
+    for number in range(ATTEMPTS):
+        request = Request(
+            model, messages, seed + number, temperature, max_tokens, "persona", _schema()
+        )
+        reply = client.ask(request, f"draft of {persona_id}")
+        fault = fault_of(reply)
+        value = fault or read_object(reply.text)
+        if isinstance(value, dict):
+            try:
+                persona = Persona.model_validate(value | own)
+            except ValidationError as error:
+                reasons = [describe_faults(error)]
+            else:
+                reasons = _faults(persona, domain)
+                if not reasons:
+                    return own | persona.model_dump(mode="json", exclude=set(own))
         else:
-            if not reasons:
-                return own | persona.model_dump(mode="json", exclude=set(own))
-        messages = messages[:2]
-        if reply is not None:
-            messages.append({"role": "assistant", "content": json.dumps(reply)})
+            found = value.message if isinstance(value, Fault) else "it must be a JSON object"
+            reasons = [found]
         listing = "\n".join(f"- {reason}" for reason in reasons)
-        messages.append({"role": "user", "content": _AGAIN.format(reasons=listing)})
+        # What was refused or cut short is not shown again: it brings the next one.
+        said = () if fault else ({"role": "assistant", "content": reply.text},)
+        messages = (*first, *said, {"role": "user", "content": _AGAIN.format(reasons=listing)})
     raise RecordError(
-        f"{endpoint.model} must draft a persona that breaks no rule; none came in {ATTEMPTS} "
-        f"replies. The last one: {'; '.join(reasons)}. Try again, say more in --about, or choose "
-        "another model"
+        f"{model} must draft a persona that breaks no rule; none came in {ATTEMPTS} "
+        f"replies. The last one: {'; '.join(reasons)}. Ask anew with --again, say more in --about, "
+        "or choose another model"
     )
 
 

@@ -7,6 +7,7 @@ draft   a model writes `ID.draft.yaml`, which no run takes until a person rename
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,10 +35,13 @@ from duplex.datafiles import (
 )
 from duplex.errors import EXIT_WORK_FAILED, DataFileError, DuplexError, RequestError
 from duplex.files import write_atomic
+from duplex.lock import RunLock
+from duplex.stage import record_seed
 from duplex.streams import PROMPT_SILENCE_FRAMES, SYSTEM_TAG
 from pipeline import persona_review as rules
 from pipeline.commands import show_json
 from pipeline.persona_review import Finding
+from pipeline.run import run_folder_of
 
 COFFEE = "coffee-shop"
 SKELETON = """\
@@ -337,8 +341,12 @@ def draft(
     config_path: Path | None,
     domain: str | None,
     folder: Path | None,
+    *,
+    runs: Path,
+    again: bool,
 ) -> None:
-    from pipeline.engines.ask_json import Endpoint
+    from pipeline.dialogues import DialoguesStage, check_key
+    from pipeline.engines.llm.build import build_client_beside
     from pipeline.persona_draft import write_draft
 
     config = load_config(config_path or find_path("configs/coffee.yaml"))
@@ -346,12 +354,29 @@ def draft(
     if folder is None and domain is None:
         folder = find_path(config.personas.folder)
     target = target_file(persona_id, kind, place, folder, DRAFT_SUFFIX)
-    endpoint = Endpoint.of(config)
-    fields = write_draft(persona_id, about, kind, place, endpoint)
+    section = config.dialogues
+    if not section.llm:
+        raise RequestError(
+            f"dialogues.llm must name a model to ask, found nothing in {config.name}. Choose a "
+            "config with an LLM writer: --config configs/coffee.yaml"
+        )
+    check_key(config)
+    run_folder = run_folder_of(config, runs)
+    seed = record_seed(config.seed, "draft", persona_id)
+    with RunLock(run_folder):
+        client = build_client_beside(section, run_folder, DialoguesStage.number)
+        try:
+            fields = write_draft(
+                persona_id, about, kind, place, client, model=section.llm,
+                temperature=section.temperature, max_tokens=section.max_tokens,
+                seed=secrets.randbits(31) if again else seed,
+            )  # fmt: skip
+        finally:
+            client.close()
     validate(Persona, fields, target)
     final = target.name.replace(DRAFT_SUFFIX, ".yaml")
     head = (
-        f"# draft by {endpoint.model}; nobody has read it yet. It was asked for as:\n"
+        f"# draft by {section.llm}; nobody has read it yet. It was asked for as:\n"
         f"#   {' '.join(about.split())}\n"
         f"# Read it, mend it, run `duplex personas check {target}`, and then rename it to\n"
         f"# {final}: no run takes a *{DRAFT_SUFFIX}.\n"
@@ -359,3 +384,5 @@ def draft(
     body = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=98)
     write_atomic(target, (head + body).encode())
     print(f"{target}: read it, mend it, check it; rename it to {final} when it is right")
+    if not client.replies:
+        print("nothing was paid: it was asked for in these words before; --again asks anew")

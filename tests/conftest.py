@@ -16,11 +16,11 @@ os.environ |= {
 
 
 class Grouped(LoadScopeScheduling):
-    """One group for the end-to-end tests, which share a finished run; else one a module."""
+    """One group for tests that share a finished run, end-to-end and of the hub; else a module."""
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.split("::")[0]
-        return "e2e" if "/e2e/" in module else module
+        return next((name for name in ("e2e", "hub") if f"/{name}/" in module), module)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Grouped:

@@ -30,7 +30,7 @@ from pipeline.hubs.index import (
     HubFile,
     HubIndex,
     HubStage,
-    blob_of,
+    blobs_of,
 )
 from pipeline.hubs.scan import check_consent, scan_texts, strip_provenance
 from pipeline.run import Step, plan, run_folder_of
@@ -141,7 +141,7 @@ def _take_stage(step: Step, files: dict[str, Path | bytes]) -> list[Any]:
     if strange:
         raise CorruptFileError(f"{folder.path}: holds records of another stage: {strange[:3]}")
     for record in records:
-        if (sha256 := blob_of(record)) is not None:
+        for sha256 in blobs_of(record):
             path = _blob_path(folder, sha256, record.id)
             files[f"blobs/{sha256[:2]}/{path.name}"] = path
         if isinstance(record, Artifact) and name == "train":

@@ -223,13 +223,26 @@ def _funnel(index: HubIndex) -> list[str]:
 
 def _funnel_of(stage: HubStage) -> list[str]:
     lines = [f"- {stage.stage}: {_listed(stage.counts)}"]
-    funnel = stage.provenance.get("funnel")
+    funnel, spent = stage.provenance.get("funnel"), stage.provenance.get("llm")
     if isinstance(funnel, dict):
-        numbers = {k: v for k, v in funnel.items() if isinstance(v, int | float | str)}
-        lines += [f"  - {name}: {value}" for name, value in numbers.items()]
-    elif isinstance(funnel, list):
-        lines += [f"  - {_cell(str(step))}" for step in funnel[:SHOWN]]
+        written, kept = funnel.get("written"), funnel.get("kept")
+        lines.append(f"  - candidates: {_number(written)} written, {_number(kept)} kept")
+        reasons = funnel.get("reasons")
+        if isinstance(reasons, dict) and reasons:
+            shown = dict(list(reasons.items())[:SHOWN])
+            numbers = {_cell(str(code))[:40]: _number(count) for code, count in shown.items()}
+            lines.append(f"  - not kept, by reason: {_listed(numbers)}")
+    if isinstance(spent, dict):
+        tokens = f"{_number(spent.get('tokens_in'))} tokens in, {_number(spent.get('tokens_out'))}"
+        models = ", ".join(f"`{_cell(str(model))[:80]}`" for model in spent.get("models") or ())
+        by = f" by {models}" if models else ""
+        lines.append(f"  - {_number(spent.get('requests'))} requests{by}: {tokens} out")
     return lines
+
+
+def _number(value: object) -> str:
+    """A count as text; what is none, in a manifest of somebody else, is unknown."""
+    return str(value) if isinstance(value, int) else "unknown"
 
 
 def _splits(records: Sequence[Record]) -> list[str]:

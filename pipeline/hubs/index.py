@@ -136,10 +136,12 @@ def read_index(path: Path) -> HubIndex:
         raise CorruptFileError(f"{INDEX} must be JSON in UTF-8: {error}") from None
 
 
-def blob_of(record: Record) -> str | None:
-    """The sha256 of the blob that a record names, if it names one."""
+def blobs_of(record: Record) -> tuple[str, ...]:
+    """The sha256 of each blob that a record names: a voice may have a sample and a proof."""
     if isinstance(record, Speech | VoiceSample):
-        return record.audio
+        return (record.audio,)
     if isinstance(record, TensorClip):
-        return record.tensor
-    return record.sample if isinstance(record, Voice) else None
+        return (record.tensor,)
+    if isinstance(record, Voice):
+        return tuple(sha256 for sha256 in (record.sample, record.proof) if sha256)
+    return ()

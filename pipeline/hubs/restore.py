@@ -28,7 +28,7 @@ from duplex.lock import RunLock
 from duplex.records import Artifact, Speech, TensorClip, Voice, VoiceSample, parse_record
 from duplex.store import LedgerEntry, StageFolder, stage_digest
 from duplex.streams import NUM_ROWS
-from pipeline.hubs.index import ADAPTER_FILES, BLOB, RECORD_TYPES, HubIndex, HubStage, blob_of
+from pipeline.hubs.index import ADAPTER_FILES, BLOB, RECORD_TYPES, HubIndex, HubStage, blobs_of
 from pipeline.hubs.scan import strip_provenance
 from pipeline.run import IMPORTS_FOLDER, plan, run_folder_of, stage_named
 
@@ -115,10 +115,10 @@ def _read_stage(entry: HubStage, index: HubIndex, folder: Path) -> _Content:
         )
     blobs = {m[2]: m[0] for file in index.files if (m := BLOB.fullmatch(file.path))}
     for record in records:
-        sha256 = blob_of(record)
-        if sha256 is not None and sha256 not in blobs:
-            raise CorruptFileError(f"{entry.stage}: {record.id} names a file that is not there")
-        _check_content(record, folder / blobs[sha256] if sha256 else None)
+        for sha256 in blobs_of(record):
+            if sha256 not in blobs:
+                raise CorruptFileError(f"{entry.stage}: {record.id} names a file that is not there")
+            _check_content(record, folder / blobs[sha256])
     listed = {file.path: file for file in index.files}
     for file in entry.files:
         if listed.get(file.path) != file:
@@ -153,10 +153,8 @@ def _record(line: str, stage: str) -> Record:
     return record
 
 
-def _check_content(record: Record, blob: Path | None) -> None:
+def _check_content(record: Record, blob: Path) -> None:
     """Whether a blob is what its record says, without running anything of it."""
-    if blob is None:
-        return
     if isinstance(record, TensorClip):
         from pipeline.engines.tensor_file import read_codes
 
@@ -238,7 +236,7 @@ def _fill(
     """Everything of a stage, the manifest last."""
     entry = content.entry
     target.path.mkdir(parents=True, exist_ok=True)
-    wanted = {blob_of(record) for record in content.records}
+    wanted = {sha256 for record in content.records for sha256 in blobs_of(record)}
     for file in index.files:
         match = BLOB.fullmatch(file.path)
         if match and match[2] in wanted:

@@ -20,6 +20,7 @@ _SECRETS = {
 }
 _PATHS = re.compile(r"(?:/(?:home|Users|root|mnt|workspace|tmp|private|var)/[^\s\"']+|[A-Z]:\\\\)")
 _SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+SPENDING = ("models", "requests", "replies", "tokens_in", "tokens_out", "usd")
 _SHORTEST = 8  # of a value in the environment that is looked for
 
 
@@ -98,4 +99,8 @@ def check_consent(records: Iterable[Record], stated: str | None) -> None:
 def strip_provenance(provenance: Mapping[str, object]) -> dict[str, object]:
     """What of a manifest's provenance is about the work, not about the machine it ran on."""
     kept = ("finished", "commit", "packages", "funnel")
-    return {name: provenance[name] for name in kept if provenance.get(name) is not None}
+    found = {name: provenance[name] for name in kept if provenance.get(name) is not None}
+    spent = provenance.get("llm")
+    if isinstance(spent, dict):  # which models, how much; never where they were asked
+        found["llm"] = {name: spent[name] for name in SPENDING if name in spent}
+    return found

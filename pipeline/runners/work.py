@@ -82,7 +82,8 @@ def _in_threads(
     stage: MapStage, context: StageContext, folder: StageFolder, tasks: list[Task], count: int
 ) -> Generator[Outcome, None, None]:
     """As `outcomes`. A task is begun only when another one is done; after an error none is, and
-    those under way are finished before it is raised: they may have been paid for."""
+    those under way are finished before it is raised: they may have been paid for. When it is
+    closed or interrupted the stage is told, so that they begin nothing more that costs."""
     waiting = iter(tasks)
     failure: BaseException | None = None
     with ThreadPoolExecutor(count, thread_name_prefix=stage.name) as pool:
@@ -92,17 +93,21 @@ def _in_threads(
             return {pool.submit(work_off, stage, context, folder, task)} if task else set()
 
         running: set[Future[Outcome]] = set()
-        for _ in range(count):
-            running |= begin()
-        while running:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                error = future.exception()
-                if error is not None:
-                    failure = failure or error
-                    continue
-                yield future.result()
+        try:
+            for _ in range(count):
                 running |= begin()
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    error = future.exception()
+                    if error is not None:
+                        failure = failure or error
+                        continue
+                    yield future.result()
+                    running |= begin()
+        except BaseException:  # closed, or a signal; the pool waits for what is under way
+            stage.stop()
+            raise
     if failure is not None:
         raise failure
 

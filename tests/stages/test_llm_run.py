@@ -263,3 +263,23 @@ def test_a_wrong_key_stops_the_stage_at_once(tmp_path: Path) -> None:
     assert "answered 401" in result.stdout and "api_key" in result.stdout
     assert requests <= LIMIT
     assert_no_key(workplace.runs, result.stdout)
+
+
+def test_after_a_sigterm_no_request_is_begun_and_those_under_way_are_logged(tmp_path: Path) -> None:
+    with MisbehavingServer(share=1.0, deeds=("broken",), patience=999, think_s=0.3) as server:
+        accepted = server.books.accepted
+        workplace = Workplace(tmp_path, server.base_url, runtime={"timeout_s": 5})
+        process = workplace.start()
+        deadline = time.monotonic() + 30
+        while len(accepted) < 2 * LIMIT:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        at = time.monotonic()
+        output, _ = process.communicate(timeout=30)
+        took = time.monotonic() - at
+
+    assert process.returncode == 130 and "interrupted; finished records are kept" in output
+    assert max(accepted) - at < 0.5 and took < 5
+    total = account(workplace.log())
+    assert total.replies == total.requests == len(accepted) and total.unknown_requests == 0

@@ -301,14 +301,15 @@ def drafted(**changes):
     return completion(json.dumps(own | changes))
 
 
-def draft(endpoint, place):
+def draft(endpoint, place, *options, **runtime):
     config = {"name": "c", "dialogues": {"writer": "openai", "llm": "m", "runtime": {
         "base_url": endpoint.url, "api_key": "${DRAFT_KEY}", "timeout_s": 5}}}  # fmt: skip
+    config["dialogues"]["runtime"] |= runtime
     config["personas"] = {"domain": str(CHECKOUT / "data/domains/vet-reception.yaml")}
     return duplex(
         "personas", "draft", "worried-pia", "--type", "worried", "--about", "a new owner\nof mice",
         "--config", write_yaml(place / "c.yaml", config), "--folder", place / "p",
-        cwd=place, DRAFT_KEY=KEY,
+        *options, cwd=place, DRAFT_KEY=KEY,
     )  # fmt: skip
 
 
@@ -341,8 +342,8 @@ def test_a_draft_is_asked_again_with_the_reason_and_written_as_a_draft(tmp_path,
     ("answers", "said", "code"),
     [
         ([completion(None, refusal="I will not play a person in distress.")], "refused: I will", 1),
-        ([completion("Sure! Here is a persona:")], "no JSON: 'Sure!", 1),
-        ([(401, json.dumps({"error": {"message": f"bad key {KEY}"}}))], "refused the request", 2),
+        ([completion("Sure! Here is a persona:")], "no whole JSON object", 1),
+        ([(401, json.dumps({"error": {"message": f"bad key {KEY}"}}))], "answered 401", 2),
         ([drafted(name="Pia")], "fact name must be the persona's name", 1),
     ],
 )
@@ -355,6 +356,29 @@ def test_what_cannot_be_drafted_says_why_writes_nothing_and_hides_the_key(
     assert "Traceback" not in result.stderr and not (tmp_path / "p").exists()
     assert len(endpoint.requests) == (1 if code == 2 else 3)
     assert KEY not in everything_seen(result, tmp_path)
+
+
+def test_a_draft_in_the_same_words_is_paid_once_and_counts_in_the_runs_budget(tmp_path, serve):
+    endpoint = serve(drafted())
+    assert draft(endpoint, tmp_path).returncode == 0
+    file = tmp_path / "p" / "worried-pia.draft.yaml"
+    first = file.read_text()
+    assert (tmp_path / "runs" / "c" / "exchanges" / "drafts.jsonl").is_file()
+    file.unlink()
+    repeated = draft(endpoint, tmp_path)
+    assert repeated.returncode == 0 and "nothing was paid" in repeated.stdout
+    assert file.read_text() == first and len(endpoint.requests) == 1
+    file.unlink()
+    anew = draft(endpoint, tmp_path, "--again")
+    assert anew.returncode == 0 and "nothing was paid" not in anew.stdout
+    seeds = [request["seed"] for request in endpoint.requests]
+    assert len(seeds) == 2 and seeds[0] != seeds[1]
+    file.unlink()
+    log = (tmp_path / "runs" / "c" / "exchanges" / "drafts.jsonl").read_text().splitlines()
+    bound = json.loads(log[0])["bound"]["tokens"]  # no usage came: both stay counted at it
+    stopped = draft(endpoint, tmp_path, "--again", budget_tokens=5 * bound // 2)
+    assert stopped.returncode == 1 and "tokens may be used in this run folder" in stopped.stderr
+    assert len(endpoint.requests) == 2 and not file.exists()
 
 
 def test_a_draft_without_a_model_or_a_key_is_refused_before_anybody_is_asked(tmp_path):

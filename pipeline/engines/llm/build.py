@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from duplex.config_data import DialoguesSection
@@ -14,9 +15,10 @@ from duplex.files import read_lines
 from duplex.store import StageFolder, folders_of
 from pipeline.engines.llm.budget import NOTHING, Budget, Cost, Price, prompt_bound
 from pipeline.engines.llm.client import Client, Request
-from pipeline.engines.llm.exchanges import FILE, Exchanges, account, logs_of
+from pipeline.engines.llm.exchanges import FILE, KEPT_FOLDER, Exchanges, account, logs_of
 from pipeline.engines.llm.wire import Wire
 
+DRAFTS = "drafts.jsonl"  # personas that a model drafted
 # For the estimate alone; the bounds are the budget's.
 BYTES_PER_TOKEN = 4  # English
 TOKENS_PER_TURN = 75  # 12 words, and the fields of the JSON object around them
@@ -33,10 +35,19 @@ def prices(section: DialoguesSection) -> dict[str, Price]:
 
 def build_client(section: DialoguesSection, folder: StageFolder, number: int) -> Client:
     """`number` is the stage's, by which its other folders in the run are found."""
+    return _client(section, folder.path.parent, number, folder.path / FILE)
+
+
+def build_client_beside(section: DialoguesSection, run_folder: Path, number: int) -> Client:
+    """A client for requests of no stage, whose log is among those that `clean` keeps."""
+    return _client(section, run_folder, number, run_folder / KEPT_FOLDER / DRAFTS)
+
+
+def _client(section: DialoguesSection, run_folder: Path, number: int, own: Path) -> Client:
     runtime = section.runtime
-    run_folder, own = folder.path.parent, folder.path / FILE
-    stage_folders = (other.path for other in folders_of(run_folder, number, folder.stage))
-    log = Exchanges(own, logs_of(run_folder, stage_folders, own))
+    stage_folders = (other.path for other in folders_of(run_folder, number, "dialogues"))
+    others = [path for path in logs_of(run_folder, stage_folders, own) if path != own]
+    log = Exchanges(own, others)
     wire = Wire(
         base_url=runtime.base_url,
         api_key=runtime.api_key or "",
@@ -62,7 +73,11 @@ def build_client(section: DialoguesSection, folder: StageFolder, number: int) ->
 def spending_notes(folder: StageFolder) -> dict[str, Any]:
     """What this folder's log adds up to; empty where nothing was ever sent."""
     path = folder.path / FILE
-    return {"llm": account(read_lines(path)).notes()} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    asked = (line.get("request") for line in read_lines(path))
+    models = {str(request["model"]) for request in asked if isinstance(request, dict)}
+    return {"llm": account(read_lines(path)).notes() | {"models": sorted(models)}}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pipeline.engines.llm.pace import Pace, backoff_s, exhausted_s, retry_after_
 from pipeline.engines.llm.wire import Failure, Whole, Wire
 
 NOTE_EVERY_S = 30  # a line of progress where nobody sees a bar
+STOPPED = "the run was interrupted before this request was sent; run again to go on"
 _SEEDS = 2**31  # some servers take no larger seed
 # Turned away for what all threads do together: all of them wait.
 _SHARED = frozenset({"http-429", "http-503", "http-529"})
@@ -83,7 +84,8 @@ class Client:
         self._prices = prices
         self._slots = threading.BoundedSemaphore(concurrency)
         self._max_retries, self._max_wait_s = max_retries, max_wait_s
-        self._pace = pace or Pace()
+        self._stopped = threading.Event()
+        self._pace = pace or Pace(sleep=self._sleep)
         self._dialects = Dialects()
         self._connecting = threading.Lock()
         self._connected = False
@@ -96,7 +98,8 @@ class Client:
         """The model's whole reply, of the log or of the endpoint.
 
         Raises:
-            TransientError: the endpoint kept turning the request away, or cutting it off.
+            TransientError: the endpoint kept turning the request away, or cutting it off; or
+                `stop` was called before it was sent.
             RequestError: no request will work: the key, the account, the model, the address.
             RecordError: the endpoint refuses this one.
             BudgetError: it may cost more than is left.
@@ -116,9 +119,18 @@ class Client:
                 number += 1
                 self._wait_after(outcome, request, number)
 
+    def stop(self) -> None:
+        """Start no further request, from any thread; those under way end and are logged."""
+        self._stopped.set()
+
     def close(self) -> None:
         self._wire.close()
         self._connected = False
+
+    @property
+    def replies(self) -> int:
+        """How many came from the endpoint, and not from a log."""
+        return self._count.replies
 
     @property
     def dialects(self) -> dict[str, Any]:
@@ -153,6 +165,9 @@ class Client:
             self._budget.reserve(bound)
             bill: Cost | None = None
             try:
+                if self._stopped.is_set():
+                    bill = Cost()
+                    raise TransientError(STOPPED)
                 send = self._log.sent(request.id, task_id, request.body, bound)
                 started = time.monotonic()
                 outcome = self._wire.post(dialect.speak(request.body))
@@ -172,6 +187,10 @@ class Client:
             learnt = self._dialects.refused(request.model, dialect, outcome.said)
             return None if learnt else outcome
         return outcome
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise TransientError(STOPPED)
 
     def _bill(self, reply: Reply, price: Price) -> Cost | None:
         if reply.tokens_in is None or reply.tokens_out is None:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from tests.factories import write_yaml
-from tests.stages.hub.fake_hub import TOKEN, Hub
-from tests.stages.hub.helpers import CONFIG, DATA, duplex, environment
+from tests.stages.hub.fake_hub import Hub
+from tests.stages.hub.helpers import CONFIG, DATA, PLANTED, at, duplex, steps_of, work
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, tiny_checkpoint):
-    """A run brought to its adapter on the tiny checkpoint, all stages in one process."""
+    """A run brought to its adapter on the tiny checkpoint, all stages in this process."""
     place = tmp_path_factory.mktemp("trained")
     shutil.copytree(tiny_checkpoint, place / "models" / "tiny")
     write_yaml(place / "small.yaml", CONFIG | {"model": {"base": "models/tiny"}})
-    code = "from pipeline.entry import main\n"
-    code += f"for name in {(*DATA, 'train')}: assert main(name, ['small.yaml']) == 0"
-    subprocess.run([sys.executable, "-c", code], cwd=place, env=environment(), check=True)
+    for name in (*DATA, "train"):
+        work(name, place)
+    folder = steps_of(place)["dialogues"].folder.path
+    for log in ("exchanges.jsonl", "candidates.jsonl"):
+        (folder / log).write_text(f'{{"text": "{PLANTED}"}}\n')
     return place
 
 
@@ -43,18 +43,10 @@ def pushed(trained):
 
 
 @pytest.fixture
-def reached(shelf, monkeypatch):
+def reached(shelf, tmp_path):
     """The client of this very process talks to `shelf`."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import reset_sessions
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_ENDPOINT", shelf.url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    reset_sessions()
-    yield shelf
-    monkeypatch.undo()
-    reset_sessions()
+    with at(tmp_path, shelf):
+        yield shelf
 
 
 @pytest.fixture

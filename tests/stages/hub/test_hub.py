@@ -13,19 +13,23 @@ import pytest
 import yaml
 
 from duplex.config import Config
-from pipeline.hubs.cards import adapter_card
+from pipeline.hubs.cards import adapter_card, data_card
 from pipeline.hubs.index import HubFile, HubIndex, HubStage
+from pipeline.hubs.scan import strip_provenance
 from pipeline.imports import forget_import
 from tests.stages.hub.helpers import (
+    BLOBS,
     CONFIG,
     DATA,
     assert_unseen,
+    blobs_in,
     config_of,
     digests,
     duplex,
     elsewhere,
     environment,
     steps_of,
+    work,
 )
 
 # -- the way there and back
@@ -37,12 +41,13 @@ def test_what_was_pulled_is_found_finished_and_training_goes_on(trained, shelf, 
     assert result.returncode == 0, result.stderr
     own = digests(trained)
     assert {name: own[name] for name in DATA} == digests(place)
+    for name in ("voices", "speech", "tensors"):
+        assert blobs_in(place, name) == blobs_in(trained, name) != {}
     assert "tensors: restored in" in result.stdout
     assert not (place / "runs" / "small" / "imports").exists()  # the keys are those of the config
     assert not list((place / "runs" / "small" / "hub").iterdir())
-    run = duplex("run", "small.yaml", "--to", "train", cwd=place)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("running …") == 1 and digests(place)["train"] == own["train"]
+    work("train", place)
+    assert digests(place) == own
     assert_unseen(result, shelf)
 
 
@@ -63,8 +68,11 @@ def test_pulled_work_is_adopted_and_not_made_again(trained, shelf, tmp_path):
     place = elsewhere(trained, tmp_path, personas=personas)
     assert duplex("pull", "me/data", "small.yaml", cwd=place, hub=shelf).returncode == 0
     shutil.rmtree(place / "runs" / "small" / "imports")
-    run = duplex("run", "small.yaml", "--to", "speech", cwd=place)
-    assert "4 speech: done (1 records, 0 rejected, 1 tasks, 1 adopted)" in run.stdout
+    for name in ("personas", "dialogues", "voices", "speech"):
+        work(name, place)
+    manifest = steps_of(place)["speech"].folder.manifest()
+    assert manifest["counts"] == {"tasks": 1, "records": 1, "rejected": 0}
+    assert manifest["provenance"]["adopted"] == 1
 
 
 def test_a_push_is_private_complete_and_says_what_it_is(trained, hub):
@@ -116,7 +124,7 @@ def test_a_dry_run_shows_everything_and_asks_nobody(trained, hub):
     value = json.loads(duplex(*push, "--json", cwd=trained).stdout)  # offline, and no token
     names = {file["path"] for file in value["files"]}
     assert {"README.md", "duplex.json", "records/speech.jsonl"} < names
-    assert sum(name.startswith("blobs/") for name in names) == 4
+    assert sum(name.startswith("blobs/") for name in names) == BLOBS
 
 
 # -- adapters
@@ -169,6 +177,24 @@ def test_an_adapters_card_names_the_licence_of_its_base(base, licence, name):
     assert head.get("base_model") == (base if licence else None) and "not recorded" in card
 
 
+def test_a_card_says_what_was_not_kept_and_what_a_model_took_and_not_where():
+    llm = {"models": ["tiny"], "requests": 4, "tokens_in": 900, "tokens_out": 80,
+           "base_url": "http://10.0.0.7/v1", "endpoint_takes": {"at": "10.0.0.7"}}  # fmt: skip
+    funnel = {"written": 5, "kept": 2, "reasons": {"near-duplicate": 2, "refused": 1}}
+    provenance = strip_provenance({"funnel": funnel, "llm": llm, "host": "attic"})
+    none = "0" * 64
+    stage = HubStage(
+        stage="dialogues", key=none, digest=none, counts={"records": 2}, provenance=provenance
+    )
+    file = HubFile(path="records/dialogues.jsonl", sha256=none, bytes=1)
+    index = HubIndex(format=1, kind="data", name="c", base="x", stages=(stage,), files=(file,))
+    card = data_card("me/x", index, [], [], None)
+    assert "- candidates: 5 written, 2 kept" in card
+    assert "- not kept, by reason: 2 near-duplicate, 1 refused" in card
+    assert "- 4 requests by `tiny`: 900 tokens in, 80 out" in card
+    assert "10.0.0.7" not in card + index.to_bytes().decode() and "attic" not in card
+
+
 # -- failures on the way
 
 
@@ -200,7 +226,7 @@ def test_a_killed_push_goes_on_without_sending_finished_files_again(trained, hub
     process.send_signal(signal.SIGKILL)
     process.wait()
     sent = set(hub.asked("PUT", "/lfs/"))
-    assert len(sent) == 4 and hub.repos["me/data"].tree == {}
+    assert len(sent) == BLOBS and hub.repos["me/data"].tree == {}
     gate["open"], hub.log = True, []
     result = duplex("push", "small.yaml", "--to", "me/data", "--no-view", cwd=trained, hub=hub)
     assert result.returncode == 0, result.stderr

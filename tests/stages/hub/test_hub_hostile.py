@@ -14,6 +14,7 @@ from duplex.errors import CorruptFileError, RequestError
 from duplex.records import Speech, SpokenTurn, Voice, Word
 from duplex.store import stage_digest
 from pipeline.hub import pull
+from pipeline.hubs.index import blobs_of
 from pipeline.hubs.scan import check_consent, scan_texts
 from tests.stages.hub.fake_hub import TOKEN
 from tests.stages.hub.helpers import (
@@ -72,6 +73,17 @@ def break_a_record(hub):
     reindexed(hub)
 
 
+def lose_a_proof(hub):
+    """A file that a voice names is in no list and not there; all else fits."""
+    tree = dict(hub.repos["me/data"].tree)
+    record = json.loads(tree["records/voices.jsonl"][0].splitlines()[0])
+    lost = f"blobs/{record['proof'][:2]}/{record['proof']}.wav"
+    del tree[lost]
+    hub.repos["me/data"].commit(tree)
+    files = json.loads(tree["duplex.json"][0])["files"]
+    reindexed(hub, files=[file for file in files if file["path"] != lost])
+
+
 class Trap:
     def __reduce__(self):
         return (open, ("sprung", "w"))
@@ -109,6 +121,7 @@ def plant_a_trap(hub):
         (climb_by_index, "one of the names of a push, found '../../x'"),
         (change_a_record, "dialogues: the records must have the digest"),
         (break_a_record, "dialogues: not a record of ours"),
+        (lose_a_proof, "voices: agent-friendly-june names a file that is not there"),
         (plant_a_trap, "may run code"),
         (lambda hub: reindexed(hub, format=9), "format"),
         (lambda hub: hub.put("me/data", "duplex.json", b"[" * 9999), "must be JSON|nested"),
@@ -147,6 +160,12 @@ def test_a_secret_or_a_path_stops_the_push_and_is_not_shown(monkeypatch, text, w
     with pytest.raises(RequestError, match=what) as caught:
         scan_texts({"records/x.jsonl": text.encode()})
     assert "path" in what or text.split()[-1] not in str(caught.value)
+
+
+def test_all_that_a_voice_names_goes_along():
+    both = voice("a", sample="0" * 64, proof="1" * 64)
+    assert blobs_of(both) == ("0" * 64, "1" * 64)
+    assert blobs_of(voice("a", proof="1" * 64)) == ("1" * 64,) and blobs_of(voice("a")) == ()
 
 
 def voice(voice_id, **changes):
