@@ -253,3 +253,27 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     from duplex.files import read_lines
 
     return list(read_lines(path))
+
+
+def test_the_same_request_cut_off_in_two_folders_counts_twice(tmp_path: Path) -> None:
+    own, other = (tmp_path / f"02-dialogues-{n}" / "exchanges.jsonl" for n in (0, 1))
+    for path in (own, other):
+        Exchanges(path).sent("f" * 64, "t", BODY, Cost(1000, 0.6))
+    before = Exchanges(own, [other]).before
+    assert (before.unknown, before.unknown_requests) == (Cost(2000, 1.2), 2)
+    with pytest.raises(BudgetError):
+        Budget(usd=1.5, before=(before.spent, before.unknown)).reserve(Cost(1000, 0.6))
+
+
+@pytest.mark.parametrize("refused_first", [True, False])
+def test_a_free_refusal_in_one_folder_clears_nothing_of_another(
+    tmp_path: Path, refused_first: bool
+) -> None:
+    own, other = (tmp_path / f"02-dialogues-{n}" / "exchanges.jsonl" for n in (0, 1))
+    Exchanges(own).sent("f" * 64, "t", BODY, Cost(1000, 0.6))
+    log = Exchanges(other)
+    log.failed(log.sent("f" * 64, "t", BODY, Cost(9)), "f" * 64, "http-429", billed="no")
+    paths = (other, own) if refused_first else (own, other)
+    before = Exchanges(paths[0], paths[1:]).before
+    assert before.unknown == Cost(1000, 0.6)
+    assert before.failures == {"http-429": 1, "killed": 1}

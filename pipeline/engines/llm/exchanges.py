@@ -87,7 +87,10 @@ class Account:
 
 
 def account(lines: Iterable[dict[str, Any]]) -> Account:
-    """Adds up a log; lines that are not of its form are passed over."""
+    """Adds up one log; lines that are not of its form are passed over.
+
+    A send has its name within its file alone: two files are added up apart and then summed.
+    """
     total = Account()
     open_sends: dict[str, Cost] = {}
     for line in lines:
@@ -147,7 +150,9 @@ class Exchanges:
             self._take_reply(line, "")
             if line.get("event") == "sent":
                 self._sends[str(line.get("id"))] += 1
-        self.before = account(line for file in (path, *others) for line in read_lines(file))
+        self.before = Account()
+        for file in (path, *others):  # one by one: the names of sends begin anew in each file
+            self.before += account(read_lines(file))
 
     def _take_reply(self, line: dict[str, Any], source: str) -> None:
         if line.get("event") != "reply":
