@@ -31,7 +31,7 @@ from duplex.records import parse_record, record_line
 from duplex.sinks import FileWriter
 from duplex.stage import MapStage, StageContext, Task, WholeStage
 from duplex.store import LedgerEntry, StageFolder, folders_of, outlives
-from pipeline.runners.work import Outcome, outcomes
+from pipeline.runners.work import Outcome, at_work, outcomes
 
 TRANSIENT_LIMIT = 5  # transient failures in a row after which a stage gives up for now
 SENT_BACK = "sent_back.jsonl"  # a line for each review that sent something back
@@ -88,16 +88,19 @@ def _run_map(
     if retry_rejected:
         book.retry_rejected()
     made = 0
-    while True:
-        if pending := book.pending():
-            made += _work_off(stage, context, folder, pending, book)
-        if book.undone:
-            raise StageFailedError(
-                f"{stage.name}: {len(book.undone)} of {len(tasks)} tasks could not be done for "
-                f"now; the others are kept. Run again to go on. The last failure: {book.undone[-1]}"
-            )
-        if not book.send_back():
-            break
+    with at_work(stage, context) as begin:
+        while True:
+            if pending := book.pending():
+                results = outcomes(stage, context, folder, pending, begin)
+                made += _work_off(stage, results, len(pending), folder, book)
+            if book.undone:
+                raise StageFailedError(
+                    f"{stage.name}: {len(book.undone)} of {len(tasks)} tasks could not be done for "
+                    "now; the others are kept. Run again to go on. The last failure: "
+                    f"{book.undone[-1]}"
+                )
+            if not book.send_back():
+                break
     done, rejected = book.done, book.rejected
     limit = context.config.section(stage.name).runtime.max_reject_rate
     if tasks and len(rejected) > limit * len(tasks):
@@ -273,11 +276,15 @@ def _adopt(
 
 
 def _work_off(
-    stage: MapStage, context: StageContext, folder: StageFolder, pending: list[Task], book: _Book
+    stage: MapStage,
+    results: Generator[Outcome, None, None],
+    total: int,
+    folder: StageFolder,
+    book: _Book,
 ) -> int:
     made = transient_in_a_row = 0
-    with closing(_kept(outcomes(stage, context, folder, pending), book)) as results:
-        for outcome in _progress(stage.name, results, len(pending)):
+    with closing(_kept(results, book)) as kept:
+        for outcome in _progress(stage.name, kept, total):
             task_id = outcome.task_id
             if isinstance(outcome.error, TransientError):
                 book.undone.append(f"{task_id}: {outcome.error}")

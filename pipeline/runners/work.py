@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import (
     FIRST_COMPLETED,
     Future,
@@ -24,6 +24,7 @@ from concurrent.futures import (
     wait,
 )
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
@@ -54,10 +55,36 @@ class Outcome:
     error: Exception | None = field(default=None)
 
 
+@contextmanager
+def at_work(stage: MapStage, context: StageContext) -> Iterator[Callable[[], None]]:
+    """Gives what sets the stage up, once, however often it is asked to; closes the stage at the
+    end if it was."""
+    begun = False
+
+    def begin() -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            stage.setup(context)
+
+    try:
+        yield begin
+    finally:
+        if begun:
+            stage.close()
+
+
 def outcomes(
-    stage: MapStage, context: StageContext, folder: StageFolder, tasks: list[Task]
+    stage: MapStage,
+    context: StageContext,
+    folder: StageFolder,
+    tasks: list[Task],
+    begin: Callable[[], None],
 ) -> Generator[Outcome, None, None]:
     """One outcome a task, as they come. Closing the iterator gives up what is left.
+
+    Args:
+        begin: sets the stage up in this process, unless it is (`at_work`).
 
     Raises:
         StageFailedError: a worker process died.
@@ -66,16 +93,13 @@ def outcomes(
     if count > 1:
         yield from _in_processes(stage, context, folder, tasks, count)
         return
+    begin()
     threads = min(stage.threads(context.config), len(tasks))
-    try:
-        stage.setup(context)
-        if threads > 1:
-            yield from _in_threads(stage, context, folder, tasks, threads)
-            return
-        for task in tasks:
-            yield work_off(stage, context, folder, task)
-    finally:
-        stage.close()
+    if threads > 1:
+        yield from _in_threads(stage, context, folder, tasks, threads)
+        return
+    for task in tasks:
+        yield work_off(stage, context, folder, task)
 
 
 def _in_threads(

@@ -52,10 +52,10 @@ def test_two_runs_are_equal(in_order, tmp_path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_another_order_changes_no_byte(in_order, tmp_path, monkeypatch, seed):
-    def shuffled(stage, context, folder, tasks):
+    def shuffled(stage, context, folder, tasks, begin):
         tasks = list(tasks)
         random.Random(seed).shuffle(tasks)
-        return outcomes(stage, context, folder, tasks)
+        return outcomes(stage, context, folder, tasks, begin)
 
     monkeypatch.setattr(local, "outcomes", shuffled)
     assert digests(tmp_path) == in_order

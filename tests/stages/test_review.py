@@ -130,3 +130,19 @@ def test_an_error_lets_what_is_under_way_finish_and_begins_nothing_more(tmp_path
     folder = StageFolder.of(tmp_path, 3, "voices", "c0105c0105" * 6)
     begun = {task_id for task_id, _ in stage.processed}
     assert set(folder.ledger()) == begun and len(begun) < 10
+
+
+def test_the_stage_is_set_up_once_for_all_rounds(tmp_path):
+    class Counted(Colours):
+        setups = closed = 0
+
+        def setup(self, context):
+            self.setups += 1
+
+        def close(self):
+            self.closed += 1
+
+    stage = Counted()
+    manifest, _ = run(stage, tmp_path)
+    assert manifest["provenance"]["made"] > NUM_TASKS
+    assert (stage.setups, stage.closed) == (1, 1)
