@@ -63,6 +63,7 @@ class EvaluateStage(WholeStage):
         return {config.evaluate.items: sha256_bytes(content.encode())}
 
     def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
+        from pipeline.evaluation.origins import origins_of
         from pipeline.evaluation.report import page_files, recordings
 
         config, section = context.config, context.config.evaluate
@@ -87,8 +88,10 @@ class EvaluateStage(WholeStage):
         }
         training = list(read_lines(context.inputs["train"].artifact("metrics")))
         fixed, loose = page_files(
-            played, started_s, about=about, protocol=_protocol(section, settings), training=training
-        )
+            played, started_s, about=about, protocol=_protocol(section, settings),
+            training=training,
+            origins=origins_of(context.inputs["tensors"].path.parent, context.inputs["tensors"]),
+        )  # fmt: skip
         audio = recordings(played)
         records: list[Record] = [
             _add(writer, name, content) for name, content in {**fixed, **audio}.items()

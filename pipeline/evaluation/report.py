@@ -64,15 +64,19 @@ def page_files(
     about: dict[str, Any],
     protocol: dict[str, Any],
     training: Sequence[dict[str, Any]],
+    origins: Sequence[dict[str, Any]] = (),
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """Files by name: those whose bytes repeat, and those that hold times or Ogg streams."""
+    """Files by name: those whose bytes repeat, and those that hold times or Ogg streams.
+
+    `origins`: where the data came from (`origins_of`); on the page only.
+    """
     data = report_data(played, about=about, protocol=protocol, training=training)
     times = timings(played, started_s)
     return (
         {"report.json": _json(data)},
         {
             "timings.json": _json({"models": times}),
-            "report.html": render(data, played, times).encode(),
+            "report.html": render(data, played, times, origins).encode(),
             "index.html": _environment().get_template("index.html.j2").render(data=data).encode(),
         },
     )
@@ -207,7 +211,12 @@ def timings(played: Sequence[Played], started_s: Mapping[str, float]) -> list[di
 # -- the page
 
 
-def render(data: dict[str, Any], played: Sequence[Played], times: Sequence[dict[str, Any]]) -> str:
+def render(
+    data: dict[str, Any],
+    played: Sequence[Played],
+    times: Sequence[dict[str, Any]],
+    origins: Sequence[dict[str, Any]] = (),
+) -> str:
     """The page as HTML. `data` is of `report_data`, `times` of `timings`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     labels = [model.label for model in played]
@@ -218,6 +227,7 @@ def render(data: dict[str, Any], played: Sequence[Played], times: Sequence[dict[
             data=data,
             labels=labels,
             times=times,
+            origins=origins,
             rows=[_row(row, labels) for row in data["summary"]],
             curves=[
                 (key, title, curves(_points(data["training"][key]), f"{title} by step"))
