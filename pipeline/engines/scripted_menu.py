@@ -15,43 +15,10 @@ from pydantic import Field, ValidationError
 
 from duplex.base import Frozen
 from duplex.errors import DataFileError
-from duplex.wording import has_words
+from duplex.wording import ONES, TENS
+from duplex.words import has_words
 
 SIZES = ("small", "medium", "large")
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = [
-    "zero",
-    "ten",
-    "twenty",
-    "thirty",
-    "forty",
-    "fifty",
-    "sixty",
-    "seventy",
-    "eighty",
-    "ninety",
-]
 
 
 class Drink(Frozen):
@@ -161,9 +128,9 @@ def number_words(number: int) -> str:
     if not 0 <= number < 100:
         raise ValueError(f"a number must lie in 0 to 99 to be spoken, found {number}")
     if number < 20:
-        return _ONES[number]
+        return ONES[number]
     tens, ones = divmod(number, 10)
-    return _TENS[tens] + (f" {_ONES[ones]}" if ones else "")
+    return TENS[tens - 2] + (f" {ONES[ones]}" if ones else "")
 
 
 def price_words(cents: int) -> str:
