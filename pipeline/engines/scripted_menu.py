@@ -6,6 +6,7 @@ because speech engines disagree about how to read `$4.50`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from duplex.errors import DataFileError
 from duplex.wording import ONES, TENS
 from duplex.words import has_words
 
+MENU = "menu.yaml"  # in the grammar's folder
 SIZES = ("small", "medium", "large")
 
 
@@ -117,6 +119,11 @@ def load_menu(path: Path) -> Menu:
         return Menu.model_validate(data)
     except ValidationError as error:
         raise DataFileError(f"{path}: {error}") from error
+
+
+def digest_menu(path: Path) -> str:
+    """The sha256 of the file; line ends are a matter of the checkout."""
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
 def to_cents(dollars: float) -> int:
