@@ -152,6 +152,25 @@ def test_a_log_that_is_opened_again_knows_what_it_holds(tmp_path):
     ]  # fmt: skip
 
 
+def test_sending_back_reads_through_no_other_tasks(tmp_path):
+    class Unread(set):
+        def __iter__(self):
+            raise AssertionError("all that was sent back is gone through, for each one")
+
+    fault = Fault("near-duplicate", "as another")
+    log = CandidateLog(tmp_path)
+    log._seen, log._sent_back = Unread(), Unread()
+    for number in range(3):
+        for task in ("ann.00", "ann.01"):
+            log.add(candidate(0, task=task, attempt=number))
+            log.send_back(task, candidate(number).turns, fault)
+    found = read_candidates(StageFolder(tmp_path, "dialogues", ""))
+    assert [(line["task"], line["attempt"], line["number"]) for line in found] == [
+        (task, attempt, number)
+        for task in ("ann.00", "ann.01") for attempt in range(3) for number in range(2)
+    ]  # fmt: skip
+
+
 # -- the page
 
 
