@@ -164,7 +164,7 @@ class DialoguesStage(MapStage):
         return {name: f"{fault.code}: {fault.message}" for name, fault in faults.items()}
 
     def page(self, folder: StageFolder, context: StageContext) -> str | None:
-        from pipeline.engines.dialogue_page import render_page
+        from pipeline.pages.dialogue_page import render_page
 
         return render_page(folder, context)
 

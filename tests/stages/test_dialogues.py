@@ -17,9 +17,9 @@ from duplex.records import Backchannel, Dialogue, Turn
 from duplex.stage import StageContext
 from duplex.store import StageFolder
 from pipeline.dialogues import DialoguesStage
-from pipeline.engines.dialogue_page import finished_dialogues, render_page, turn_rows
 from pipeline.engines.funnel import CandidateLog, read_candidates, read_funnel
 from pipeline.engines.writers import Candidate
+from pipeline.pages.dialogue_page import finished_dialogues, render_page, turn_rows
 from pipeline.personas import PersonasStage
 from pipeline.runners.local import execute
 
