@@ -7,12 +7,12 @@ three are data: another domain is another folder, not another program.
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from duplex.base import Emotion, Frozen, Intensity, Language, Record, Role, Share, Slug, Text
+from duplex.words import has_words
 
 
 class Mood(Frozen):
@@ -45,7 +45,7 @@ class Fact(Frozen):
     """Something that the persona's prompt says and that its answers can be checked against.
 
     `says` lists the wordings that count as having said it (matched case-insensitively on
-    whole words).
+    whole words; what a word is in each script: `duplex/words.py`).
     """
 
     key: Slug
@@ -108,8 +108,7 @@ class Persona(Record):
         """A model must not be trained on a fact that its prompt never gave."""
         for number, prompt in enumerate(self.prompts, start=1):
             for fact in self.facts:
-                wordings = "|".join(re.escape(text) for text in (*fact.says, fact.value))
-                if not re.search(rf"\b(?:{wordings})\b", prompt, re.IGNORECASE):
+                if not any(has_words(prompt, wording) for wording in (*fact.says, fact.value)):
                     raise ValueError(
                         f"each prompt must hold each fact, prompt {number} does not say "
                         f"{fact.key}: {fact.value}"

@@ -17,6 +17,10 @@ from duplex.characters import Domain, Persona, Scenario
 from duplex.records import Turn
 from duplex.turn_checks import Seen
 
+# Part of the key of what is checked: raise it when the checks, or the coffee shop's own rules
+# (`claims` in pipeline/engines/scripted_check.py), keep or refuse another candidate.
+CHECKS_VERSION = 2
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -17,7 +17,6 @@ Sources:
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from duplex.frames import FRAME_S, FRAME_SAMPLES, frames_covering_samples
+from duplex.words import words_of
 
 THRESHOLD_DBFS = -45.0  # 21 dB under the level at which speech is made here
 HANGOVER_FRAMES = 2  # a silence of up to 160 ms inside speech is a closure or a breath
@@ -168,16 +168,6 @@ def response_delays_s(
 
 
 # -- words
-
-
-def words_of(text: str) -> list[str]:
-    """Words for comparison: NFKC, case folded, punctuation gone (apostrophes in words stay).
-
-    Words are what spaces part: a sentence of Chinese or Japanese is one word here.
-    """
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-    kept = "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in plain)
-    return [word for word in (part.strip("'") for part in kept.split()) if word]
 
 
 def word_error_rate(reference: Sequence[str], hypothesis: Sequence[str]) -> float:

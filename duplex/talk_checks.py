@@ -1,7 +1,8 @@
 """Whether what is said is in character, on the subject, and no machine talking. Pure.
 
 Rules of known forms, not understanding: each finds what it is made for in plain English wording
-and lets through what it cannot be sure of. Facts, patterns and topics work in any language.
+and lets through what it cannot be sure of. Facts, patterns and topics are found in any script, as
+whole words (`duplex/words.py`): where nouns take endings, a fact's `says` lists the forms.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from duplex.turn_checks import Seen
 from duplex.wording import (
     NUMBER_WORDS,
     facts_told,
-    has_phrase,
-    has_words,
     longest_run,
     number,
     patterns_used,
@@ -27,6 +26,7 @@ from duplex.wording import (
     without_facts,
     words,
 )
+from duplex.words import CHARACTERS_A_WORD, UNSPACED, has_words
 
 MIN_TOPIC_SHARE = 0.2  # of the turns hold a word of the subject, or a fact
 LEAK_WORDS = 8  # a run of so many of the prompt's own words is no accident
@@ -186,14 +186,18 @@ def no_pattern(seen: Seen) -> str | None:
 
 
 def off_topic(seen: Seen) -> str | None:
-    single = {word for entry in seen.domain.topic for word in (entry.lower(), f"{entry.lower()}s")}
-    several = [entry for entry in seen.domain.topic if " " in entry]
-    touching = sum(
-        not single.isdisjoint(words(turn.text))
-        or any(has_phrase(turn.text, entry) for entry in several)
-        or bool(facts_told(seen.persona, turn.text))
-        for turn in seen.turns
-    )
+    topics = [" ".join(words(entry)) for entry in seen.domain.topic]
+    single = {form for topic in topics if " " not in topic for form in (topic, f"{topic}s")}
+    several = [f" {topic} " for topic in topics if " " in topic]
+    touching = 0
+    for turn in seen.turns:
+        said = words(turn.text)
+        padded = f" {' '.join(said)} "
+        touching += (
+            not single.isdisjoint(said)
+            or any(topic in padded for topic in several)
+            or bool(facts_told(seen.persona, turn.text))
+        )
     if touching < MIN_TOPIC_SHARE * len(seen.turns):
         return (
             f"{touching} of {len(seen.turns)} turns are on the subject of {seen.domain.id}, "
@@ -229,28 +233,32 @@ def role_inversion(seen: Seen) -> str | None:
 
 
 def prompt_leak(seen: Seen) -> str | None:
+    size = LEAK_WORDS * _pieces_a_word(seen)
     runs: set[tuple[str, ...]] = set()
     for prompt in seen.persona.prompts:
-        runs.update(_runs(_first_person(words(prompt))))
+        runs.update(_runs(_first_person(words(prompt)), size))
     for index, turn in enumerate(seen.turns):
         own = _first_person(words(turn.text))
         shared: list[str] = []
-        for start, run in enumerate(_runs(own)):
+        for start, run in enumerate(_runs(own, size)):
             if run in runs:  # consecutive runs overlap in all words but one
-                shared = [*shared, own[start + LEAK_WORDS - 1]] if shared else list(run)
+                shared = [*shared, own[start + size - 1]] if shared else list(run)
             elif shared:
                 break
         quoted = " ".join(shared)
         # "I have a court hearing to get to" is what the prompt is there for.
-        if len(words(without_facts(seen.persona, quoted))) >= LEAK_WORDS:
+        if len(words(without_facts(seen.persona, quoted))) >= size:
             return f"turn {index} quotes the prompt: {quoted!r}"
     return None
 
 
-def _runs(spelled: list[str]) -> list[tuple[str, ...]]:
-    return [
-        tuple(spelled[i : i + LEAK_WORDS]) for i in range(max(0, len(spelled) - LEAK_WORDS + 1))
-    ]
+def _runs(spelled: list[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(spelled[i : i + size]) for i in range(max(0, len(spelled) - size + 1))]
+
+
+def _pieces_a_word(seen: Seen) -> int:
+    """How many of what `words` gives are a word: characters are where no spaces part them."""
+    return CHARACTERS_A_WORD if seen.persona.language in UNSPACED else 1
 
 
 _PERSONS = {"you": "i", "your": "my", "yours": "mine", "are": "am", "you're": "i'm", "me": "i"}
@@ -293,14 +301,16 @@ def untold_knowledge(seen: Seen) -> str | None:
 
 def repeated_turn(seen: Seen) -> str | None:
     counts: Counter[tuple[str, str]] = Counter()
-    spelled = [" ".join(words(turn.text)) for turn in seen.turns]
+    spelled, pieces = [" ".join(words(turn.text)) for turn in seen.turns], _pieces_a_word(seen)
     for index, turn in enumerate(seen.turns):
         key = (turn.role, spelled[index])
         counts[key] += 1
-        length = len(spelled[index].split())
+        length = len(spelled[index].split()) // pieces
         if counts[key] >= (2 if length >= REPEAT_WORDS else MAX_SHORT_REPEATS) and length > 1:
             return f"turn {index} was said before: {turn.text!r}"
-    pairs = [pair for pair in pairwise(spelled) if min(len(part.split()) for part in pair) > 1]
+    pairs = [
+        pair for pair in pairwise(spelled) if min(len(part.split()) // pieces for part in pair) > 1
+    ]
     if len(set(pairs)) < len(pairs):
         doubled = next(pair for pair in pairs if pairs.count(pair) > 1)
         return f"an exchange comes twice: {' / '.join(doubled)!r}"
@@ -314,7 +324,7 @@ def echo(seen: Seen) -> str | None:
         heard = words(without_facts(seen.persona, before.text))
         said = words(without_facts(seen.persona, after.text))
         run = longest_run(heard, said)
-        if len(run) >= ECHO_WORDS and len(run) >= ECHO_SHARE * len(heard):
+        if len(run) >= ECHO_WORDS * _pieces_a_word(seen) and len(run) >= ECHO_SHARE * len(heard):
             return f"turn {index + 1} only says again what the user said: {' '.join(run)!r}"
     return None
 

@@ -1,35 +1,35 @@
 """What a text says, as words: facts told, runs shared, numbers, writing systems. Pure.
 
-Words are compared in lower case, without punctuation; a curly apostrophe is a straight one.
+Words are compared in lower case, without punctuation, as `duplex/words.py` finds them.
 Nothing here understands a sentence: each function says what it counts.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 from duplex.characters import Persona
 from duplex.records import Turn
+from duplex.words import has_words, plain, without_words
+from duplex.words import words_of as words
 
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
-_ONES = (
+ONES = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
     "nineteen",
 )  # fmt: skip
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_NUMBERS = {word: value for value, word in enumerate(_ONES)} | {
-    word: 10 * value for value, word in enumerate(_TENS, start=2)
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_NUMBERS = {word: value for value, word in enumerate(ONES)} | {
+    word: 10 * value for value, word in enumerate(TENS, start=2)
 }
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 NUMBER_WORDS = frozenset({*_NUMBERS, *_SCALES})
 
 # Writing system of a language, by how Unicode names its letters; others are Latin.
 _SCRIPTS: dict[str, tuple[str, ...]] = {
-    "ja": ("HIRAGANA", "KATAKANA", "CJK"),
-    "zh": ("CJK",),
+    "ja": ("HIRAGANA", "KATAKANA", "CJK", "IDEOGRAPHIC"),
+    "zh": ("CJK", "IDEOGRAPHIC"),
     "ko": ("HANGUL", "CJK"),
     "hi": ("DEVANAGARI",),
     "mr": ("DEVANAGARI",),
@@ -50,11 +50,6 @@ _SCRIPTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, digits included, punctuation not."""
-    return _WORD.findall(text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").lower())
-
-
 def spoken(turn: Turn) -> str:
     """What is heard of a turn: the words before the cut."""
     if turn.cut_after_words is None:
@@ -64,13 +59,6 @@ def spoken(turn: Turn) -> str:
 
 def said_by(turns: Iterable[Turn], role: str) -> str:
     return " ".join(spoken(turn) for turn in turns if turn.role == role)
-
-
-def has_words(text: str, wording: str) -> bool:
-    """Whether `wording` occurs in `text` as whole words, in any case."""
-    if wording.lower() not in text.lower():  # most are not: no pattern is compiled for them
-        return False
-    return re.search(rf"(?<!\w){re.escape(wording)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def has_phrase(text: str, phrase: str) -> bool:
@@ -93,8 +81,7 @@ def without_facts(persona: Persona, text: str) -> str:
     """`text` less the wordings of the facts."""
     for fact in persona.facts:
         for wording in sorted((*fact.says, fact.value), key=len, reverse=True):
-            if wording.lower() in text.lower():
-                text = re.sub(rf"(?<!\w){re.escape(wording)}(?!\w)", " ", text, flags=re.IGNORECASE)
+            text = without_words(text, wording)
     return text
 
 
@@ -159,7 +146,7 @@ def foreign_letters(text: str, language: str) -> str:
     Where that is not Latin, Latin letters may stand in it (names, brands) up to half of all.
     """
     own = _SCRIPTS.get(language, ("LATIN",))
-    letters = [c for c in text if c.isalpha() and not (c.isascii() and own == ("LATIN",))]
+    letters = [c for c in plain(text) if c.isalpha() and not (c.isascii() and own == ("LATIN",))]
     foreign = [c for c in letters if not unicodedata.name(c, "").startswith(own)]
     if own != ("LATIN",):
         latin = [c for c in foreign if unicodedata.name(c, "").startswith("LATIN")]

@@ -23,8 +23,8 @@ from duplex.base import Record
 from duplex.characters import Domain, Persona, Scenario
 from duplex.config import Config
 from duplex.datafiles import find_path, load_domain, load_personas, load_scenarios
-from duplex.dialogue_checks import Check, Rule, dialogue_check
-from duplex.errors import MissingInputError, RecordError, RequestError
+from duplex.dialogue_checks import CHECKS_VERSION, Check, Rule, dialogue_check
+from duplex.errors import DuplexError, MissingInputError, RecordError, RequestError
 from duplex.files import sha256_file
 from duplex.records import Dialogue, Turn
 from duplex.stage import BlobSink, MapStage, StageContext, Task, record_seed
@@ -37,7 +37,8 @@ from pipeline.engines.llm.build import Estimate, build_client, estimate, pending
 from pipeline.engines.llm.client import Client, Request
 from pipeline.engines.llm.critic import Critic
 from pipeline.engines.llm.writer import OpenAIWriter
-from pipeline.engines.scripted import ScriptedWriter
+from pipeline.engines.scripted import GRAMMAR_DIR, ScriptedWriter
+from pipeline.engines.scripted_menu import MENU, digest_menu
 from pipeline.engines.writers import OnReject, WrittenDialogue
 
 if TYPE_CHECKING:
@@ -59,12 +60,14 @@ class DialoguesStage(MapStage):
         self._review: SetReview | None = None
 
     def engine(self, config: Config) -> str:
+        """The writer, and what decides which of its candidates are kept."""
         section = config.dialogues
-        if section.writer == "scripted":
-            return _scripted().revision
-        if section.writer == "annotate":
+        if section.writer == "annotate":  # its prompts are checked by its own rules alone
             return annotate.revision(section.llm or "", section.temperature)
-        return writer.revision(section.llm or "", section.temperature, section.checks.critic)
+        if section.writer == "scripted":  # its revision has the menu
+            return f"{_scripted().revision}:checks {CHECKS_VERSION}"
+        revision = writer.revision(section.llm or "", section.temperature, section.checks.critic)
+        return f"{revision}:checks {CHECKS_VERSION}{_rules_revision(config)}"
 
     def files(self, config: Config) -> dict[str, str]:
         """The dialogues that are annotated.
@@ -161,7 +164,7 @@ class DialoguesStage(MapStage):
         return {name: f"{fault.code}: {fault.message}" for name, fault in faults.items()}
 
     def page(self, folder: StageFolder, context: StageContext) -> str | None:
-        from pipeline.engines.dialogue_page import render_page
+        from pipeline.pages.dialogue_page import render_page
 
         return render_page(folder, context)
 
@@ -204,6 +207,20 @@ def domain_of(context: StageContext) -> Domain:
 def _scripted() -> ScriptedWriter:
     """One for all keys of a run: its revision reads the grammar's files."""
     return ScriptedWriter()
+
+
+def _rules_revision(config: Config) -> str:
+    """The menu by which `_coffee_rule` judges; nothing for another domain."""
+    try:
+        domain = load_domain(find_path(config.personas.domain)).id
+    except DuplexError:  # personas that were imported may have no such file
+        domain = COFFEE_SHOP
+    return f":menu {_menu_digest()[:12]}" if domain == COFFEE_SHOP else ""
+
+
+@cache
+def _menu_digest() -> str:
+    return digest_menu(GRAMMAR_DIR / MENU)
 
 
 def check_writer(config: Config) -> None:

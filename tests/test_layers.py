@@ -29,6 +29,7 @@ LAYERS = [
         (
             "duplex.base",
             "duplex.characters",
+            "duplex.words",
             "duplex.records",
             "duplex.config",
             "duplex.configfile",

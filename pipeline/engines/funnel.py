@@ -48,12 +48,16 @@ class CandidateLog:
     def __init__(self, folder: Path):
         self._path = folder / CANDIDATES
         self._lock = threading.Lock()
-        self._seen = {_key(line) for line in read_lines(self._path) if _is_whole(line)}
-        self._sent_back = {
-            (line["task"], line["turns_digest"])
-            for line in read_lines(self._path)
-            if _is_whole(line) and line.get("by") == "review"
-        }
+        self._seen: set[tuple[str, int, int]] = set()
+        self._next: Counter[tuple[str, int]] = Counter()  # by task and attempt: a number to give
+        self._sent_back: set[tuple[str, str]] = set()
+        self._returns: Counter[str] = Counter()  # by task: how many were sent back
+        for line in read_lines(self._path):
+            if not _is_whole(line):
+                continue
+            self._note(_key(line))
+            if line.get("by") == "review":
+                self._note_return(line["task"], line["turns_digest"])
 
     def add(self, candidate: Candidate) -> None:
         """Note one that a check did not let pass."""
@@ -65,12 +69,10 @@ class CandidateLog:
         A review that is repeated after a kill sends the same dialogue back again: one line.
         """
         with self._lock:
-            if (task_id, turns_digest(turns)) in self._sent_back:
+            attempt = self._returns[task_id]
+            if not self._note_return(task_id, turns_digest(turns)):
                 return
-            attempt = sum(task == task_id for task, _ in self._sent_back)
-            same = [number for task, at, number in self._seen if (task, at) == (task_id, attempt)]
-            self._sent_back.add((task_id, turns_digest(turns)))
-        number = max(same, default=-1) + 1
+            number = self._next[task_id, attempt]
         self._append(Candidate(task_id, attempt, number, fault, turns), "review")
 
     def _append(self, candidate: Candidate, by: str) -> None:
@@ -89,7 +91,20 @@ class CandidateLog:
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             append_line(self._path, canonical_json(line))
-            self._seen.add(_key(line))
+            self._note(_key(line))
+
+    def _note(self, key: tuple[str, int, int]) -> None:
+        task, attempt, number = key
+        self._seen.add(key)
+        self._next[task, attempt] = max(self._next[task, attempt], number + 1)
+
+    def _note_return(self, task: str, digest: str) -> bool:
+        """False: it was sent back before."""
+        if (task, digest) in self._sent_back:
+            return False
+        self._sent_back.add((task, digest))
+        self._returns[task] += 1
+        return True
 
 
 def turns_digest(turns: tuple[Turn, ...]) -> str:

@@ -6,6 +6,7 @@ because speech engines disagree about how to read `$4.50`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -15,43 +16,11 @@ from pydantic import Field, ValidationError
 
 from duplex.base import Frozen
 from duplex.errors import DataFileError
-from duplex.wording import has_words
+from duplex.wording import ONES, TENS
+from duplex.words import has_words
 
+MENU = "menu.yaml"  # in the grammar's folder
 SIZES = ("small", "medium", "large")
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = [
-    "zero",
-    "ten",
-    "twenty",
-    "thirty",
-    "forty",
-    "fifty",
-    "sixty",
-    "seventy",
-    "eighty",
-    "ninety",
-]
 
 
 class Drink(Frozen):
@@ -152,6 +121,11 @@ def load_menu(path: Path) -> Menu:
         raise DataFileError(f"{path}: {error}") from error
 
 
+def digest_menu(path: Path) -> str:
+    """The sha256 of the file; line ends are a matter of the checkout."""
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
 def to_cents(dollars: float) -> int:
     return round(dollars * 100)
 
@@ -161,9 +135,9 @@ def number_words(number: int) -> str:
     if not 0 <= number < 100:
         raise ValueError(f"a number must lie in 0 to 99 to be spoken, found {number}")
     if number < 20:
-        return _ONES[number]
+        return ONES[number]
     tens, ones = divmod(number, 10)
-    return _TENS[tens] + (f" {_ONES[ones]}" if ones else "")
+    return TENS[tens - 2] + (f" {ONES[ones]}" if ones else "")
 
 
 def price_words(cents: int) -> str:

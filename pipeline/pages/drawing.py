@@ -10,6 +10,7 @@ from typing import Any
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 WIDTH, HEIGHT = 240, 72  # of a histogram's bars, in pixels
+MAX_ROWS = 500  # of one table: what a browser opens at once; the records are in the folder
 NICE = (1, 2, 2.5, 5, 10)
 
 

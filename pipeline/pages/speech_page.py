@@ -14,7 +14,7 @@ from duplex.frames import SAMPLE_RATE
 from duplex.records import Speech, SpokenTurn, Voice, parse_record
 from duplex.splits import Split
 from duplex.store import StageFolder
-from pipeline.pages.drawing import histogram, rendered, tally
+from pipeline.pages.drawing import MAX_ROWS, histogram, rendered, tally
 
 LISTEN_PER_PERSONA = 2
 PIXELS_PER_SECOND = 10
@@ -27,15 +27,19 @@ def render(
     speeches = finished_speech(folder)
     rows = page_rows(speeches, sides)
     rejected = list(folder.rejected().values())
+    personas = persona_rows(rows, voices)
     return rendered(
         "speech.html.j2",
         {
             "config": config.name,
-            "rows": rows,
-            "personas": persona_rows(rows, voices),
+            "rows": rows[:MAX_ROWS],
+            "num_rows": len(rows),
+            "personas": personas[:MAX_ROWS],
+            "num_personas": len(personas),
             "total_s": sum(row["duration_s"] for row in rows),
             "charts": [chart for chart in charts(speeches, rejected) if chart],
-            "rejected": rejected,
+            "rejected": rejected[:MAX_ROWS],
+            "num_rejected": len(rejected),
             "quality": quality(speeches),
             "room": _room(config),
             "folded": len(rows) > MANY,
@@ -76,7 +80,7 @@ def overlap_of(speech: Speech) -> float:
 
 
 def page_rows(speeches: Sequence[Speech], sides: Mapping[str, Split]) -> list[dict[str, Any]]:
-    """One row a dialogue: its record, figures, and rectangles of its timeline."""
+    """One row a dialogue: its record, figures, and the rectangles of a timeline that is shown."""
     heard: defaultdict[str, int] = defaultdict(int)
     rows = []
     for speech in speeches:
@@ -98,7 +102,7 @@ def page_rows(speeches: Sequence[Speech], sides: Mapping[str, Split]) -> list[di
                 "gap_most_s": max(gaps, default=None),
                 "overlap": overlap_of(speech),
                 "width": round(speech.num_samples / SAMPLE_RATE * PIXELS_PER_SECOND, 1),
-                "bars": [_bar(turn) for turn in speech.turns],
+                "bars": [_bar(turn) for turn in speech.turns] if len(rows) < MAX_ROWS else [],
             }
         )
     return rows

@@ -17,9 +17,9 @@ from duplex.records import Backchannel, Dialogue, Turn
 from duplex.stage import StageContext
 from duplex.store import StageFolder
 from pipeline.dialogues import DialoguesStage
-from pipeline.engines.dialogue_page import finished_dialogues, render_page, turn_rows
 from pipeline.engines.funnel import CandidateLog, read_candidates, read_funnel
 from pipeline.engines.writers import Candidate
+from pipeline.pages.dialogue_page import finished_dialogues, render_page, turn_rows
 from pipeline.personas import PersonasStage
 from pipeline.runners.local import execute
 
@@ -149,6 +149,25 @@ def test_a_log_that_is_opened_again_knows_what_it_holds(tmp_path):
     folder = StageFolder(tmp_path, "dialogues", "")
     assert [(line["number"], line["by"]) for line in read_candidates(folder)] == [
         (0, "check"), (1, "check"), (2, "review"),
+    ]  # fmt: skip
+
+
+def test_sending_back_reads_through_no_other_tasks(tmp_path):
+    class Unread(set):
+        def __iter__(self):
+            raise AssertionError("all that was sent back is gone through, for each one")
+
+    fault = Fault("near-duplicate", "as another")
+    log = CandidateLog(tmp_path)
+    log._seen, log._sent_back = Unread(), Unread()
+    for number in range(3):
+        for task in ("ann.00", "ann.01"):
+            log.add(candidate(0, task=task, attempt=number))
+            log.send_back(task, candidate(number).turns, fault)
+    found = read_candidates(StageFolder(tmp_path, "dialogues", ""))
+    assert [(line["task"], line["attempt"], line["number"]) for line in found] == [
+        (task, attempt, number)
+        for task in ("ann.00", "ann.01") for attempt in range(3) for number in range(2)
     ]  # fmt: skip
 
 

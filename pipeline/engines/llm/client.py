@@ -184,7 +184,9 @@ class Client:
                 self._budget.settle(bound, bill)
             self._note(outcome, bill)
         if isinstance(outcome, Failure) and outcome.kind != "retry":  # a parameter, perhaps
-            learnt = self._dialects.refused(request.model, dialect, outcome.said)
+            learnt = self._dialects.refused(
+                request.model, dialect, outcome.said, outcome.param, outcome.code
+            )
             return None if learnt else outcome
         return outcome
 

@@ -12,22 +12,16 @@ import re
 
 from duplex.characters import Domain
 from duplex.records import Dialogue
+from duplex.wording import NUMBER_WORDS, ONES, TENS
+from duplex.words import CHARACTERS_A_WORD, UNSPACED, plain, written_words
 
 LEVELS: dict[str, tuple[int, int]] = {"brief": (6, 30), "standard": (25, 75), "detailed": (60, 160)}
 
-_WORD = re.compile(r"[^\W_]+(?:['\N{RIGHT SINGLE QUOTATION MARK}][^\W_]+)*")
 _SECOND = re.compile(r"^(?:you|your)\b", re.IGNORECASE)
 _FIRST = re.compile(r"\b(?:I|my|mine|myself)\b(?!\s*[.\"\N{RIGHT DOUBLE QUOTATION MARK}])")
 _QUOTED = re.compile(r"[\"\N{LEFT DOUBLE QUOTATION MARK}][^\"\N{RIGHT DOUBLE QUOTATION MARK}]*.")
-_UNSPACED = frozenset({"ja", "zh", "th", "km", "lo", "my"})
 _NOUNS_CAPITAL = frozenset({"de", "lb"})
-_ONES = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
-    "nineteen",
-)  # fmt: skip
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_NUMBER_WORDS = frozenset({*_ONES, *_TENS, "hundred", "thousand", "million"}) - {"one"}
+_NUMBER_WORDS = NUMBER_WORDS - {"one"}
 
 
 def prompt_fault(level: str, text: str, dialogue: Dialogue, domain: Domain) -> str | None:
@@ -55,16 +49,13 @@ def prompt_fault(level: str, text: str, dialogue: Dialogue, domain: Domain) -> s
 
 
 def _count_words(text: str, language: str) -> int:
-    if language in _UNSPACED:
-        return len("".join(text.split())) // 2
+    if language in UNSPACED:
+        return len("".join(text.split())) // CHARACTERS_A_WORD
     return len(text.split())
 
 
 def _words(text: str) -> list[str]:
-    return [
-        word.removesuffix("'s").removesuffix("\N{RIGHT SINGLE QUOTATION MARK}s")
-        for word in _WORD.findall(text)
-    ]
+    return [word.removesuffix("'s") for word in written_words(plain(text))]
 
 
 def _known(dialogue: Dialogue, domain: Domain) -> set[str]:
@@ -94,9 +85,9 @@ def _other_form(number: str) -> str:
     """`5` for five and five for `5`, as far as twenty and the tens."""
     if number.isdigit():
         value = int(number) if len(number) < 4 else -1
-        if 0 <= value < len(_ONES):
-            return _ONES[value]
-        return _TENS[value // 10 - 2] if 20 <= value < 100 and value % 10 == 0 else number
-    if number in _ONES:
-        return str(_ONES.index(number))
-    return str(10 * (_TENS.index(number) + 2)) if number in _TENS else number
+        if 0 <= value < len(ONES):
+            return ONES[value]
+        return TENS[value // 10 - 2] if 20 <= value < 100 and value % 10 == 0 else number
+    if number in ONES:
+        return str(ONES.index(number))
+    return str(10 * (TENS.index(number) + 2)) if number in TENS else number

@@ -49,6 +49,8 @@ class Failure:
     said: str = field(default="", repr=False)  # the whole of it, for the dialect alone
     billed: bool | None = False
     headers: Mapping[str, str] = field(default_factory=dict)
+    param: str = ""  # which parameter the server's error is about, where it says so
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Wire:
         if status in _PASSING or status >= 500:
             billed = None if status in _BILL_UNKNOWN else False
             return Failure(reason, "retry", detail, said, billed, headers)
-        return Failure(reason, "refused", detail, said, headers=headers)
+        param, code = str(error.param or ""), str(error.code or "")
+        return Failure(reason, "refused", detail, said, headers=headers, param=param, code=code)
 
     def _failure(self, error: Exception) -> Failure:
         reason, unsent = _reason_of(error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -20,8 +19,8 @@ from duplex.stage import StageContext
 from duplex.store import StageFolder
 from duplex.wording import distinct_share, facts_told, patterns_used, said_by
 from pipeline.engines.funnel import read_candidates, read_funnel
+from pipeline.pages.drawing import MAX_ROWS, rendered
 
-TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 READ_PER_PERSONA = 2
 MAX_REJECTS = 50
 _LENGTHS = (5, 10, 15, 20, 30, 40, 70)  # upper ends of the bars of words a turn
@@ -29,51 +28,48 @@ _LENGTHS = (5, 10, 15, 20, 30, 40, 70)  # upper ends of the bars of words a turn
 
 def render_page(folder: StageFolder, context: StageContext) -> str | None:
     """The page as HTML; None while there is nothing to show."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     dialogues = finished_dialogues(folder)
     if not dialogues:
         return None
     personas: dict[str, Persona] = {p.id: p for p in context.records("personas", Persona)}
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     rejects = read_candidates(folder)
     funnel = read_funnel(folder)
     meanings = {check.code: check.catches for check in CHECKS} | OTHER_CODES
     turns = [turn for dialogue in dialogues for turn in dialogue.turns]
-    return environment.get_template("dialogues.html.j2").render(
-        config=context.config.name,
-        writers=sorted({dialogue.writer for dialogue in dialogues}),
-        num_dialogues=len(dialogues),
-        num_turns=len(turns),
-        num_words=sum(len(turn.text.split()) for turn in turns),
-        num_tasks_lost=len(folder.rejected().keys() - {e.task_id for e in folder.finished()}),
-        funnel=funnel,
-        reasons=[
+    people = [
+        (personas[persona_id], own)
+        for persona_id, own in sorted(_by_persona(dialogues).items())
+        if persona_id in personas
+    ]
+    values = {
+        "config": context.config.name,
+        "writers": sorted({dialogue.writer for dialogue in dialogues}),
+        "num_dialogues": len(dialogues),
+        "num_turns": len(turns),
+        "num_words": sum(len(turn.text.split()) for turn in turns),
+        "num_tasks_lost": len(folder.rejected().keys() - {e.task_id for e in folder.finished()}),
+        "funnel": funnel,
+        "reasons": [
             {"code": code, "count": count, "share": count / funnel.written,
              "meaning": meanings.get(code, "")}
             for code, count in funnel.reasons.items()
         ],
-        charts=[
+        "charts": [
             bars("Turns a dialogue", Counter(len(d.turns) for d in dialogues), fill=True),
             bars("Words a turn", Counter(_bucket(len(t.text.split())) for t in turns)),
             bars("Emotions of the agent", _emotions(turns, "agent")),
             bars("Emotions of the user", _emotions(turns, "user")),
         ],
-        both=performance(dialogues),
-        people=[
-            person_row(personas[persona_id], own)
-            for persona_id, own in sorted(_by_persona(dialogues).items())
-            if persona_id in personas
-        ],
-        rejects=[
+        "both": performance(dialogues),
+        "people": [person_row(persona, own) for persona, own in people[:MAX_ROWS]],
+        "num_people": len(people),
+        "rejects": [
             reject | {"rows": turn_rows(tuple(Turn.model_validate(t) for t in reject["turns"]))}
             for reject in rejects[:MAX_REJECTS]
         ],
-        num_rejects=len(rejects),
-    )  # fmt: skip
+        "num_rejects": len(rejects),
+    }  # fmt: skip
+    return rendered("dialogues.html.j2", values)
 
 
 def finished_dialogues(folder: StageFolder) -> list[Dialogue]:
