@@ -202,6 +202,12 @@ class UtteranceChecks(Section):
     recogniser_model: str | None = Field(
         default=None, description="faster-whisper: a size, a hub name or a folder; None: small"
     )
+    same_speaker: str | None = Field(
+        default=None, description="a WavLM that compares voices: owner/name[@revision], or a folder"
+    )
+    min_similarity: float = Field(
+        default=0.86, ge=-1, le=1, description="to the voice's sample, or its proof; cosine"
+    )
     retries: int = Field(default=3, ge=0, le=20, description="with another seed each")
 
 

@@ -143,12 +143,14 @@ class SpokenTurn(Frozen):
 
 class SpeechQuality(Frozen):
     """What the checks measured on a conversation's utterances: how many were transcribed, the
-    worst and the mean word error rate of those, and how many were refused and spoken again."""
+    worst and the mean word error rate of those, how much the one that sounds least like its voice
+    does, and how many were refused and spoken again."""
 
     utterances: int = Field(ge=1)
     transcribed: int = Field(default=0, ge=0)
     worst_wer: float | None = None
     mean_wer: float | None = None
+    worst_similarity: float | None = None
     retries: int = Field(default=0, ge=0)
 
 

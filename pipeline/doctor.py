@@ -23,6 +23,7 @@ from pipeline.dialogues import estimate_cost
 from pipeline.engines.checkpoint import model_identity
 from pipeline.engines.engines import engine_module, engines_by_language
 from pipeline.engines.listening import choose_recogniser, missing_recogniser
+from pipeline.engines.same_speaker import missing_same_speaker
 from pipeline.engines.speaker import somebody_listens
 from pipeline.run import STAGES
 
@@ -46,6 +47,7 @@ def examine(config: Config, runs_root: Path) -> list[dict[str, str]]:
         *_data(config),
         *_engines(config),
         *_recogniser(config),
+        *_same_speaker(config),
         _model(config),
         *_codec(config),
         *_secrets(config),
@@ -128,6 +130,16 @@ def _recogniser(config: Config) -> list[dict[str, str]]:
         return [_check("recogniser", _state(lacks), f"{name} needs {lacks}")]
     note = " (English only, told the text)" if name == "pocketsphinx" else ""
     return [_check("recogniser", "ok", f"{name} is at hand{note}")]
+
+
+def _same_speaker(config: Config) -> list[dict[str, str]]:
+    """Whoever compares voices, where that is asked for."""
+    checks = config.speech.checks
+    if checks.same_speaker is None:
+        return []
+    lacks = missing_same_speaker(checks)
+    found = f"{checks.same_speaker} is at hand" if lacks is None else f"needs {lacks}"
+    return [_check("same speaker", _state(lacks), found)]
 
 
 def _data(config: Config) -> list[dict[str, str]]:

@@ -100,6 +100,9 @@ class SpeechStage(MapStage):
         named = {persona: voice.id for persona, voice in agents.items() if persona}
         section, seed = context.config.tensors, context.config.seed
         sides = dialogue_sides(dialogues, named, section.split, section.valid_fraction, seed)
+        # An utterance that is compared with the voice's proof depends on that.
+        proven = context.config.speech.checks.same_speaker is not None
+        digest = heard_of if proven else sound_of
         tasks = []
         for dialogue in dialogues:
             agent = agents.get(dialogue.persona_id)
@@ -112,7 +115,7 @@ class SpeechStage(MapStage):
                     f"found none in {context.inputs['voices'].path}. Raise voices.user_voices."
                 )
             user = choose_user_voice(dialogue.id, pool, seed)
-            sources = (dialogue.digest, sound_of(agent) if agent else "none", sound_of(user))
+            sources = (dialogue.digest, digest(agent) if agent else "none", digest(user))
             if agent:
                 sources += unnamed_revision((agent, user), context.config)
             tasks.append(Task(dialogue.id, sources, Script(dialogue, agent, user, side)))
@@ -162,9 +165,11 @@ class SpeechStage(MapStage):
     def speak(self, request: SpeechRequest) -> Utterance:
         """A request with its voice's recording, spoken."""
         assert self._speaker is not None and self._context is not None, "setup comes first"
-        if request.voice.sample:
-            folder = self._context.inputs["voices"]
-            request = replace(request, sample=folder.blob_path(request.voice.sample, ".wav"))
+        folder, voice = self._context.inputs["voices"], request.voice
+        if voice.sample:
+            request = replace(request, sample=folder.blob_path(voice.sample, ".wav"))
+        if voice.proof:
+            request = replace(request, proof=folder.blob_path(voice.proof, ".wav"))
         return self._speaker.speak(request)
 
     def close(self) -> None:
@@ -278,15 +283,22 @@ def sound_of(voice: Voice) -> str:
     return voice.model_copy(update={"proof": None}).digest
 
 
+def heard_of(voice: Voice) -> str:
+    """`sound_of`, and the proof of a voice that has no sample to be compared with."""
+    return sound_of(voice) if voice.sample else voice.digest
+
+
 def quality_of(spoken: Sequence[tuple[str, Utterance]]) -> SpeechQuality:
     """What the checks measured on the utterances of a conversation."""
     checks = [utterance.checks for _, utterance in spoken if utterance.checks]
     rates = [check.wer for check in checks if check.wer is not None]
+    found = [check.similarity for check in checks if check.similarity is not None]
     return SpeechQuality(
         utterances=len(spoken),
         transcribed=len(rates),
         worst_wer=round(max(rates), 4) if rates else None,
         mean_wer=round(sum(rates) / len(rates), 4) if rates else None,
+        worst_similarity=round(min(found), 4) if found else None,
         retries=sum(check.retries for check in checks),
     )
 

@@ -49,7 +49,8 @@ Numbers = Mapping[str, tuple[float, float, float]]  # name -> (default, least, m
 class Weights:
     """Where a model is: `source` is a hub name owner/name, or a path that exists.
 
-    `size` and `licence` are for the message that says how to get it.
+    `size` and `licence` are for the message that says how to get it, `setting` is the one that
+    names it.
     """
 
     engine: str
@@ -57,6 +58,11 @@ class Weights:
     revision: str | None
     licence: str
     size: str
+    setting: str = ""
+
+    @property
+    def place(self) -> str:
+        return self.setting or f"speech.models.{self.engine}.weights"
 
     @property
     def folder(self) -> Path | None:
@@ -71,8 +77,8 @@ class Weights:
         """
         if self.folder is None and not HUB_NAME.match(self.source):
             raise MissingInputError(
-                f"speech.models.{self.engine}.weights must be a folder that exists or a hub name "
-                f"owner/name, found {self.source}"
+                f"{self.place} must be a folder that exists or a hub name owner/name, found "
+                f"{self.source}"
             )
 
     def identity(self) -> str:
@@ -108,15 +114,14 @@ class Weights:
         if self.folder is not None:
             return MissingInputError(
                 f"{self.source}: must hold all files of {self.engine}: {first_line(error)}. Take "
-                "the whole repository, or name another one in "
-                f"speech.models.{self.engine}.weights"
+                f"the whole repository, or name another one in {self.place}"
             )
         offline = " HF_HUB_OFFLINE is set: unset it." if os.environ.get("HF_HUB_OFFLINE") else ""
         return MissingInputError(
             f"{self.engine} needs the weights {self.source} ({self.size}, {self.licence}), and "
             f"the download failed: {first_line(error)}.{offline} Accept the licence at "
             f"https://huggingface.co/{self.source} and set HF_TOKEN, or download it elsewhere "
-            f"and give its folder in speech.models.{self.engine}.weights"
+            f"and give its folder in {self.place}"
         )
 
     def corrupt(self, error: Exception | str) -> CorruptFileError:
@@ -346,8 +351,11 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def from_pretrained(kind: Any, weights: Weights) -> Any:
+def from_pretrained(kind: Any, weights: Weights, unused: tuple[str, ...] = ()) -> Any:
     """A model of transformers, from safetensors alone, on the CPU.
+
+    Args:
+        unused: how the names of weights begin that may be missing.
 
     Raises:
         CorruptFileError: weights are missing from the files. transformers would fill them with
@@ -357,7 +365,10 @@ def from_pretrained(kind: Any, weights: Weights) -> Any:
         str(weights.folder or weights.source),
         revision=weights.revision or "main", use_safetensors=True, output_loading_info=True,
     )  # fmt: skip
-    absent, odd = (sorted(map(str, report[k])) for k in ("missing_keys", "mismatched_keys"))
+    absent, odd = (
+        sorted(name for name in map(str, report[k]) if not name.startswith(unused))
+        for k in ("missing_keys", "mismatched_keys")
+    )
     if absent or odd:
         names = ", ".join((absent + odd)[:3])
         raise weights.corrupt(f"{len(absent)} weights are missing, {len(odd)} misshapen: {names}")

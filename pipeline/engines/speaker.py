@@ -27,6 +27,7 @@ from pipeline.engines.engines import (
     engine_module,
 )
 from pipeline.engines.listening import Heard, Listener, recogniser_revision
+from pipeline.engines.same_speaker import SameSpeaker, same_speaker_revision
 from pipeline.engines.script_words import words_by_ear, words_by_letters
 from pipeline.engines.speaking import Checks, SpeechEngine, SpeechRequest, Utterance
 from pipeline.engines.utterance_check import (
@@ -53,6 +54,9 @@ class Speaker:
         self._starting = threading.Lock()
         self._listener = Listener(section.checks)
         self._listening = threading.Lock()
+        name = section.checks.same_speaker
+        self._comparison = SameSpeaker(name, section.runtime.device) if name else None
+        self._comparing = threading.Lock()
         self._told: set[str] = set()
 
     def __enter__(self) -> Speaker:
@@ -94,6 +98,9 @@ class Speaker:
             engine.close()
         with self._listening:
             self._listener.close()
+        with self._comparing:
+            if self._comparison is not None:
+                self._comparison.close()
 
     def _engine(self, name: str) -> SpeechEngine:
         with self._starting:
@@ -131,10 +138,15 @@ class Speaker:
             error = transcript_error(text, transcript, heard.known)
             fault = fault_of_words(error, self._section.checks.max_wer, transcript)
             faults += [fault] if fault else []
+        similarity = None if faults else self._compare(name, spoken, request)
+        least = self._section.checks.min_similarity
+        if similarity is not None and similarity < least:
+            faults.append(
+                f"it must sound like voice {request.voice.id}, similarity at least {least:g}, "
+                f"found {similarity:.2f}"
+            )
         if faults:
             raise RecordError(f"{name} spoke {_short(text)} and {'; '.join(faults)}")
-        if chosen and engine.capabilities.cloning and request.sample is not None:
-            self._tell(f"{name}: whether a cloned voice sounds like its sample is not checked")
         words, words_by = spoken.words, spoken.words_by
         if words is None:
             words = words_by_ear(text, spoken.samples, heard.words) if heard else None
@@ -143,7 +155,7 @@ class Speaker:
         if not words:
             raise RecordError(f"a text must have a word to say, found {_short(text)}")
         duration_s = len(spoken.samples) / SAMPLE_RATE
-        checks = Checks(duration_s, error, None, retry)
+        checks = Checks(duration_s, error, similarity, retry)
         return Utterance(spoken.samples, words, words_by, checks, request.voice.id)
 
     def _hear(
@@ -159,6 +171,22 @@ class Speaker:
                 "speech.checks.recogniser: faster-whisper, which fetches its model"
             )
         return None
+
+    def _compare(self, name: str, spoken: Utterance, request: SpeechRequest) -> float | None:
+        """How much it sounds like its voice; None where nobody can say."""
+        voice, reference = request.voice, request.sample or request.proof
+        if self._comparison is None:
+            if request.sample is not None and name != "espeak":
+                self._tell(
+                    f"{name}: whether a cloned voice sounds like its sample is not checked: see "
+                    "speech.checks.same_speaker"
+                )
+            return None
+        if reference is None or (name == "espeak" and voice.engine != "espeak"):
+            self._tell(f"{name}: it has nothing of voice {voice.id} to be compared with")
+            return None
+        with self._comparing:
+            return self._comparison.similarity(spoken.samples, reference)
 
     def _tell(self, message: str) -> None:
         """Report something, once."""
@@ -236,6 +264,8 @@ def engines_revision(names: Iterable[str], section: SpeechSection) -> str:
     parts = [f"{name}={engine_module(name).revision(section)}" for name in names]
     if somebody_listens(names, section):
         parts.append(f"heard by {recogniser_revision(section.checks)}")
+    if compared := same_speaker_revision(section.checks):
+        parts.append(compared)
     return ", ".join(parts)
 
 

@@ -43,7 +43,8 @@ class Checks:
     """What the checks measured on an utterance that passed.
 
     wer: of its transcript against its text; None where it was not transcribed.
-    similarity: of its speaker to the voice's sample, cosine; None where it was not compared.
+    similarity: of its speaker to the voice's sample, or its proof, cosine; None where it was not
+        compared.
     retries: tries before this one that were refused.
     """
 
@@ -97,7 +98,8 @@ class Capabilities:
 class SpeechRequest:
     """One utterance to speak.
 
-    `sample` is the path of the voice's recording, where it has one. `context` is what was said
+    `sample` is the path of the voice's recording, where it has one; `proof` of the sentence that
+    the voice was proven by. `context` is what was said
     before, (text, utterance) with the oldest first, for engines that take it. `adjusted` is what
     language and emotion change of the voice's parameters for the engine that speaks: an engine
     reads `settings`.
@@ -110,6 +112,7 @@ class SpeechRequest:
     emotion: Emotion = "neutral"
     intensity: float = 1.0
     sample: Path | None = None
+    proof: Path | None = None
     context: tuple[tuple[str, Utterance], ...] = field(default=(), repr=False)
     adjusted: Settings | None = None
 

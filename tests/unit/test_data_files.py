@@ -256,3 +256,15 @@ def test_the_pocket_corpus_is_plain_speakable_text_that_names_every_persona() ->
     assert not re.search(r"[^A-Za-z',.?! \n]", text.replace("<system>", ""))
     assert text.count("<system>") == 2 * sum(line.startswith("<system> ") for line in lines) > 100
     assert [p.name for p in PERSONAS if not re.search(rf"\b{p.name}\b", text)] == []
+
+
+def test_the_readme_names_every_folder_of_data_and_only_files_that_are_there():
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    folders = {path.name for path in DATA.iterdir() if path.is_dir()}
+    assert {name for name in folders if f"`{name}/" not in text} == set()
+    named = re.findall(r"`((?:duplex|docs|configs|tests)/[\w./-]+\.\w+)`", text)
+    assert named and [path for path in named if not (DATA.parent / path).is_file()] == []
+    records = {"Persona", "Scenario", "Domain"}
+    schema = (DATA.parent / "duplex/characters.py").read_text()
+    assert all(f"class {name}(" in schema and f"`{name}` in `duplex/ch" in text for name in records)
+    assert "duplex personas check" in text
