@@ -17,7 +17,7 @@ from duplex.base import canonical_json
 from duplex.config_data import VoiceDataset, VoicesSection
 from duplex.datafiles import find_path
 from duplex.errors import RecordError, RequestError, TransientError
-from duplex.files import sha256_file
+from duplex.files import known_sha256
 from pipeline.engines.voice_choice import (
     HOW_TO_ADD,
     Age,
@@ -28,6 +28,7 @@ from pipeline.engines.voice_choice import (
     shortage,
 )
 from pipeline.engines.voice_recordings import (
+    SIDECAR,
     Clip,
     Sample,
     clips_of_folder,
@@ -52,23 +53,37 @@ class Casting:
 
 def source_digest(section: VoicesSection) -> str:
     """Digest of everything that decides which recordings there are. Reads files, no sound."""
+    dataset = section.dataset.model_dump(mode="json") if section.dataset else None
+    rights = [section.licence, section.consent, section.language, section.guess_gender]
+    material = [dataset, source_files(section), rights]
+    return hashlib.sha256(canonical_json(material).encode()).hexdigest()
+
+
+def source_files(section: VoicesSection) -> dict[str, str]:
+    """Recordings with their voices.yaml, or a data set's local folder: path within it -> sha256.
+
+    The path is half of what is known: a speaker's name is that of the folder. Empty for a set of
+    the hub, and where nothing is cloned.
+
+    Raises:
+        DataFileError: no folder, or no recordings in it.
+    """
     if section.dataset is not None:
-        material: Any = section.dataset.model_dump(mode="json")
         folder = Path(section.dataset.name)
-        if folder.is_dir():
-            material["files"] = _digests(sorted(p for p in folder.rglob("*") if p.is_file()))
-    else:
-        assert section.recordings is not None
+        found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+        files = [path for path in found if not _hidden(path.relative_to(folder))]
+    elif section.recordings is not None:
         folder = find_path(section.recordings)
         files = [file for own in recording_files(folder).values() for file in own]
-        sidecar = folder / "voices.yaml"
-        material = _digests([*files, *([sidecar] if sidecar.exists() else [])])
-    rights = [section.licence, section.consent, section.language, section.guess_gender]
-    return hashlib.sha256(canonical_json([material, rights]).encode()).hexdigest()
+        files += [path for path in (folder / SIDECAR,) if path.exists()]
+    else:
+        return {}
+    return {path.relative_to(folder).as_posix(): known_sha256(path) for path in sorted(files)}
 
 
-def _digests(files: Iterable[Path]) -> list[str]:
-    return [f"{path.name} {sha256_file(path)}" for path in files]
+def _hidden(path: Path) -> bool:
+    """A cache or a version control's own; `datasets` leaves such out as well."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def clips_of(section: VoicesSection) -> Iterator[Clip]:
