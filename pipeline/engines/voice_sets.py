@@ -1,7 +1,8 @@
 """Speakers for all voices that are needed, from a folder or a `datasets` set.
 
-Speakers are looked at one after the other until every voice has one; each has `TRIES` clips at
-most. A set of the hub is streamed: no more of it is fetched than is looked at.
+Of a folder each speaker's files are all heard, `MAX_FILES_OF_ONE` at most, and the best is taken.
+Of a set speakers are looked at one after the other until every voice has one, each with `TRIES`
+clips at most; one of the hub is streamed: no more of it is fetched than is looked at.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pipeline.engines.voice_recordings import (
     take_sample,
 )
 
-TRIES = 5  # clips of a speaker
+TRIES = 5  # clips of a speaker of a set: it may have thousands of them
 GENDERS: dict[str, Gender] = {"female": "female", "f": "female", "male": "male", "m": "male"}
 YOUNG_BELOW, OLD_FROM = 30, 60  # years
 SAID_REASONS = 8
@@ -105,7 +106,7 @@ def cast(
 
     Args:
         thorough: look at every clip and keep each speaker's best; else take each speaker's first
-            that is fit, and stop when every want has one: the rest may be long.
+            that is fit of `TRIES`, and stop when every want has one: the rest may be long.
 
     Raises:
         RequestError: too few; names what is missing, and the first recordings that were refused.
@@ -114,7 +115,7 @@ def cast(
     tries: Counter[str] = Counter()
     refused: list[tuple[str, str]] = []
     for clip in clips:
-        if tries[clip.speaker] == TRIES or (clip.speaker in taken and not thorough):
+        if not thorough and (tries[clip.speaker] == TRIES or clip.speaker in taken):
             continue
         tries[clip.speaker] += 1
         try:

@@ -2,11 +2,15 @@
 
 import os
 
+import numpy as np
 import pytest
 
 from duplex import files
 from duplex.config import Config
-from duplex.errors import DataFileError
+from duplex.errors import DataFileError, RecordError, RequestError
+from pipeline.engines import voice_sets
+from pipeline.engines.voice_choice import Want
+from pipeline.engines.voice_recordings import Sample, clips_of_folder
 from pipeline.engines.voice_sets import source_digest, source_files
 from pipeline.run import plan
 from pipeline.voices import VoicesStage
@@ -110,3 +114,24 @@ def test_a_file_is_hashed_once_and_again_when_it_was_changed(tmp_path, monkeypat
     while path.stat().st_ctime_ns == stat.st_ctime_ns:  # a tick of the file system's clock
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert files.known_sha256(path) != first
+
+
+def test_of_all_of_a_speakers_files_the_best_is_taken(folder, monkeypatch):
+    """The twentieth too, which is as many as there may be; of a set's rows five are tried."""
+    for number in range(2, 21):
+        (folder / "anna" / f"{number:02d}.wav").write_bytes(b"x" * number)
+    clips = clips_of_folder(folder, config_of(folder).voices)
+
+    def as_long_as_its_file(clip, vad, *, guess_gender):
+        if clip.content.stat().st_size < 20:
+            raise RecordError("too short")
+        samples = np.zeros(clip.content.stat().st_size)
+        return Sample(clip, samples, 0, 1, 30, 8000, True)
+
+    monkeypatch.setattr(voice_sets, "take_sample", as_long_as_its_file)
+    own = [clip for clip in clips if clip.speaker == "anna" and "one" not in clip.source]
+    want = Want("user-00", "user", "en")
+    sample = voice_sets.cast([want], own, None).samples["user-00"]
+    assert sample.clip.source == "anna/20.wav"
+    with pytest.raises(RequestError, match="5 recordings were refused"):
+        voice_sets.cast([want], own, None, thorough=False)
