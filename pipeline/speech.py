@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -304,6 +304,7 @@ def quality_of(spoken: Sequence[tuple[str, Utterance]]) -> SpeechQuality:
         mean_wer=round(sum(rates) / len(rates), 4) if rates else None,
         worst_similarity=round(min(found), 4) if found else None,
         retries=sum(check.retries for check in checks),
+        timed_by=dict(sorted(Counter(said.words_by for _, said in spoken).items())),
     )
 
 

@@ -16,7 +16,6 @@ from duplex.config import Config
 from duplex.config_data import SpeechSection
 from duplex.errors import RecordError, RequestError
 from duplex.files import sha256_file
-from duplex.frames import SAMPLE_RATE
 from duplex.records import Voice
 from pipeline.engines.emotions import EMOTIONS, with_emotion
 from pipeline.engines.engines import (
@@ -195,8 +194,7 @@ class Speaker:
             words = words_by_letters(text, spoken.samples) if words is None else words
         if not words:
             raise RecordError(f"a text must have a word to say, found {_short(text)}")
-        duration_s = len(spoken.samples) / SAMPLE_RATE
-        checks = Checks(duration_s, error, similarity, retry)
+        checks = Checks(error, similarity, retry)
         return Utterance(spoken.samples, words, words_by, checks, request.voice.id)
 
     def _hear(

@@ -91,6 +91,7 @@ def test_a_turn_that_fails_for_now_does_not_buy_the_others_again(tmp_path):
         undisturbed = spoken(tmp_path / "b", server)
     one: Any = next(iter(found.records()))
     other: Any = next(iter(undisturbed.records()))
+    assert one.quality.timed_by == {"recogniser": 3}, "a server says no times"
     assert one.audio == other.audio and one.digest == other.digest and one.quality.retries == 1
 
 
