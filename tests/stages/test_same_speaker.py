@@ -25,7 +25,7 @@ from pipeline.engines.same_speaker import SameSpeaker, speech_of
 from pipeline.engines.speaker import Speaker, speaker_revision
 from pipeline.engines.speaking import Capabilities, SpeechRequest, Utterance
 from pipeline.runners.local import execute
-from pipeline.speech import SpeechStage, quality_of
+from pipeline.speech import SpeechStage, heard_of, quality_of, sound_of
 from tests.stages.spoken_helpers import context_of, conversation, made_voices
 
 pytest.importorskip("espeakng_loader")
@@ -312,6 +312,14 @@ def test_the_stage_compares_with_the_voices_proof(weights, tmp_path):
 
 
 # -- keys, doctor
+
+
+def test_a_proof_counts_where_speech_is_compared_with_it():
+    voice = Voice(id="v", engine="csm", role="user", params={}, licence="l", proof="0" * 64)
+    other = voice.model_copy(update={"proof": "1" * 64})
+    assert sound_of(voice) == sound_of(other) and heard_of(voice) != heard_of(other)
+    cloned, again = (one.model_copy(update={"sample": "2" * 64}) for one in (voice, other))
+    assert heard_of(cloned) == heard_of(again)
 
 
 def test_keys_have_model_and_limit(weights, damaged):
