@@ -27,7 +27,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """
     source = str(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(source, _missing_file(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -51,6 +51,25 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads a bare `no` as false. As a key it is a name: Norwegian, in `engines`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        node.value = [(_as_name(key), value) for key, value in node.value]
+        return super().construct_mapping(node, deep)
+
+
+def _as_name(key: yaml.Node) -> yaml.Node:
+    if key.tag != "tag:yaml.org,2002:bool" or not isinstance(key, yaml.ScalarNode):
+        return key
+    return yaml.ScalarNode("tag:yaml.org,2002:str", key.value, key.start_mark, key.end_mark)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 def _missing_file(path: Path) -> list[str]:
     known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
     near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.5)
@@ -72,7 +91,7 @@ def _apply_override(raw: dict[str, Any], override: str, faults: list[str]) -> No
             return
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = _read_yaml(text)
     except yaml.YAMLError as error:
         faults.append(f"--set {override}: the value must be YAML: {_one_line(error)}")
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any
 from duplex.errors import CorruptFileError, RequestError
 
 CHUNK_BYTES = 1 << 20
+SETTLED_NS = 2_000_000_000  # a file system's clock may tick this slowly
+_known: dict[tuple[int, ...], str] = {}
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -134,6 +137,23 @@ def sha256_bytes(content: bytes) -> str:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """`sha256_file`, read once in a process: known by device, inode, size and times.
+
+    For keys, which are asked for again and again. What was changed within the last two seconds
+    is not kept: another change may leave its times as they are. `ctime` cannot be set back.
+    """
+    stat = path.stat()
+    name = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if name in _known:
+        return _known[name]
+    settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_NS
+    digest = sha256_file(path)
+    if settled:
+        _known[name] = digest
+    return digest
 
 
 def read_verified(path: Path, sha256: str) -> bytes:

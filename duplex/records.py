@@ -144,7 +144,8 @@ class SpokenTurn(Frozen):
 class SpeechQuality(Frozen):
     """What the checks measured on a conversation's utterances: how many were transcribed, the
     worst and the mean word error rate of those, how much the one that sounds least like its voice
-    does, and how many were refused and spoken again."""
+    does, how many were refused and spoken again, and how many of them had their words timed by
+    what: engine, recogniser, or letters, which is a guess."""
 
     utterances: int = Field(ge=1)
     transcribed: int = Field(default=0, ge=0)
@@ -152,6 +153,7 @@ class SpeechQuality(Frozen):
     mean_wer: float | None = None
     worst_similarity: float | None = None
     retries: int = Field(default=0, ge=0)
+    timed_by: dict[str, int] = Field(default={})
 
 
 class Speech(Record):

@@ -1,5 +1,5 @@
 """`duplex clean`: removes stage folders that no given config needs, largest first; with them
-what kills left behind and codes that nobody has used for long.
+what kills left behind, and codes and utterances that nobody has used for long.
 
 Replies that were paid for stay: a folder's log of them moves to `<run>/exchanges/`, where later
 runs look for replies and for what was spent.
@@ -18,6 +18,8 @@ from duplex.lock import RunLock
 from duplex.store import folders_of
 from pipeline.engines.llm.exchanges import FILE as EXCHANGES
 from pipeline.engines.llm.exchanges import keep_log
+from pipeline.engines.utterance_store import FOLDER as UTTERANCES
+from pipeline.engines.utterance_store import SUFFIX
 from pipeline.run import STAGES, plan, run_folder_of
 from pipeline.tensors import CACHE_FOLDER
 
@@ -52,13 +54,16 @@ def plan_removals(config: Config, runs_root: Path) -> list[Removal]:
 
 
 def _leftovers(config: Config, runs_root: Path) -> Iterator[Removal]:
-    """What kills left half-written, and codes that no run has asked for in a month."""
+    """What kills left half-written; codes and utterances that no run has asked for in a month."""
     now = time.time()
     run_folder, cache = run_folder_of(config, runs_root), runs_root / CACHE_FOLDER
+    speech = runs_root / UTTERANCES
     for folder, pattern, age_s in (
         (run_folder, "*.tmp", HOUR_S),
         (cache, "*.tmp", HOUR_S),
         (cache, "*.codes", CACHE_DAYS * 24 * HOUR_S),
+        (speech, "*.tmp", HOUR_S),
+        (speech, f"*{SUFFIX}", CACHE_DAYS * 24 * HOUR_S),
     ):
         for path in folder.rglob(pattern) if folder.is_dir() else ():
             stat = path.lstat()

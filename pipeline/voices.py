@@ -30,7 +30,13 @@ from pipeline.engines.engines import engine_module, unnamed_engines, voice_engin
 from pipeline.engines.espeak_voices import Params, persona_params, user_params
 from pipeline.engines.speaking import SpeechEngine, SpeechRequest
 from pipeline.engines.voice_choice import Want, match_names
-from pipeline.engines.voice_sets import Casting, cast, clips_of, source_digest
+from pipeline.engines.voice_sets import (
+    Casting,
+    cast,
+    clips_of,
+    source_digest,
+    source_files,
+)
 from pipeline.pages.voices_page import Rejected, render
 
 LONGEST_ID = 96  # of a record
@@ -81,9 +87,21 @@ class VoicesStage(MapStage):
     def engine(self, config: Config) -> str:
         return engine_module(config.voices.engine).revision(config.speech)
 
+    def files(self, config: Config) -> dict[str, str]:
+        """The recordings that are cloned: who replaces one, or takes a consent back, is heard.
+
+        Raises:
+            DataFileError: they are not there.
+        """
+        return source_files(config.voices)
+
     def beyond(self, config: Config) -> dict[str, Any]:
         unnamed = unnamed_engines(config)
-        return {"engines": unnamed} if unnamed else {}
+        # Of `files` a folder's key has the digests alone; which path has which says who speaks.
+        recordings = source_files(config.voices)
+        return ({"engines": unnamed} if unnamed else {}) | (
+            {"recordings": recordings} if recordings else {}
+        )
 
     def tasks(self, context: StageContext) -> list[Task]:
         section = context.config.voices

@@ -56,6 +56,8 @@ def make(section: SpeechSection) -> IsolatedEngine:
 
 
 def _pinned(section: SpeechSection) -> str | None:
-    """The hub's commit of the weights, where the config names one."""
+    """The hub's commit of the weights, where the config names one: `speech.revision` is that of
+    `speech.engine`."""
     given = section.models.get(NAME)
-    return (given.revision if given else None) or section.revision
+    own = section.revision if section.engine == NAME else None
+    return (given.revision if given else None) or own

@@ -74,6 +74,10 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return kept | proxies
 
 
+class _Ended(Exception):
+    """The script died, or had to be killed, while it was to speak."""
+
+
 class IsolatedEngine:
     """A `SpeechEngine` that lives in a script. Not for several threads at once.
 
@@ -118,7 +122,7 @@ class IsolatedEngine:
                 f"a turn must have at most {LONGEST_TEXT} characters, found {len(request.text)}"
             )
         try:
-            header, content = self._exchange(request)
+            header, content = self._answer(request)
         except BaseException:
             self._kill()  # half a reply may be in the pipe
             raise
@@ -141,6 +145,22 @@ class IsolatedEngine:
 
     # -- the process
 
+    def _answer(self, request: SpeechRequest) -> tuple[dict[str, Any], bytes]:
+        """The reply; of a second script where the first died of it, or went on for ever.
+
+        Raises:
+            RecordError: so did the second: it is the text, and another run would find the same.
+        """
+        try:
+            return self._exchange(request)
+        except _Ended:
+            self._kill()
+        try:
+            return self._exchange(request)
+        except _Ended as error:
+            text = request.text if len(request.text) <= 60 else request.text[:57] + "…"
+            raise RecordError(f"{text!r}, tried twice: {error}") from None
+
     def _exchange(self, request: SpeechRequest) -> tuple[dict[str, Any], bytes]:
         process = self._running()
         self._requests += 1
@@ -158,14 +178,13 @@ class IsolatedEngine:
             process.stdin.write(json.dumps(line).encode() + b"\n")
             header, content = self._read(process, deadline)
         except (BrokenPipeError, EOFError):
-            raise TransientError(
-                f"the script of {self._engine} must answer, but it ended{self._last_words()}; "
-                "run again"
+            raise _Ended(
+                f"the script of {self._engine} must answer, but it ended{self._last_words()}"
             ) from None
         except TimeoutError:
-            raise TransientError(
+            raise _Ended(
                 f"the script of {self._engine} must answer within {self._reply_s:g} s, and did "
-                f"not{self._last_words()}; it was ended, run again"
+                f"not{self._last_words()}"
             ) from None
         if header.get("id") != self._requests:
             raise TransientError(

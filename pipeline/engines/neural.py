@@ -34,13 +34,13 @@ from duplex.errors import (
     RecordError,
     RequestError,
 )
+from duplex.files import known_sha256
 from duplex.frames import SAMPLE_RATE
 
 LONGEST_BASE_S, LONGEST_S_PER_CHARACTER = 4.0, 0.2
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 MAX_SAMPLE_BYTES = 64 << 20
 MIN_SAMPLE_S = 0.5
-_EDGE_BYTES = 1 << 16
 
 Numbers = Mapping[str, tuple[float, float, float]]  # name -> (default, least, most)
 
@@ -82,7 +82,7 @@ class Weights:
             )
 
     def identity(self) -> str:
-        """For keys: the hub's revision, or the files' names, sizes and edges."""
+        """For keys: the hub's revision, or the files' names and content."""
         if self.folder is not None:
             return f"folder:{folder_identity(self.folder)}"
         return f"hub:{self.source}@{self.revision or 'main'}"
@@ -145,17 +145,13 @@ def weights_of(
 
 
 def folder_identity(path: Path) -> str:
-    """Digest of names, sizes and both ends of the files: gigabytes are not read for a key."""
+    """Digest of the files' names and content. Each file is read once in a process, unless it
+    changes: keys are asked for again and again."""
     state = hashlib.sha256()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
-        size = file.stat().st_size
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        state.update(f"{name}\0{size}\0".encode())
-        with file.open("rb") as opened:
-            state.update(opened.read(_EDGE_BYTES))
-            opened.seek(max(0, size - _EDGE_BYTES))
-            state.update(opened.read(_EDGE_BYTES))
+        state.update(f"{name}\0{known_sha256(file)}\0".encode())
     return state.hexdigest()[:16]
 
 

@@ -16,7 +16,6 @@ from duplex.config import Config
 from duplex.config_data import SpeechSection
 from duplex.errors import RecordError, RequestError
 from duplex.files import sha256_file
-from duplex.frames import SAMPLE_RATE
 from duplex.records import Voice
 from pipeline.engines.emotions import EMOTIONS, with_emotion
 from pipeline.engines.engines import (
@@ -36,6 +35,7 @@ from pipeline.engines.utterance_check import (
     pace_of,
     transcript_error,
 )
+from pipeline.engines.utterance_store import UNSTORED, UtteranceStore, key_of
 
 
 class Speaker:
@@ -44,11 +44,19 @@ class Speaker:
     Args:
         section: `config.speech`.
         report: gets what a person should know, once.
+        store: where what was spoken is kept; None: it is not.
     """
 
-    def __init__(self, section: SpeechSection, report: Callable[[str], None] = print):
+    def __init__(
+        self,
+        section: SpeechSection,
+        report: Callable[[str], None] = print,
+        store: UtteranceStore | None = None,
+    ):
         self._section = section
         self._report = report
+        self._store = store
+        self._revisions: dict[str, str] = {}
         self._engines: dict[str, SpeechEngine] = {}
         self._locks: dict[str, threading.Lock] = {name: threading.Lock() for name in ENGINES}
         self._starting = threading.Lock()
@@ -79,10 +87,15 @@ class Speaker:
         reasons: list[str] = []
         for number in range(tries):
             try:
-                utterance = self._synthesize(name, engine, _again(prepared, number))
+                utterance = self._spoken(name, engine, _again(prepared, number), number)
                 return self._checked(name, engine, utterance, prepared, number)
             except RecordError as error:
                 reasons.append(str(error))
+        # Who asks for it once more (--retry-rejected) shall hear other speech of a server.
+        for number in range(tries):
+            key = self._key(name, engine, _again(prepared, number), number)
+            if self._store is not None and key is not None:
+                self._store.forget(key)
         if tries == 1:
             raise RecordError(reasons[0])
         # Equal reasons once, in order.
@@ -107,6 +120,33 @@ class Speaker:
             if name not in self._engines:
                 self._engines[name] = engine_module(name).make(self._section)
             return self._engines[name]
+
+    def _spoken(
+        self, name: str, engine: SpeechEngine, request: SpeechRequest, number: int
+    ) -> Utterance:
+        """As the engine spoke it, now or in an earlier run."""
+        key = self._key(name, engine, request, number)
+        if self._store is None or key is None:
+            return self._synthesize(name, engine, request)
+        if (known := self._store.read(key)) is not None:
+            return known
+        utterance = self._synthesize(name, engine, request)
+        self._store.write(key, utterance)
+        return utterance
+
+    def _key(
+        self, name: str, engine: SpeechEngine, request: SpeechRequest, number: int
+    ) -> str | None:
+        """Its name in the store; None where it is not kept."""
+        if self._store is None or name in UNSTORED:
+            return None
+        with self._starting:
+            if name not in self._revisions:
+                revision = engine_module(name).revision(self._section)
+                told = ", instructed" if self._section.instructions else ""
+                self._revisions[name] = f"{name}={revision}{told}"
+        hears = engine.capabilities.context
+        return key_of(self._revisions[name], request, number, hears_context=hears)
 
     def _synthesize(self, name: str, engine: SpeechEngine, request: SpeechRequest) -> Utterance:
         if engine.capabilities.parallel:
@@ -154,8 +194,7 @@ class Speaker:
             words = words_by_letters(text, spoken.samples) if words is None else words
         if not words:
             raise RecordError(f"a text must have a word to say, found {_short(text)}")
-        duration_s = len(spoken.samples) / SAMPLE_RATE
-        checks = Checks(duration_s, error, similarity, retry)
+        checks = Checks(error, similarity, retry)
         return Utterance(spoken.samples, words, words_by, checks, request.voice.id)
 
     def _hear(

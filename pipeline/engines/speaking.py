@@ -48,7 +48,6 @@ class Checks:
     retries: tries before this one that were refused.
     """
 
-    duration_s: float
     wer: float | None = None
     similarity: float | None = None
     retries: int = 0

@@ -1,7 +1,8 @@
 """Speakers for all voices that are needed, from a folder or a `datasets` set.
 
-Speakers are looked at one after the other until every voice has one; each has `TRIES` clips at
-most. A set of the hub is streamed: no more of it is fetched than is looked at.
+Of a folder each speaker's files are all heard, `MAX_FILES_OF_ONE` at most, and the best is taken.
+Of a set speakers are looked at one after the other until every voice has one, each with `TRIES`
+clips at most; one of the hub is streamed: no more of it is fetched than is looked at.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from duplex.base import canonical_json
 from duplex.config_data import VoiceDataset, VoicesSection
 from duplex.datafiles import find_path
 from duplex.errors import RecordError, RequestError, TransientError
-from duplex.files import sha256_file
+from duplex.files import known_sha256
 from pipeline.engines.voice_choice import (
     HOW_TO_ADD,
     Age,
@@ -28,6 +29,7 @@ from pipeline.engines.voice_choice import (
     shortage,
 )
 from pipeline.engines.voice_recordings import (
+    SIDECAR,
     Clip,
     Sample,
     clips_of_folder,
@@ -36,7 +38,7 @@ from pipeline.engines.voice_recordings import (
     take_sample,
 )
 
-TRIES = 5  # clips of a speaker
+TRIES = 5  # clips of a speaker of a set: it may have thousands of them
 GENDERS: dict[str, Gender] = {"female": "female", "f": "female", "male": "male", "m": "male"}
 YOUNG_BELOW, OLD_FROM = 30, 60  # years
 SAID_REASONS = 8
@@ -52,23 +54,37 @@ class Casting:
 
 def source_digest(section: VoicesSection) -> str:
     """Digest of everything that decides which recordings there are. Reads files, no sound."""
+    dataset = section.dataset.model_dump(mode="json") if section.dataset else None
+    rights = [section.licence, section.consent, section.language, section.guess_gender]
+    material = [dataset, source_files(section), rights]
+    return hashlib.sha256(canonical_json(material).encode()).hexdigest()
+
+
+def source_files(section: VoicesSection) -> dict[str, str]:
+    """Recordings with their voices.yaml, or a data set's local folder: path within it -> sha256.
+
+    The path is half of what is known: a speaker's name is that of the folder. Empty for a set of
+    the hub, and where nothing is cloned.
+
+    Raises:
+        DataFileError: no folder, or no recordings in it.
+    """
     if section.dataset is not None:
-        material: Any = section.dataset.model_dump(mode="json")
         folder = Path(section.dataset.name)
-        if folder.is_dir():
-            material["files"] = _digests(sorted(p for p in folder.rglob("*") if p.is_file()))
-    else:
-        assert section.recordings is not None
+        found = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+        files = [path for path in found if not _hidden(path.relative_to(folder))]
+    elif section.recordings is not None:
         folder = find_path(section.recordings)
         files = [file for own in recording_files(folder).values() for file in own]
-        sidecar = folder / "voices.yaml"
-        material = _digests([*files, *([sidecar] if sidecar.exists() else [])])
-    rights = [section.licence, section.consent, section.language, section.guess_gender]
-    return hashlib.sha256(canonical_json([material, rights]).encode()).hexdigest()
+        files += [path for path in (folder / SIDECAR,) if path.exists()]
+    else:
+        return {}
+    return {path.relative_to(folder).as_posix(): known_sha256(path) for path in sorted(files)}
 
 
-def _digests(files: Iterable[Path]) -> list[str]:
-    return [f"{path.name} {sha256_file(path)}" for path in files]
+def _hidden(path: Path) -> bool:
+    """A cache or a version control's own; `datasets` leaves such out as well."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def clips_of(section: VoicesSection) -> Iterator[Clip]:
@@ -90,7 +106,7 @@ def cast(
 
     Args:
         thorough: look at every clip and keep each speaker's best; else take each speaker's first
-            that is fit, and stop when every want has one: the rest may be long.
+            that is fit of `TRIES`, and stop when every want has one: the rest may be long.
 
     Raises:
         RequestError: too few; names what is missing, and the first recordings that were refused.
@@ -99,7 +115,7 @@ def cast(
     tries: Counter[str] = Counter()
     refused: list[tuple[str, str]] = []
     for clip in clips:
-        if tries[clip.speaker] == TRIES or (clip.speaker in taken and not thorough):
+        if not thorough and (tries[clip.speaker] == TRIES or clip.speaker in taken):
             continue
         tries[clip.speaker] += 1
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, get_args
@@ -189,6 +189,7 @@ def quality(speeches: Sequence[Speech]) -> dict[str, Any]:
         "transcribed": sum(q.transcribed for q in known),
         "retries": sum(q.retries for q in known),
         "worst_wer": max(rates, default=None),
+        "timed_by": sum((Counter(q.timed_by) for q in known), Counter()),
     }
 
 

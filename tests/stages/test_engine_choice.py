@@ -28,6 +28,7 @@ CLONED = {"engine": "csm", "recordings": "tests", "user_voices": 1}
 def recordings(monkeypatch):
     """What is cloned is not the question here."""
     monkeypatch.setattr("pipeline.voices.source_digest", lambda section: "recordings")
+    monkeypatch.setattr("pipeline.voices.source_files", lambda section: {"a.wav": "0" * 64})
 
 
 @pytest.fixture

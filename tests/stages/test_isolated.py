@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -99,8 +100,9 @@ def test_parameters_reach_the_script(engine):
 
 
 DEATHS = {
-    "crash": "it ended; its last lines: CUDA error: out of memory",
-    "half": "it ended",
+    "crash": "'!crash', tried twice: the script of planted must answer, but it ended; its "
+    "last lines: CUDA error: out of memory",
+    "half": "'!half', tried twice: the script of planted must answer, but it ended",
     "garbage": "lines of its protocol, found 'Loading model: 100%'",
     "endless line": "lines of its protocol, found 'xxxx",
     "huge": "lines of its protocol",
@@ -109,18 +111,28 @@ DEATHS = {
 
 
 @pytest.mark.parametrize("kind", DEATHS)
-def test_a_script_that_breaks_is_transient_ended_and_started_again(engine, kind):
+def test_a_script_that_breaks_is_ended_and_started_again(engine, kind):
+    """A text that kills it twice is refused for good; a script that talks nonsense is not."""
+    error = RecordError if kind in ("crash", "half") else TransientError
     reference = engine.synthesize(request()).samples
     pid = engine.pid
-    with pytest.raises(TransientError, match=re.escape(DEATHS[kind])):
+    with pytest.raises(error, match=re.escape(DEATHS[kind])):
         engine.synthesize(request(f"!{kind}"))
     assert engine.pid is None and gone(pid)
     assert np.array_equal(engine.synthesize(request()).samples, reference)
 
 
+def test_a_script_that_dies_once_is_started_again_and_speaks(engine):
+    reference = engine.synthesize(request()).samples
+    pid = engine.pid
+    os.kill(pid, signal.SIGKILL)
+    assert np.array_equal(engine.synthesize(request()).samples, reference)
+    assert engine.pid != pid and gone(pid)
+
+
 def test_a_script_that_hangs_is_killed_with_its_children():
     engine = planted(reply_s=1.0)
-    with pytest.raises(TransientError, match="within 1 s") as caught:
+    with pytest.raises(RecordError, match=r"'!hang', tried twice: .* within 1 s") as caught:
         engine.synthesize(request("!hang"))
     found = re.search(r"child (\d+)", str(caught.value))
     assert found and gone(int(found[1]))
@@ -337,3 +349,12 @@ def _installed(package):
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def test_the_revision_of_another_engines_weights_is_not_chatterboxs():
+    other = SpeechSection.model_validate({"engine": "csm", "revision": "abc123"})
+    assert chatterbox.revision(other) == chatterbox.revision(SpeechSection())
+    own = SpeechSection.model_validate({"engine": "chatterbox", "revision": "abc123"})
+    assert "abc123" in chatterbox.revision(own)
+    named = {"engine": "csm", "models": {"chatterbox": {"revision": "def456"}}}
+    assert "def456" in chatterbox.revision(SpeechSection.model_validate(named))

@@ -64,6 +64,9 @@ def test_a_folders_identity_follows_its_files(tmp_path):
     assert first == neural.folder_identity(tmp_path)
     (tmp_path / "a" / "weights").write_bytes(b"x" * 299_999 + b"y")
     second = neural.folder_identity(tmp_path)
+    within = b"x" * 150_000 + b"z" + b"x" * 149_998 + b"y"
+    (tmp_path / "a" / "weights").write_bytes(within)
+    assert neural.folder_identity(tmp_path) not in (first, second)
     (tmp_path / "a" / "weights").rename(tmp_path / "weights")
     assert len({first, second, neural.folder_identity(tmp_path)}) == 3
 

@@ -295,9 +295,7 @@ def test_without_anything_to_compare_with_it_is_said_once(speak, say, recording)
 def test_conversations_say_how_far_their_voices_strayed(say):
     from pipeline.engines.speaking import Checks
 
-    spoken = [
-        ("", Utterance(say(), (), checks=Checks(1.0, similarity=s))) for s in (0.9, 0.87, None)
-    ]
+    spoken = [("", Utterance(say(), (), checks=Checks(similarity=s))) for s in (0.9, 0.87, None)]
     assert quality_of(spoken).worst_similarity == 0.87
     assert quality_of(spoken[2:]).worst_similarity is None
 

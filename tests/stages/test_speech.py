@@ -190,3 +190,11 @@ def test_the_page_has_a_row_a_dialogue_and_needs_nothing_from_outside(spoken):
 def test_the_page_can_be_made_again_from_a_finished_folder(spoken):
     context, folder = spoken
     assert SpeechStage().page(folder, context) == (folder.path / "index.html").read_text()
+
+
+def test_the_page_says_who_timed_the_words(spoken):
+    context, folder = spoken
+    for speech in folder.records():
+        assert speech.quality.timed_by == {"engine": len(TURNS)}
+    shown = " ".join((SpeechStage().page(folder, context) or "").split())
+    assert f"Words timed by the engine in {len(DIALOGUES) * len(TURNS)}." in shown

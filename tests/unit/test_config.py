@@ -171,3 +171,20 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, section, said
     path = write_yaml(tmp_path / "c.yaml", {"name": "c", "tensors": section})
     with pytest.raises(ConfigError, match=said):
         load_config(path)
+
+
+@pytest.mark.parametrize("name", ["no", "on", "off", "yes", "y", "n", "No"])
+def test_a_key_that_old_yaml_reads_as_a_truth_value_stays_a_name(tmp_path, name):
+    path = tmp_path / "toy.yaml"
+    path.write_text(f"name: toy\nserve: &all {{{name}: 1}}\n")
+    with pytest.raises(ConfigError, match=rf"serve\.{name}: unknown key"):
+        load_config(path)
+
+
+def test_norwegian_has_an_engine(tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text("name: toy\nspeech:\n  engines: {no: chatterbox}\n  instructions: no\n")
+    speech = load_config(path).speech
+    assert speech.engines == {"no": "chatterbox"} and speech.instructions is False
+    path.write_text("name: toy\n")
+    assert load_config(path, ["speech.engines={no: csm}"]).speech.engines == {"no": "csm"}
