@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from duplex.config_data import SpeechSection
 from duplex.errors import DuplexError, RecordError, RequestError, TransientError
+from pipeline.engines.redaction import redacted
 from pipeline.engines.sound_reply import NotSoundError, samples_of
 from pipeline.engines.speaking import Capabilities, SpeechRequest, Utterance
 
@@ -43,7 +44,6 @@ LONGEST_WAIT_S = 60.0
 _OURS = frozenset({"model", "input", "response_format", "stream", "stream_format"})
 _PASSING = frozenset({408, 409, 425, 429})
 _REFUSED = frozenset({401, 403, 404, 405})
-_MAX_DETAIL = 300
 
 
 def revision(section: SpeechSection) -> str:
@@ -199,12 +199,7 @@ class OpenAISpeech:
         return RecordError(f"{self._place} rejected the request with {status}: {said}")
 
     def _clean(self, text: str) -> str:
-        """What a server said: short, on one line, without the key."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        text = re.sub(r"//[^/\s@]+@", "//***@", text)
-        text = re.sub(r"\b(?:sk|key|token)-[\w*-]{4,}", "***", " ".join(text.split()))
-        return text if len(text) <= _MAX_DETAIL else text[:_MAX_DETAIL] + "…"
+        return redacted(text, self._key)
 
 
 class _Busy(TransientError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pipeline.engines.llm.exchanges import Reply
+from pipeline.engines.redaction import redacted
 
 if TYPE_CHECKING:
     import openai
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 MAX_REPLY_BYTES = 16 << 20  # with an event for each token, about 100 000 tokens
-_MAX_DETAIL = 300  # characters of what a server says that go into a message
 
 # HTTP statuses that may go away by themselves; all from 500 on are, too.
 _PASSING = frozenset({408, 409, 425, 429})
@@ -146,12 +145,7 @@ class Wire:
         return Failure(reason, "retry", f"{self.place} {said}{told}", billed=billed)
 
     def _clean(self, text: str) -> str:
-        """What a server said, short and without the key."""
-        if self._api_key:
-            text = text.replace(self._api_key, "***")
-        # Servers that mask the key themselves leave its ends to be read.
-        text = re.sub(r"\b(?:sk|key|token)-[\w*-]{4,}", "***", text)
-        return text if len(text) <= _MAX_DETAIL else text[:_MAX_DETAIL] + "…"
+        return redacted(text, self._api_key)
 
 
 class _PastDeadlineError(Exception):

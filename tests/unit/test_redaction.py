@@ -1,0 +1,33 @@
+"""No key reaches a message, whichever way a server gives it back."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.engines.llm.wire import Wire
+from pipeline.engines.redaction import MAX_DETAIL, redacted
+
+SECRET = "pass-w0rd"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"wrong: {SECRET}",
+        "wrong: sk-abcd****9876 given",
+        f"cannot reach http://me:{SECRET}@host:1/v1",
+        f"cannot reach http://me:a@{SECRET}@host:1/v1",
+    ],
+)
+def test_keys_and_the_users_of_addresses_are_hidden(text: str) -> None:
+    said = redacted(text, SECRET if text.startswith("wrong: pass") else "")
+    assert "***" in said and SECRET not in said and "9876" not in said and "me:" not in said
+
+
+def test_the_chat_endpoint_hides_the_password_of_an_address() -> None:
+    wire = Wire(base_url=None, api_key="k", timeout_s=1, deadline_s=1)
+    assert wire._clean(f"at http://me:{SECRET}@host/v1\nfailed") == "at http://***@host/v1 failed"
+
+
+def test_a_long_text_is_cut() -> None:
+    assert len(redacted("a " * 1000)) == MAX_DETAIL + 1
