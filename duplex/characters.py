@@ -106,13 +106,14 @@ class Persona(Record):
     @model_validator(mode="after")
     def _prompts_hold_the_facts(self) -> Persona:
         """A model must not be trained on a fact that its prompt never gave."""
-        for number, prompt in enumerate(self.prompts, start=1):
-            for fact in self.facts:
-                if not any(has_words(prompt, wording) for wording in (*fact.says, fact.value)):
-                    raise ValueError(
-                        f"each prompt must hold each fact, prompt {number} does not say "
-                        f"{fact.key}: {fact.value}"
-                    )
+        unsaid = [
+            f"prompt {number} does not say {fact.key}: {fact.value}"
+            for number, prompt in enumerate(self.prompts, start=1)
+            for fact in self.facts
+            if not any(has_words(prompt, wording) for wording in (*fact.says, fact.value))
+        ]
+        if unsaid:
+            raise ValueError(f"each prompt must hold each fact, {'; '.join(unsaid)}")
         return self
 
 

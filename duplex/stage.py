@@ -46,8 +46,8 @@ class StageContext:
     config: Config
     runs_root: Path
     inputs: dict[str, StageFolder] = field(default_factory=dict)
-    folder: StageFolder | None = None
     report: Callable[[str], None] = print
+    folder: StageFolder | None = None
 
     def records(self, stage: str, record_type: type[Record]) -> Iterator[Any]:
         """Records of an input stage, sorted by id."""

@@ -29,7 +29,7 @@ from duplex.files import sha256_file
 from duplex.records import Dialogue, Turn
 from duplex.stage import BlobSink, MapStage, StageContext, Task, record_seed
 from duplex.store import StageFolder
-from pipeline.engines.dialogue_file import read_dialogues
+from pipeline.engines.dialogue_file import read_dialogues, require_records
 from pipeline.engines.funnel import CandidateLog, read_funnel
 from pipeline.engines.llm import annotate, writer
 from pipeline.engines.llm.annotate import Annotator
@@ -236,8 +236,8 @@ def check_writer(config: Config) -> None:
         _scripted().check(personas)
         return
     check_key(config)
-    if section.source is not None and not read_dialogues(find_path(section.source)).records:
-        raise RequestError(f"{section.source}: must hold a dialogue that can be read, found none")
+    if section.source is not None:
+        require_records(read_dialogues(find_path(section.source), prompted=False), section.source)
 
 
 def check_key(config: Config) -> None:
@@ -294,7 +294,7 @@ def _writing_tasks(
 
 def _annotation_tasks(config: Config, domain: Domain) -> list[Task]:
     """A task for each dialogue; one that cannot be read has the reason as its payload."""
-    imported = read_dialogues(find_path(config.dialogues.source or ""))
+    imported = read_dialogues(find_path(config.dialogues.source or ""), prompted=False)
     tasks = [Task(d.id, (d.digest, domain.digest), d) for d in imported.records]
     tasks += [
         Task(f"unreadable-{index:05d}", (why,), f"{name}: {why}")

@@ -95,7 +95,10 @@ def _engines(config: Config) -> list[dict[str, str]]:
     for name in sorted(_speaking(config)):
         module = engine_module(name)
         lacks, licence = module.missing(config.speech), module.CAPABILITIES.licence
-        text = f"{name} is at hand" if lacks is None else f"{name} needs {lacks}"
+        here = f"what {name} runs on is at hand; its weights come at the first use"
+        if name == "espeak":
+            here = "espeak is at hand"
+        text = here if lacks is None else f"{name} needs {lacks}"
         checks.append(_check("speech engine", _state(lacks), f"{text}; licence: {licence}"))
     return checks
 

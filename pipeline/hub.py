@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import RequestError
 from duplex.files import require_free
 from pipeline.commands import show_json
 from pipeline.converters.common import is_config
 from pipeline.hubs.bundle import Bundle, What, make_bundle
-from pipeline.hubs.index import CARD
-from pipeline.run import run_folder_of
+from pipeline.hubs.index import CARD, DATA_STAGES
+from pipeline.run import plan, run_folder_of
 
 SHOWN = 8  # files of a folder that a dry run names
 
@@ -45,6 +46,8 @@ def push(
         config, config_path, runs, chosen,
         view=view, consent=consent, overrides=overrides, repo=repo,
     ) as bundle:  # fmt: skip
+        if chosen == "data" and (absent := _unfinished(config, runs)):
+            _say(f"left out, since not finished under this config: {', '.join(absent)}")
         if hub is None:
             _show_dry(bundle, repo, public=public, as_json=as_json)
             return
@@ -121,6 +124,14 @@ def _repo_type(what: What) -> str:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _unfinished(config: Config, runs: Path) -> list[str]:
+    return [
+        step.stage.name
+        for step in plan(config, runs)
+        if step.stage.name in DATA_STAGES and not step.done
+    ]
 
 
 def _show_dry(bundle: Bundle, repo: str, *, public: bool, as_json: bool) -> None:

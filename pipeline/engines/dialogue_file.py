@@ -9,12 +9,18 @@ from pydantic import ValidationError
 
 from duplex.characters import GapRange
 from duplex.datafiles import describe_faults
+from duplex.errors import RequestError
 from duplex.records import Dialogue, Turn
 from pipeline.imported import Imported, json_values, slug
 
+UNPROMPTED = "(none was given)"  # stands for the prompt that is to be written
 
-def read_dialogues(path: Path) -> Imported:
+
+def read_dialogues(path: Path, *, prompted: bool = True) -> Imported:
     """
+    Args:
+        prompted: each must have its system prompt; without, those that have none get `UNPROMPTED`.
+
     Raises:
         RequestError: the file holds no list of records.
     """
@@ -22,12 +28,29 @@ def read_dialogues(path: Path) -> Imported:
     for index, value in enumerate(json_values(path)):
         name = str(value.get("conversation_id") or value.get("id") or f"record {index}")
         try:
-            imported.records.append(_dialogue(value, index))
+            given = value if prompted else _with_a_prompt(value)
+            imported.records.append(_dialogue(given, index))
         except (ValidationError, KeyError, TypeError, ValueError) as error:
             why = _describe_fault(error)
             imported.refused.append((name, why))
     imported.refuse_doubles()
     return imported
+
+
+def require_records(imported: Imported, source: str) -> None:
+    """
+    Raises:
+        RequestError: none of the file's records can be read; says why the first cannot.
+    """
+    if not imported.records:
+        why = "; ".join(f"{name}: {reason}" for name, reason in imported.refused[:3])
+        raise RequestError(f"{source}: must hold a dialogue that can be read, found none. {why}")
+
+
+def _with_a_prompt(value: dict[str, Any]) -> dict[str, Any]:
+    prompt = value.get("system_prompt")
+    missing = prompt is None or (isinstance(prompt, str) and not prompt.strip())
+    return value | {"system_prompt": UNPROMPTED} if missing else value
 
 
 def _describe_fault(error: Exception) -> str:

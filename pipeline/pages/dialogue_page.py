@@ -29,7 +29,7 @@ _LENGTHS = (5, 10, 15, 20, 30, 40, 70)  # upper ends of the bars of words a turn
 def render_page(folder: StageFolder, context: StageContext) -> str | None:
     """The page as HTML; None while there is nothing to show."""
     dialogues = finished_dialogues(folder)
-    if not dialogues:
+    if not dialogues and not read_candidates(folder):
         return None
     personas: dict[str, Persona] = {p.id: p for p in context.records("personas", Persona)}
     rejects = read_candidates(folder)
@@ -89,7 +89,7 @@ def performance(dialogues: list[Dialogue]) -> dict[str, float]:
         for turn in dialogue.turns:
             listener = "user" if turn.role == "agent" else "agent"
             counts[f"{listener}_murmurs"] += len(turn.backchannels)
-    return {name: count / len(dialogues) for name, count in counts.items()}
+    return {name: count / max(len(dialogues), 1) for name, count in counts.items()}
 
 
 def person_row(persona: Persona, dialogues: list[Dialogue]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def turn_rows(turns: tuple[Turn, ...]) -> list[dict[str, Any]]:
 
 def bars(title: str, counts: Counter[Any], *, fill: bool = False) -> dict[str, Any]:
     """A bar chart's rows: label, count, share of the longest. `fill` shows empty numbers too."""
-    labels = sorted(counts) if not fill else list(range(min(counts), max(counts) + 1))
+    labels = sorted(counts) if not fill or not counts else list(range(min(counts), max(counts) + 1))
     most = max(counts.values(), default=0) or 1
     rows = [
         {"label": label[1] if isinstance(label, tuple) else str(label), "count": counts[label],

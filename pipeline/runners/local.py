@@ -61,12 +61,16 @@ def execute(
         lines, files, counts, extra = _run_whole(stage, context, folder)
     else:
         lines, files, counts, extra = _run_map(stage, context, folder, retry_rejected)
-        page = stage.page(folder, context) if lines else None
-        if page is not None:
-            write_atomic(folder.path / "index.html", page.encode())
+        _write_page(stage, context, folder)
     provenance = describe_environment(context) | extra
     provenance["seconds"] = round(time.monotonic() - started, 3)
     return folder.complete(lines, files=files, counts=counts, provenance=provenance)
+
+
+def _write_page(stage: MapStage, context: StageContext, folder: StageFolder) -> None:
+    page = stage.page(folder, context)
+    if page is not None:
+        write_atomic(folder.path / "index.html", page.encode())
 
 
 def _run_whole(
@@ -105,6 +109,7 @@ def _run_map(
     limit = context.config.section(stage.name).runtime.max_reject_rate
     if tasks and len(rejected) > limit * len(tasks):
         first = next(iter(rejected.values()))
+        _write_page(stage, context, folder)  # which is where the reasons can be read
         raise StageFailedError(
             f"{stage.name}: at most {limit:.0%} of its tasks may be rejected, found "
             f"{len(rejected)} of {len(tasks)}: {len(rejected)} are missing, the others are kept. "

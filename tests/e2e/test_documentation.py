@@ -43,6 +43,7 @@ def checkout(finished, tmp_path_factory):
     config = yaml.safe_load(place.config.read_text()) | {"name": "pocket"}
     (folder / "configs" / "pocket.yaml").write_text(yaml.safe_dump(config))
     shutil.copy(ROOT / "configs" / "coffee.yaml", folder / "configs")
+    shutil.copytree(ROOT / "data" / "personas", folder / "data" / "personas")
     place.run_folder.rename(place.runs / "pocket")
     dialogue = {
         "conversation_id": "Mine 1", "persona_id": "angry-marcus", "persona_name": "Marcus",

@@ -21,7 +21,7 @@ def test_every_stage_is_done_and_says_what_it_did(finished):
     rows = {row["name"]: row for row in finished.status()}
     assert [rows[name]["state"] for name in STAGE_NAMES] == ["done"] * 9
     counts = {name: row["counts"]["records"] for name, row in rows.items()}
-    assert counts["personas"] == len(PERSONAS) + 2
+    assert counts["personas"] == len(PERSONAS) + 2 + 1  # scenarios, domain
     assert counts["dialogues"] == counts["speech"] == counts["tensors"] == len(PERSONAS) * 2
     assert counts["evaluate"] >= 8
     assert all(row["rejects"] == 0 for row in rows.values())

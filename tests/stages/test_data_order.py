@@ -5,6 +5,7 @@ import random
 import pytest
 
 from duplex.config import Config
+from duplex.errors import StageFailedError
 from pipeline import run as pipeline_run
 from pipeline.runners import local
 from pipeline.runners.work import outcomes
@@ -71,3 +72,17 @@ def digests_made(root):
     config = Config.model_validate(CONFIG)
     step = pipeline_run.plan(config, root)[1]
     return step.folder.manifest()["provenance"]["made"]
+
+
+def test_a_stage_with_too_many_rejects_leaves_the_page_that_says_why(tmp_path):
+    section = CONFIG["dialogues"] | {"checks": {"min_patterns": 50}, "max_candidates": 1}
+    config = Config.model_validate(CONFIG | {"dialogues": section})
+    for index in range(2):
+        steps = pipeline_run.plan(config, tmp_path)
+        context = pipeline_run.context_for(steps[index], steps, config, tmp_path)
+        if index == 0:
+            local.execute(steps[0].stage, context, steps[0].folder)
+            continue
+        with pytest.raises(StageFailedError, match="18 of 18"):
+            local.execute(steps[1].stage, context, steps[1].folder)
+        assert "no-pattern" in (steps[1].folder.path / "index.html").read_text()

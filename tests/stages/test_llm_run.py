@@ -46,7 +46,8 @@ class Workplace:
             "price_in": PRICE_IN, "price_out": PRICE_OUT,
         }  # fmt: skip
         runtime |= dialogues.pop("runtime", {})
-        section = {"writer": "openai", "llm": "tiny", "per_persona": 10, "runtime": runtime}
+        section = {"writer": "openai", "llm": "tiny", "per_persona": 10, "max_candidates": 8,
+                   "runtime": runtime}  # fmt: skip
         self.value = {"name": "llm", "dialogues": section | dialogues}
         self.config = folder / "llm.yaml"
         self.set()

@@ -127,7 +127,7 @@ def test_without_validation_clips_it_trains_and_says_so(tiny_checkpoint, tmp_pat
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from duplex import store
+from duplex import sinks
 from duplex.store import StageFolder
 from pipeline.train import TrainStage
 from tests.stages.training_factories import make_config, run_stage
@@ -149,11 +149,11 @@ elif moment == "in-save":
         original_write(path, value)
     checkpoint.write_json = write_json
 elif moment == "in-hand-in":
-    original_add = store.FileWriter.add
+    original_add = sinks.FileWriter.add
     def add(self, artifact_id, *arguments, **options):
         if artifact_id == "metrics": kill()
         return original_add(self, artifact_id, *arguments, **options)
-    store.FileWriter.add = add
+    sinks.FileWriter.add = add
 tensors = StageFolder(Path(sys.argv[2]), "tensors", "0" * 64)
 run_stage(TrainStage(), make_config(Path(sys.argv[1])), Path(sys.argv[3]), tensors=tensors)
 """
