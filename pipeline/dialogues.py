@@ -7,8 +7,7 @@ dialogues later keep those that are there.
 `writer: annotate` writes none: it takes the dialogues of a file and gives each its prompts.
 
 A candidate is kept when it passes the checks (`duplex/dialogue_checks.py`), and when no dialogue
-before it says nearly the same (`pipeline/engines/set_review.py`). What was not kept is noted in
-`candidates.jsonl`, with its reason.
+before it says nearly the same (`engines/set_review.py`). The others are noted, with their reasons.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duplex.base import Record
@@ -56,8 +56,8 @@ class DialoguesStage(MapStage):
     def __init__(self) -> None:
         self._write: Callable[[Task, int], Dialogue] | None = None
         self._client: Client | None = None
-        self._log: CandidateLog | None = None
-        self._review: SetReview | None = None
+        self._logs: dict[Path, CandidateLog] = {}
+        self._reviews: dict[float, SetReview] = {}
 
     def engine(self, config: Config) -> str:
         """The writer, and what decides which of its candidates are kept."""
@@ -155,10 +155,10 @@ class DialoguesStage(MapStage):
 
         if context.config.dialogues.writer == "annotate":
             return {}
-        if self._review is None:
-            self._review = SetReview(context.config.dialogues.checks.near_duplicate)
+        limit = context.config.dialogues.checks.near_duplicate
+        review = self._reviews.setdefault(limit, SetReview(limit))
         dialogues = {r.id: r for _, records in done for r in records if isinstance(r, Dialogue)}
-        faults = self._review.faults(list(dialogues.values()))
+        faults = review.faults(list(dialogues.values()))
         for name, fault in sorted(faults.items()):
             self._candidates(context).send_back(name, dialogues[name].turns, fault)
         return {name: f"{fault.code}: {fault.message}" for name, fault in faults.items()}
@@ -170,9 +170,10 @@ class DialoguesStage(MapStage):
 
     def _candidates(self, context: StageContext) -> CandidateLog:
         assert context.folder is not None, "the runner names the stage's own folder"
-        if self._log is None:
-            self._log = CandidateLog(context.folder.path)
-        return self._log
+        path = context.folder.path
+        if path not in self._logs:
+            self._logs[path] = CandidateLog(path)
+        return self._logs[path]
 
     def notes(self, folder: StageFolder) -> dict[str, Any]:
         notes = {"funnel": read_funnel(folder).to_json()} | spending_notes(folder)
