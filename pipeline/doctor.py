@@ -95,9 +95,9 @@ def _engines(config: Config) -> list[dict[str, str]]:
     for name in sorted(_speaking(config)):
         module = engine_module(name)
         lacks, licence = module.missing(config.speech), module.CAPABILITIES.licence
-        here = f"what {name} runs on is at hand; its weights come at the first use"
-        if name == "espeak":
-            here = "espeak is at hand"
+        here = f"{name} has what it runs on at hand; weights that it needs come at the first use"
+        if name in ("espeak", "openai-speech"):  # no weights: a library, and somebody's server
+            here = f"{name} is at hand"
         text = here if lacks is None else f"{name} needs {lacks}"
         checks.append(_check("speech engine", _state(lacks), f"{text}; licence: {licence}"))
     return checks
