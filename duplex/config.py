@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from duplex.config_data import DialoguesSection, PersonasSection, SpeechSection, VoicesSection
+from duplex.config_train import Device, TrainSection
 from duplex.sections import Probability, Runtime, Section, StageSection
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 
-Device = Literal["auto", "cpu", "cuda"]
 ProfileName = Literal["workbench", "personaplex", "moshi", "coffee-compat"]
 
 # A profile sets a group of defaults; a key that the YAML names wins over it.
@@ -27,7 +27,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "personaplex": {
         "tensors": {"alignment": "word", "voice_prompt_s": 6},
         "train": {"loss": {"semantic_weight": 1, "acoustic_weight": 0.02,
-                           "text_padding_weight": 0.3}},
+                           "text_padding_weight": 0.3, "normalize": "all"}},
     },
     "moshi": {
         "tensors": {"alignment": "word", "prompt": False},
@@ -42,7 +42,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
                   "weight_decay": 0.01, "clip_norm": 1,
                   "lora": {"rank": 16, "alpha": 32, "dropout": 0.1},
                   "loss": {"semantic_weight": 100, "acoustic_weight": 1,
-                           "text_padding_weight": 1, "normalize": False, "prompt": True}},
+                           "text_padding_weight": 1, "normalize": "none", "prompt": True}},
     },
 }  # fmt: skip
 
@@ -107,51 +107,6 @@ class TensorsSection(StageSection):
         if self.layout == "coffee" and (self.voice_prompt_s or self.greeting):
             raise ValueError("layout: coffee has neither voice_prompt_s nor greeting")
         return self
-
-
-class LoraSection(Section):
-    rank: int = Field(default=16, ge=1, le=1024)
-    alpha: float = Field(default=32, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: tuple[Literal["attention", "mlp", "depth", "heads"], ...] = (
-        "attention", "mlp", "depth", "heads",
-    )  # fmt: skip
-
-
-class LossSection(Section):
-    """Weights of the cross-entropy terms; formulas in `training/loss.py`."""
-
-    semantic_weight: float = Field(default=100.0, ge=0)
-    acoustic_weight: float = Field(default=1.0, ge=0)
-    text_padding_weight: float = Field(default=0.5, ge=0)
-    normalize: bool = Field(
-        default=True, description="false: weighted sum of means, as the predecessor had"
-    )
-    prompt: bool = Field(default=False, description="true: prompt frames carry loss")
-
-
-class TrainRuntime(Runtime):
-    device: Device = "auto"
-    checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints")
-    wandb: bool = False
-
-
-class TrainSection(StageSection):
-    steps: int = Field(default=1000, ge=1)
-    epochs: float | None = Field(
-        default=None, gt=0, description="passes over the clips; takes the place of steps"
-    )
-    batch_size: int = Field(default=8, ge=1)
-    crop_frames: int = Field(default=1250, ge=16, le=3000, description="longest training clip")
-    learning_rate: float = Field(default=2e-4, gt=0)
-    warmup_steps: int = Field(default=10, ge=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    clip_norm: float = Field(default=1.0, gt=0)
-    validate_every: int = Field(default=20, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    lora: LoraSection = LoraSection()
-    loss: LossSection = LossSection()
-    runtime: TrainRuntime = TrainRuntime()
 
 
 class MergeSection(StageSection):

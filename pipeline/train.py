@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from duplex.base import Record, canonical_json
-from duplex.config import Config, TrainSection
+from duplex.config import Config
+from duplex.config_train import TrainSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes, write_atomic
 from duplex.records import TensorClip

@@ -35,6 +35,7 @@ LAYERS = [
             "duplex.configfile",
             "duplex.sections",
             "duplex.config_data",
+            "duplex.config_train",
         ),
     ),
     (

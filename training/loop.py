@@ -32,14 +32,15 @@ from moshi.utils.compile import no_compile
 from torch import nn
 
 from duplex.base import canonical_json
-from duplex.config import TrainSection
+from duplex.config_train import TrainSection
 from duplex.errors import RequestError, WorkError
 from duplex.files import write_atomic
 from duplex.stage import record_seed
 from training.batches import Batch, Clip, batch_of_step, make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
+from training.forward import LibraryForward
 from training.lora import adapter_parameters, liveness
-from training.loss import StreamSums, stream_means, stream_sums, training_loss
+from training.loss import StreamSums, coefficients, part_counts, stream_means, training_loss
 
 BETAS = (0.9, 0.95)
 METRICS, TIMING, CHECKPOINTS = "metrics.jsonl", "timing.jsonl", "checkpoints"
@@ -105,6 +106,7 @@ class Trainer:
             fused=True,
         )
         self._model, self._optimizer = self._accelerator.prepare(model, self._adam)
+        self._step_forward = LibraryForward(self._model)
         self._log: list[str] = []
         self._frames, self._seconds = 0, 0.0
 
@@ -151,7 +153,7 @@ class Trainer:
         self._model.train()
 
         def compute_loss() -> torch.Tensor:
-            loss = training_loss(self._forward(batch), self._section.loss)
+            loss, _ = self._forward(batch)
             self._check_finite("the loss of the preflight pass", loss.item(), 0, clips)
             return loss
 
@@ -171,8 +173,7 @@ class Trainer:
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._model.train()
-        sums = self._forward(batch)
-        loss = training_loss(sums, self._section.loss)
+        loss, sums = self._forward(batch)
         value = loss.item()
         self._check_finite("the loss", value, step + 1, clips)
         self._accelerator.backward(loss)
@@ -208,7 +209,7 @@ class Trainer:
         with torch.no_grad():
             for first in range(0, len(self._valid_clips), size):
                 batch = self._to_device(make_batch(self._valid_clips[first : first + size]))
-                sums = self._forward(batch).detached()
+                sums = self._forward(batch)[1].detached()
                 total = sums if total is None else total + sums
                 frames += batch.num_frames
         assert total is not None
@@ -218,8 +219,9 @@ class Trainer:
         self._note(line, wandb_run)
         self._note_time(step, "valid", frames, time.monotonic() - started)
 
-    def _forward(self, batch: Batch) -> StreamSums:
-        return stream_sums(self._model(batch.codes), batch.codes, batch.loss_mask)
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, StreamSums]:
+        weights = coefficients(part_counts(batch.codes, batch.loss_mask), self._section.loss)
+        return self._step_forward(batch.codes, batch.loss_mask, weights)
 
     def _clips_of(self, step: int) -> list[Clip]:
         return batch_of_step(self._train_clips, self._seed, step, self._section.batch_size)

@@ -6,9 +6,10 @@ as full module names, group by group, never as patterns:
     attention   in and out projections of the temporal transformer
     mlp         its gated feed-forward layers
     depth       the depth transformer, and the projections into it (`depformer_in`)
-    heads       `text_linear` and the codebook heads `linears`
+    heads       the codebook heads `linears`
+    text        the text head `text_linear`
 
-On Moshi 7B at dep_q 8 that is 64 + 64 + 200 + 9 = 337 Linear layers, all there are.
+On Moshi 7B at dep_q 8 that is 64 + 64 + 200 + 8 + 1 = 337 Linear layers, all there are.
 A model with dep_q 16 also predicts the user's codes. Our loss leaves those out and the depth
 transformer is causal over codebooks, so weights of steps 8 to 15 can get no gradient: they
 are no targets, rather than adapters that never move.
@@ -31,11 +32,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from duplex.config import LoraSection
+from duplex.config_train import TARGET_GROUPS, LoraSection
 from duplex.errors import DeadAdapterError
 from duplex.streams import CODEBOOKS
 
-GROUPS = ("attention", "mlp", "depth", "heads")
+GROUPS = TARGET_GROUPS
 ADAPTER = "default"  # PEFT's name for the one adapter
 KEY_PREFIX = "base_model.model."  # what PEFT puts before a module's name in its files
 PREFLIGHT_STD = 1e-2  # noise on B for the preflight pass
@@ -71,7 +72,7 @@ def _group_of(name: str, model: Any) -> str | None:
     if _MLP.fullmatch(name):
         return "mlp"
     if name == "text_linear":
-        return "heads"
+        return "text"
     head = _HEAD.fullmatch(name)
     if head:
         return "heads" if int(head[1]) < CODEBOOKS else None

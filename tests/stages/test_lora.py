@@ -8,7 +8,7 @@ from moshi.modules.gating import ActivationGating
 from moshi.utils.compile import no_compile
 from torch.nn import functional
 
-from duplex.config import LoraSection, LossSection
+from duplex.config_train import LoraSection, LossSection
 from duplex.errors import DeadAdapterError
 from pipeline.engines.checkpoint import Checkpoint
 from tests.stages.conftest import write_tiny_checkpoint
@@ -64,7 +64,8 @@ def test_groups_of_the_7b_model_are_all_of_its_337_linear_layers():
         "attention": 64,
         "mlp": 64,
         "depth": 200,
-        "heads": 9,
+        "heads": 8,
+        "text": 1,
     }
     names = [name for group in targets.values() for name in group]
     assert len(names) == len(set(names)) == 337
@@ -101,8 +102,8 @@ def test_every_adapter_is_alive(tmp_path, tiny_checkpoint, changes):
     wrapped = [m for m in model.modules() if hasattr(m, "lora_A")]
     assert sum(alive.values()) == len(wrapped) > 0
     if not changes:
-        # 2 layers x (2 attention + 2 mlp), 8 steps x (4 depth + 1 into it), 9 heads
-        assert alive == {"attention": 4, "mlp": 4, "depth": 40, "heads": 9}
+        # 2 layers x (2 attention + 2 mlp), 8 steps x (4 depth + 1 into it), 8 heads, text
+        assert alive == {"attention": 4, "mlp": 4, "depth": 40, "heads": 8, "text": 1}
 
 
 def test_the_users_depth_steps_would_be_dead(tmp_path):
@@ -182,8 +183,8 @@ def test_adapters_follow_from_the_seed_and_count_right(tiny_checkpoint):
         assert torch.equal(parameter, adapter_parameters(second)[name])
     counts = count_trainable(first, targets)
     text = first.get_submodule("text_linear")
-    by_hand = sum(4 * (d_in + d_out) for d_in, d_out in [(64, 340), *[(32, 64)] * 8])
-    assert text.in_features == 64 and counts["heads"].parameters == by_hand
+    assert text.in_features == 64 and counts["text"].parameters == 4 * (64 + 340)
+    assert counts["heads"].parameters == 8 * 4 * (32 + 64)
     total = sum(p.numel() for p in first.parameters() if p.requires_grad)
     assert sum(count.parameters for count in counts.values()) == total
 

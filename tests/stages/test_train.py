@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from duplex.config import TrainSection
+from duplex.config_train import TrainSection
 from duplex.errors import CorruptFileError, DeadAdapterError, RequestError, WorkError
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.train import TrainStage

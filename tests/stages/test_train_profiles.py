@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from duplex.config import TrainSection
+from duplex.config_train import TrainSection
 from duplex.errors import CorruptFileError, RequestError
 from duplex.records import TensorClip
 from duplex.streams import TEXT_PAD, ZERO_TOKEN
@@ -79,7 +79,7 @@ def test_a_run_in_the_predecessors_way(tmp_path, tiny_checkpoint):
     folder = write_tensors_stage(
         tmp_path / "tensors", tiny_checkpoint, lengths, contents, padding="zero"
     )
-    loss = {"normalize": False, "prompt": True, "text_padding_weight": 1}
+    loss = {"normalize": "none", "prompt": True, "text_padding_weight": 1}
     config = make_config(tiny_checkpoint, epochs=1, batch_size=1, loss=loss)
     trained = run_stage(TrainStage(), config, tmp_path / "train", tensors=folder)
     facts = {record.id: record for record in trained.records()}["adapter"].facts

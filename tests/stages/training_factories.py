@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from duplex.config import Config, LoraSection
+from duplex.config import Config
+from duplex.config_train import LoraSection
 from duplex.records import FrameSpan, TensorClip, record_line
 from duplex.sinks import FolderBlobs
 from duplex.stage import StageContext

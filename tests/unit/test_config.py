@@ -113,7 +113,7 @@ def test_the_default_profile_is_workbench(tmp_path):
     tensors, loss = plain.tensors, plain.train.loss
     assert (tensors.alignment, tensors.overflow, tensors.padding) == ("onset", "continue", "pad")
     assert (loss.semantic_weight, loss.acoustic_weight) == (100, 1)
-    assert loss.normalize and not loss.prompt
+    assert loss.normalize == "terms" and not loss.prompt
 
 
 def test_personaplex_has_its_papers_weights_and_a_voice_prompt(tmp_path):
@@ -121,7 +121,7 @@ def test_personaplex_has_its_papers_weights_and_a_voice_prompt(tmp_path):
     loss = config.train.loss
     assert config.tensors.alignment == "word" and config.tensors.voice_prompt_s > 0
     weights = (loss.semantic_weight, loss.acoustic_weight, loss.text_padding_weight)
-    assert weights == (1, 0.02, 0.3)
+    assert weights == (1, 0.02, 0.3) and loss.normalize == "all"
 
 
 def test_moshi_has_no_prompt_and_words_at_their_times(tmp_path):
@@ -143,7 +143,7 @@ def test_coffee_compat_is_the_predecessor_to_the_letter(tmp_path):
     assert (train.batch_size, train.epochs, config.seed) == (1, 2, 42)
     loss = train.loss
     assert (loss.semantic_weight, loss.text_padding_weight) == (100, 1)
-    assert not loss.normalize and loss.prompt
+    assert loss.normalize == "none" and loss.prompt
 
 
 def test_what_the_file_says_wins_over_its_profile(tmp_path):

@@ -7,15 +7,17 @@ import pytest
 import torch
 from moshi.models.lm import LMOutput
 
-from duplex.config import LossSection
+from duplex.config_train import LossSection
 from duplex.streams import AGENT_ROWS, NUM_ROWS, TEXT_EPAD, TEXT_PAD, TEXT_ROW
 from training.loss import (
     MASK_ROWS,
+    MASK_ROWS_WITH_USER,
     STREAMS,
-    audio_loss,
+    USER_STREAMS,
+    coefficients,
+    part_counts,
     stream_means,
     stream_sums,
-    text_loss,
     training_loss,
 )
 
@@ -50,7 +52,7 @@ def nll(logits, code):
 
 
 def by_hand(output, codes, loss_mask, section):
-    """Text and audio terms, with sums written out."""
+    """Text and audio, each with its sum of weights."""
     text = text_weight = audio = audio_weight = 0.0
     for b in range(BATCH):
         for t in range(FRAMES):
@@ -64,7 +66,7 @@ def by_hand(output, codes, loss_mask, section):
                     weight = section.semantic_weight if k == 0 else section.acoustic_weight
                     audio += weight * nll(output.logits[b, k, t], int(codes[b, 1 + k, t]))
                     audio_weight += weight
-    return text / text_weight, audio / audio_weight
+    return text, text_weight, audio, audio_weight
 
 
 @pytest.mark.parametrize(
@@ -78,12 +80,12 @@ def by_hand(output, codes, loss_mask, section):
 def test_both_terms_are_weighted_means(section):
     output, codes, loss_mask = example()
     sums = stream_sums(output, codes, loss_mask)
-    text, audio = by_hand(output, codes, loss_mask, section)
-    assert text_loss(sums, section.text_padding_weight).item() == pytest.approx(text, rel=1e-5)
-    assert audio_loss(
-        sums, section.semantic_weight, section.acoustic_weight
-    ).item() == pytest.approx(audio, rel=1e-5)
-    assert training_loss(sums, section).item() == pytest.approx(text + audio, rel=1e-5)
+    text, text_weight, audio, audio_weight = by_hand(output, codes, loss_mask, section)
+    terms = text / text_weight + audio / audio_weight
+    assert training_loss(sums, section).item() == pytest.approx(terms, rel=1e-5)
+    one_mean = section.model_copy(update={"normalize": "all"})
+    expected = (text + audio) / (text_weight + audio_weight)
+    assert training_loss(sums, one_mean).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_uniform_logits_give_the_logarithms_whatever_the_weights():
@@ -187,14 +189,64 @@ def test_a_stream_without_frames_has_no_mean_and_no_weight():
     codes[:, TEXT_ROW] = TEXT_PAD
     sums = stream_sums(output, codes, loss_mask)
     assert stream_means(sums.detached())["text_nonpad"] is None
-    assert text_loss(sums, padding_weight=0).item() == 0
+    for normalize in ("terms", "none"):
+        section = LossSection(text_padding_weight=0, normalize=normalize)
+        weights = coefficients(sums.count, section)
+        assert (weights * sums.nll)[:2].sum().item() == 0
+        assert math.isfinite(training_loss(sums, section).item())
+
+
+def test_counts_come_from_codes_and_mask_alone():
+    output, codes, loss_mask = example()
+    codes[1, 3, 4] = -1  # a code that is not there
+    loss_mask[:, 2:, -1] = False  # as `make_batch` leaves out what the delays push off the end
+    output.mask[1, 2, 4] = False  # as LMModel.forward does
+    counts = part_counts(codes, loss_mask)
+    assert torch.equal(counts, stream_sums(output, codes, loss_mask).count)
+
+
+def test_the_users_streams_count_where_they_are_asked_for():
+    output, codes, _ = example(dep_q=16)
+    loss_mask = torch.ones(BATCH, MASK_ROWS_WITH_USER, FRAMES, dtype=torch.bool)
+    sums = stream_sums(output, codes, loss_mask)
+    assert sums.nll.shape == (18,)
+    alone = stream_sums(output, codes, loss_mask[:, :MASK_ROWS])
+    assert torch.equal(sums.nll[:10], alone.nll)
+    swapped = LMOutput(  # agent and user in each other's place
+        output.logits.roll(8, 1), output.mask.roll(8, 1), output.text_logits, output.text_mask
+    )
+    codes[:, 1:] = codes[:, 1:].roll(8, 1)
+    mirrored = stream_sums(swapped, codes, loss_mask)
+    assert torch.equal(mirrored.nll[10:], sums.nll[2:10])
+    for normalize in ("terms", "all", "none"):  # weighted alike
+        section = LossSection(normalize=normalize)
+        assert training_loss(mirrored, section).item() == pytest.approx(
+            training_loss(sums, section).item(), rel=1e-6
+        )
+    assert tuple(stream_means(sums.detached())) == STREAMS + USER_STREAMS
+
+
+def test_coefficients_of_a_whole_batch_make_its_parts_add_up():
+    output, codes, loss_mask = example()
+    loss_mask[:, 2:, -1] = False  # as `make_batch` leaves out what the delays push off the end
+    whole = training_loss(stream_sums(output, codes, loss_mask), LossSection())
+    weights = coefficients(part_counts(codes, loss_mask), LossSection())
+    parts = torch.tensor(0.0)
+    for b in range(BATCH):
+        one = LMOutput(
+            output.logits[b : b + 1], output.mask[b : b + 1],
+            output.text_logits[b : b + 1], output.text_mask[b : b + 1],
+        )  # fmt: skip
+        sums = stream_sums(one, codes[b : b + 1], loss_mask[b : b + 1])
+        parts = parts + (weights * sums.nll).sum()
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
 
 
 def test_the_predecessors_loss_is_a_weighted_sum_of_means():
     """CE_text + 100 CE_semantic + mean CE_acoustic, and its first value as it was expected."""
     output, codes, loss_mask = example()
     sums = stream_sums(output, codes, loss_mask)
-    section = LossSection(text_padding_weight=1, normalize=False)
+    section = LossSection(text_padding_weight=1, normalize="none")
     nll, count = sums.nll, sums.count
     text = (nll[0] + nll[1]) / (count[0] + count[1])
     expected = text + 100 * nll[2] / count[2] + sum(nll[k] / count[k] for k in range(3, 10)) / 7

@@ -1,0 +1,41 @@
+"""The forward pass of a training step: codes in, one scalar loss and the raw sums out.
+
+Two implementations of one contract, `forward(codes, loss_mask, coefficients) -> (loss, sums)`:
+
+    FastForward     `training/fast.py`: ours, over moshi's weights
+    LibraryForward  moshi's own `LMModel.forward`, for what the fast one does not cover and for
+                    comparison
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.loss import StreamSums, stream_sums
+
+
+class LibraryForward(nn.Module):
+    """`LMModel.forward` and the loss over all of its logits."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm: Any = lm
+
+    def forward(
+        self, codes: torch.Tensor, loss_mask: torch.Tensor, coefficients: torch.Tensor
+    ) -> tuple[torch.Tensor, StreamSums]:
+        """
+        Args:
+            codes: int64 [B, 17, T], undelayed.
+            loss_mask: bool [B, 9 or 17, T].
+            coefficients: [P] of `training.loss.coefficients`, of the whole batch.
+
+        Returns:
+            The scalar loss with its graph, and the sums without one.
+        """
+        sums = stream_sums(self.lm(codes), codes, loss_mask)
+        loss = (coefficients * sums.nll).sum()
+        return loss, StreamSums(sums.nll.detach(), sums.count.detach())
