@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from duplex.config import MergeSection
 from duplex.errors import CorruptFileError, MergeError
@@ -22,6 +22,7 @@ from tests.stages.training_factories import (
     PREFIX,
     assert_nothing_left,
     changed_adapter,
+    fused,
     make_adapter,
     make_config,
     run_stage,
@@ -45,20 +46,6 @@ FILES = {
 @pytest.fixture(scope="module")
 def adapter(tiny_checkpoint, tmp_path_factory):
     return make_adapter(tmp_path_factory.mktemp("a") / "adapter", tiny_checkpoint)
-
-
-def fused(base, folder):
-    """The same checkpoint with `in_proj_weight` and `out_proj.weight`, as Kyutai's files are."""
-    shutil.copytree(base, folder)
-    state = load_file(base / "model.safetensors")
-    merged = {key: value for key, value in state.items() if "_projs." not in key}
-    for key in [key for key in state if key.endswith("_projs.0.weight")]:
-        stem = key.removesuffix(".0.weight")
-        parts = [state[f"{stem}.{i}.weight"] for i in range(8) if f"{stem}.{i}.weight" in state]
-        name = {"in_projs": "in_proj_weight", "out_projs": "out_proj.weight"}[stem.split(".")[-1]]
-        merged[f"{stem.rsplit('.', 1)[0]}.{name}"] = torch.cat(parts)
-    save_file(merged, folder / "model.safetensors")
-    return folder
 
 
 # -- what it makes
@@ -171,15 +158,15 @@ def test_no_dtype_keeps_the_bases(tiny_checkpoint, adapter, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from training import merge
+from training import apply, merge
 count = 0
-original = merge.Adapter.delta
-def delta(self, module):
+original = apply.scaled_sides
+def sides(lora, module):
     global count
     count += 1
-    if count == 20: os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, module)
-merge.Adapter.delta = delta
+    if count == 50: os.kill(os.getpid(), signal.SIGKILL)
+    return original(lora, module)
+apply.scaled_sides = sides
 merge.merge_checkpoint(*map(Path, sys.argv[1:4]))
 """
 
