@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,12 +145,12 @@ def _stream(
         if first.startswith(f"{name}."):
             loader(part)  # stays: the model asks its first weight for the device
         else:
-            part.register_forward_pre_hook(lambda module, _, load=loader: load(module))
-            part.register_forward_hook(lambda module, *_: _free(module))
+            part.register_forward_pre_hook(loader)
+            part.register_forward_hook(_free)
 
 
-def _loader(name: str, keys: list[str], weights: TensorFile) -> Any:
-    def load(part: nn.Module) -> None:
+def _loader(name: str, keys: list[str], weights: TensorFile) -> Callable[..., None]:
+    def load(part: nn.Module, *_: Any) -> None:
         state = {key[len(name) + 1 :]: weights.read(key, torch.float32) for key in keys}
         try:
             part.load_state_dict(state, strict=True, assign=True)
@@ -167,7 +167,7 @@ def _loader(name: str, keys: list[str], weights: TensorFile) -> Any:
     return load
 
 
-def _free(part: nn.Module) -> None:
+def _free(part: nn.Module, *_: Any) -> None:
     part.to("meta")
     for module in part.modules():
         if isinstance(module, Unmerged):

@@ -112,7 +112,7 @@ class TensorFile:
             CorruptFileError: the file ends before.
         """
         buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = buffer.numpy().data, 0
         while done < num_bytes:
             count = os.preadv(self._descriptor, [view[done:]], start + done)
             if count == 0:
@@ -157,13 +157,13 @@ class ReadDigest:
             self._position = -1
             return
         self._take_up_to(start)
-        self._sha.update(memoryview(piece.numpy()))
+        self._sha.update(piece.numpy().data)
         self._position += piece.numel()
 
     def _take_up_to(self, end: int) -> None:
         while self._position < end:
             count = min(_PIECE_BYTES, end - self._position)
-            self._sha.update(memoryview(self._file.read_bytes(self._position, count).numpy()))
+            self._sha.update(self._file.read_bytes(self._position, count).numpy().data)
             self._position += count
 
     def hexdigest(self) -> str:
@@ -192,7 +192,7 @@ class TensorWriter:
             OSError: as the file system has it, a full disk among it.
         """
         if piece.numel():
-            data = memoryview(piece.reshape(-1).view(torch.uint8).numpy())
+            data = piece.reshape(-1).view(torch.uint8).numpy().data
             self._put(data)
             self._done += len(data)
 
