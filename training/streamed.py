@@ -13,8 +13,11 @@ adapter's files, by none of the merge's code; a test holds this against PEFT's o
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,7 +171,12 @@ def _loader(name: str, keys: list[str], weights: TensorFile) -> Callable[..., No
 
 
 def _free(part: nn.Module, *_: Any) -> None:
+    """Give a part's weights back, to the system too: what the C library keeps for later of a
+    7B model's depth layers came to 0.8 GB."""
     part.to("meta")
     for module in part.modules():
         if isinstance(module, Unmerged):
             module.a = module.b = None
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
