@@ -163,16 +163,11 @@ def _model(config: Config) -> dict[str, str]:
         return _check("model", "ok", "pocket: built here from a seed; random weights, no speech")
     if identity.startswith("folder:"):
         return _check("model", "ok", f"folder {find_path(config.model.base)}")
-    if HUB_DEP_Q.get(config.model.base, 8) != 8:
-        return _check(
-            "model",
-            "fail",
-            f"{config.model.base} has 16 depth steps: it can be trained on, but serve and evaluate "
-            "take 8. Use `--to merge`, or kyutai/moshiko-pytorch-bf16, until it can be converted",
-        )
     licence = LICENCES.get(config.model.base, "see its hub page")
     pinned = config.model.revision is not None
     advice = "" if pinned else "; pin model.revision, or a change upstream changes your run"
+    if HUB_DEP_Q.get(config.model.base, 8) != 8:
+        advice += "; of its 16 depth steps the merge keeps the agent's 8, which are served"
     return _check("model", "ok" if pinned else "warn", f"{identity}, licence: {licence}{advice}")
 
 
@@ -278,8 +273,10 @@ def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
     free = shutil.disk_usage(place).free
     need = 0.5 * GB
     if config.model.base != "pocket":
-        weights = PARAMETERS_7B[HUB_DEP_Q.get(config.model.base, 8)] * 2
-        need = 2 * weights + 5 * GB  # base, merge, data
+        dep_q = HUB_DEP_Q.get(config.model.base, 8)
+        merged = PARAMETERS_7B[8] * (2 if config.merge.dtype == "bfloat16" else 4)
+        need = PARAMETERS_7B[dep_q] * 2 + merged + 5 * GB  # base, merge, data
+        need += PARAMETERS_7B[8] * 2 if dep_q != 8 else 0  # and the base as it is served
     state = "ok" if free > need else "fail"
     text = (
         f"{free / GB:.1f} GB free at {place.resolve()}, about {need / GB:.1f} GB needed (computed)"
