@@ -39,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """linears: (out, in) of each Linear of the base; targets by tensor name; specs: each tensor
+    """linears: (out, in) of each Linear of the base, (ids, dim) of each embedding; targets by tensor name; specs: each tensor
     of the output, in the base's own naming."""
 
     linears: dict[str, tuple[int, int]]
@@ -79,12 +79,13 @@ def make_plan(source: Checkpoint, lora: Adapter, dtype: torch.dtype | None) -> P
 
 
 def base_linears(source: Checkpoint) -> dict[str, tuple[int, int]]:
-    """(out, in) of each Linear of the base's architecture, from the meta device."""
+    """Shape of the weight of each layer that an adapter can stand on, from the meta device:
+    (out, in) of a Linear, (ids, dim) of an embedding."""
     lm = source.info().get_moshi(device="meta", load_weight=False)
     return {
-        name: (module.out_features, module.in_features)
+        name: (module.weight.shape[0], module.weight.shape[1])
         for name, module in lm.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, nn.Embedding))
     }
 
 

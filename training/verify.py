@@ -14,6 +14,7 @@ import torch
 
 from duplex.streams import NUM_ROWS, TEXT_ROW
 from pipeline.engines.checkpoint import Checkpoint
+from training.embedding import register
 
 if TYPE_CHECKING:
     from moshi.models.lm import LMModel
@@ -34,11 +35,12 @@ def logit_errors(
     Raises:
         CorruptFileError: the merged folder does not load strictly.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     lm = source.load_lm()
     codes = seeded_codes(lm)
-    tuned: Any = PeftModel.from_pretrained(lm, str(adapter_folder)).eval()  # pyright: ignore
+    config = register(PeftConfig.from_pretrained(str(adapter_folder)))
+    tuned: Any = PeftModel.from_pretrained(lm, str(adapter_folder), config=config).eval()  # pyright: ignore
     reference = all_logits(tuned, codes)
     with tuned.disable_adapter():
         untuned = all_logits(tuned, codes)
