@@ -74,6 +74,7 @@ class TrainStage(WholeStage):
         from training.adapter import load_adapter_weights
         from training.loop import Trainer
         from training.lora import add_adapters, count_trainable, target_modules
+        from training.quantized import check_wrapped
 
         config = context.config
         section = with_steps(config.train, len(clips["train"]))
@@ -88,6 +89,8 @@ class TrainStage(WholeStage):
         if section.quantize != "none":
             quantize_base(model, targets, section, context.report)
         add_adapters(model, section.lora, targets, record_seed(config.seed, "train", "adapters"))
+        if section.quantize != "none":
+            check_wrapped(model)
         if section.continue_from is not None:
             start = find_path(section.continue_from)
             load_adapter_weights(model, start, section.lora, base_sha256)
@@ -164,8 +167,11 @@ def quantize_base(
         )
     on_gpu = section.runtime.device != "cpu" and torch.cuda.is_available()
     size = quantize_linears(model, targets, device="cuda" if on_gpu else "cpu")
-    report(f"  4-bit base: {size.layers} Linear layers, {size.before / 1e6:,.1f} -> "
-           f"{size.after / 1e6:,.1f} MB; relative rms error of a weight {size.error:.3f}")  # fmt: skip
+    report(
+        f"  4-bit base: {size.layers} Linear layers, {size.before / 1e6:,.1f} -> "
+        f"{size.after / 1e6:,.1f} MB; rms error {size.error:.3f} of the weights'"
+        + (f"; {len(size.left)} not packed (first {size.left[0]})" if size.left else "")
+    )
 
 
 def with_steps(section: TrainSection, num_clips: int) -> TrainSection:

@@ -138,18 +138,19 @@ def _answers(entry: str, module: str) -> bool:
 
 
 def write_adapter(
-    folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], base_sha256: str
+    folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any], base_sha256: str | None
 ) -> None:
     """Write an adapter folder that `PeftModel.from_pretrained` reads.
 
     Args:
         state: as `training.lora.adapter_state` gives it.
         config: `LoraConfig.to_dict()`; sets are sorted, so that the bytes repeat.
+        base_sha256: None where it is not known.
     """
     folder.mkdir(parents=True, exist_ok=True)
     specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in state.items()]
     # The library's writer puts metadata in any order, and the bytes must repeat.
-    metadata = {"format": "pt", BASE_KEY: base_sha256}
+    metadata = {"format": "pt"} | ({BASE_KEY: base_sha256} if base_sha256 else {})
     with atomic_path(folder / WEIGHTS) as temporary:
         write_tensors(temporary, specs, lambda spec: state[spec.name], metadata)
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
