@@ -103,6 +103,9 @@ def _pack(bnb: Any, linear: nn.Linear, device: str | torch.device) -> Any:
         quant_type=QUANT_TYPE,
         device="meta",
     )
+    # On a CPU with AVX512-BF16 a pass without gradients, a validation, would repack the weight for
+    # good: scales in bfloat16, rows in 32s, and no gradient through it from then on.
+    packed.support_avx512bf16_for_cpu = False
     weight = bnb.nn.Params4bit(
         linear.weight.detach(),
         requires_grad=False,
