@@ -105,7 +105,7 @@ def convert_adapter(
 ) -> None:
     """Turn an adapter into moshi's own LoRA format, or back; the round trip keeps every bit.
 
-    Example: duplex convert adapter runs/pocket/06-train-1a2b3c4d/adapter out/ --to moshi --base pocket
+    Example: duplex convert adapter my-adapter/ moshi-adapter/ --to moshi --base pocket
     """
     from pipeline import convert as conversions
 

@@ -214,8 +214,7 @@ def _differences(found: Adapter, section: LoraSection, base_sha256: str) -> list
         )
     elif found.base_sha256 != base_sha256:
         faults.append(
-            f"it was trained on the base {found.base_sha256[:12]}…, this one is "
-            f"{base_sha256[:12]}…"
+            f"it was trained on the base {found.base_sha256[:12]}…, this one is {base_sha256[:12]}…"
         )
     return faults
 

@@ -119,7 +119,11 @@ def _group_of(name: str, model: Any, codebooks: int) -> str | None:
     step = _DEPTH_STEP.fullmatch(name) or _DEPTH_IN.fullmatch(name)
     if step:
         shared = name.startswith("depformer_in") and not model.depformer_multi_linear
-        return "depth" if shared or int(step[1]) in _depth_weights_with_loss(model, codebooks) else None
+        return (
+            "depth"
+            if shared or int(step[1]) in _depth_weights_with_loss(model, codebooks)
+            else None
+        )
     return "depth" if _DEPTH_SHARED.fullmatch(name) else None
 
 

@@ -213,5 +213,3 @@ def test_the_command(base, adapter, tiny_checkpoint, tmp_path, capsys):
     ):
         with pytest.raises(RequestError, match=reason):
             run(*arguments)
-
-

@@ -237,7 +237,9 @@ def test_a_run_goes_on_where_another_ended(tiny_checkpoint, tensors, tmp_path):
     assert any("going on from the adapter" in line for line in said)
     assert any("embeddings" in line and "25 modules" in line for line in said)
     ends = [json.loads(line) for line in (done.path / "metrics.jsonl").read_text().splitlines()]
-    starts = [json.loads(line) for line in (gone_on.path / "metrics.jsonl").read_text().splitlines()]
+    starts = [
+        json.loads(line) for line in (gone_on.path / "metrics.jsonl").read_text().splitlines()
+    ]
     last, initial = ends[-1], starts[0]
     assert (last["kind"], initial["kind"], initial["step"]) == ("valid", "valid", 0)
     assert initial["loss"] == last["loss"], "the same weights, bit for bit"
