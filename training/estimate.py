@@ -91,7 +91,7 @@ def layer_kinds(lm: Mapping[str, Any], codebooks: int = CODEBOOKS) -> list[Layer
     """All Linear layers and embeddings of an `LMModel`.
 
     Args:
-        lm: its config, `moshi_7b` by keys; conditioners and cross-attention are not counted.
+        lm: its config, with the keys of `MOSHI_7B`; conditioners and cross-attention are not counted.
         codebooks: how many depth steps carry loss: 8, or 16 with the user's.
     """
     d, e, q = lm["dim"], lm["depformer_dim"], lm["dep_q"]
@@ -107,7 +107,8 @@ def layer_kinds(lm: Mapping[str, Any], codebooks: int = CODEBOOKS) -> list[Layer
     feed_forward = int(lm["hidden_scale"] * d)
     kinds += [LayerKind("mlp", layers, layers, *s) for s in _mlp(d, feed_forward, gating)]
     for shape in _attention(e, shared):
-        kinds.append(LayerKind("depth", *(depth_layers * n for n in per_step), *shape))
+        count, adapted = (depth_layers * number for number in per_step)
+        kinds.append(LayerKind("depth", count, adapted, *shape))
     depth_gating = lm.get("depformer_gating", gating)
     for index, width in enumerate(_depth_feed_forward(lm, per_step[0])):
         adapted = depth_layers if index in _steps_with_loss(schedule, used, per_step[0]) else 0

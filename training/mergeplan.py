@@ -39,8 +39,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """linears: (out, in) of each Linear of the base, (ids, dim) of each embedding; targets by tensor name; specs: each tensor
-    of the output, in the base's own naming."""
+    """linears: (out, in) of each Linear of the base, (ids, dim) of each embedding; targets by
+    tensor name; specs: each tensor of the output, in the base's own naming."""
 
     linears: dict[str, tuple[int, int]]
     targets: dict[str, list[Target]]

@@ -47,7 +47,7 @@ def test_sizes_come_from_the_model_that_is_named(tiny_checkpoint, tmp_path):
     assert doctor._lm_config(config(str(tmp_path)))["dep_q"] == 16
     (tmp_path / "config.json").write_text("{")
     assert doctor._lm_config(config(str(tmp_path)))["dim"] == 4096
-    assert memory_of(config("pocket")).total < 1e9
+    assert memory_of(config("pocket")).total < 2e9
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 6), ("bfloat16", 4)])
