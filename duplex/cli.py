@@ -339,6 +339,7 @@ def convert_datasets(
     conversions.datasets(source, out, runs=runs, overrides=overrides, as_json=as_json)
 
 
+convert.command(name="adapter")(cli_data.convert_adapter)
 app.add_typer(cli_data.personas, name="personas")
 app.add_typer(cli_data.hub)  # push and pull
 

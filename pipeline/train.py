@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 from duplex.base import Record, canonical_json
 from duplex.config import Config
 from duplex.config_train import TrainSection
-from duplex.errors import RequestError
-from duplex.files import sha256_bytes, write_atomic
+from duplex.datafiles import find_path
+from duplex.errors import MissingInputError, RequestError
+from duplex.files import known_sha256, sha256_bytes, write_atomic
 from duplex.records import TensorClip
 from duplex.sinks import FileWriter
 from duplex.splits import Split, member_of, overlaps
 from duplex.stage import StageContext, WholeStage, record_seed
+from duplex.streams import CODEBOOKS
 from pipeline.engines.checkpoint import Checkpoint, model_identity, resolve_checkpoint
 from training.process import prepare_process
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from training.lora import GroupCount
 
 PAGE = "index.html"
+# As in `training/adapter.py`, written out so that planning imports no torch.
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 class TrainStage(WholeStage):
@@ -45,6 +49,10 @@ class TrainStage(WholeStage):
 
     def engine(self, config: Config) -> str:
         return model_identity(config.model)
+
+    def files(self, config: Config) -> dict[str, str]:
+        """The adapter that is gone on from, where there is one: other weights, another key."""
+        return start_files(config.train)
 
     def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
         """
@@ -63,15 +71,30 @@ class TrainStage(WholeStage):
 
         import torch
 
+        from training.adapter import load_adapter_weights
         from training.loop import Trainer
         from training.lora import add_adapters, count_trainable, target_modules
+        from training.quantized import check_wrapped
 
         config = context.config
         section = with_steps(config.train, len(clips["train"]))
         base_sha256 = checkpoint.digest("moshi")
         model = checkpoint.load_lm(dtype=getattr(torch, section.dtype))
-        targets = target_modules(model, section.lora.targets)
+        targets = target_modules(
+            model,
+            section.lora.targets,
+            embeddings=section.lora.embeddings,
+            codebooks=CODEBOOKS * (2 if section.loss.user_streams else 1),
+        )
+        if section.quantize != "none":
+            quantize_base(model, targets, section, context.report)
         add_adapters(model, section.lora, targets, record_seed(config.seed, "train", "adapters"))
+        if section.quantize != "none":
+            check_wrapped(model)
+        if section.continue_from is not None:
+            start = find_path(section.continue_from)
+            load_adapter_weights(model, start, section.lora, base_sha256)
+            context.report(f"going on from the adapter {start}")
         counts = count_trainable(model, targets)
         _describe(context, model, counts, clips)
         trainer = Trainer(
@@ -100,6 +123,55 @@ class TrainStage(WholeStage):
             **validation_facts(result.log),
         }
         return _hand_in(context, writer, model, targets, facts, result)
+
+
+def start_files(section: TrainSection) -> dict[str, str]:
+    """The files of `continue_from`, path -> sha256; none where it is not set.
+
+    Raises:
+        MissingInputError: a file is not there.
+    """
+    if section.continue_from is None:
+        return {}
+    folder = find_path(section.continue_from)
+    paths = [folder / name for name in ADAPTER_FILES]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        inner = folder / "adapter"
+        hint = f" Give {inner}." if (inner / ADAPTER_FILES[0]).is_file() else ""
+        raise MissingInputError(
+            f"train.continue_from: must be an adapter folder with {' and '.join(ADAPTER_FILES)}; "
+            f"{folder} has no {' and no '.join(missing)}.{hint}"
+        )
+    return {str(path): known_sha256(path) for path in paths}
+
+
+def quantize_base(
+    model: Any, targets: dict[str, list[str]], section: TrainSection, report: Callable[[str], None]
+) -> None:
+    """Put the frozen Linear layers into 4 bits, and say what that saves.
+
+    Raises:
+        MissingInputError: bitsandbytes is not there.
+        RequestError: together with several processes.
+    """
+    import torch
+
+    from training.quantized import quantize_linears
+
+    if section.processes > 1:
+        raise RequestError(
+            "train.quantize: nf4 must run in one process, found train.processes "
+            f"{section.processes}: FSDP cannot shard packed weights. Set processes: 1, or "
+            "quantize: none."
+        )
+    on_gpu = section.runtime.device != "cpu" and torch.cuda.is_available()
+    size = quantize_linears(model, targets, device="cuda" if on_gpu else "cpu")
+    report(
+        f"  4-bit base: {size.layers} Linear layers, {size.before / 1e6:,.1f} -> "
+        f"{size.after / 1e6:,.1f} MB; rms error {size.error:.3f} of the weights'"
+        + (f"; {len(size.left)} not packed (first {size.left[0]})" if size.left else "")
+    )
 
 
 def with_steps(section: TrainSection, num_clips: int) -> TrainSection:
@@ -187,6 +259,7 @@ def _identity(
         "seed": context.config.seed,
         "section": context.config.keyed("train"),
         "version": version,
+        "start": sorted(start_files(context.config.train).values()),
     }
     return sha256_bytes(canonical_json(identity).encode())
 

@@ -59,6 +59,8 @@ LAYERS = [
             "duplex.dialogue_checks",
             "training.loss",
             "training.lora",
+            "training.embedding",
+            "training.estimate",
         ),
     ),
     (

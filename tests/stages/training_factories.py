@@ -134,19 +134,23 @@ def run_stage(
 
 
 def make_adapter(
-    folder: Path, base: Path, std: float = 0.05, groups: tuple[str, ...] = GROUPS
+    folder: Path,
+    base: Path,
+    std: float = 0.05,
+    groups: tuple[str, ...] = GROUPS,
+    section: LoraSection = LORA,
 ) -> Path:
-    """An adapter folder whose B is noise, as after training."""
+    """An adapter folder whose sides that start at zero are noise, as after training."""
     checkpoint = Checkpoint.open(base)
     model = checkpoint.load_lm()
-    targets = target_modules(model, groups)
-    add_adapters(model, LORA, targets, seed=3)
+    targets = target_modules(model, groups, embeddings=section.embeddings)
+    add_adapters(model, section, targets, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.normal_(std=std, generator=generator)
-    config = lora_config(LORA, targets).to_dict()
+    config = lora_config(section, targets).to_dict()
     write_adapter(folder, adapter_state(model), config, checkpoint.digest("moshi"))
     return folder
 
