@@ -146,22 +146,28 @@ class _Forced:
             audio[:, book] = torch.where(is_forced, here, audio[:, book])
 
 
+_FLAGS = ("training", "_streaming_state", "_streaming_detached")
+
+
 @contextmanager
-def untouched(lm: nn.Module) -> Iterator[None]:
-    """Whatever happens inside: modes, streaming flags and random generators come back."""
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Whatever happens inside: modes, streaming and random generators come back.
+
+    Streaming too, since a start that fails half-way (no memory for a ring) is not undone by moshi.
+    """
     from moshi.utils.compile import no_compile
 
-    modes = [(module, module.training) for module in lm.modules()]
-    detached = lm.__dict__.get("_streaming_detached")
-    device = next(lm.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), no_compile():
+    kept = [
+        (part, {flag: part.__dict__[flag] for flag in _FLAGS if flag in part.__dict__})
+        for part in module.modules()
+    ]
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)), no_compile():
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
-            if detached is not None:
-                lm.__dict__["_streaming_detached"] = detached
+            for part, flags in kept:
+                part.__dict__.update(flags)
 
 
 @contextmanager

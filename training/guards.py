@@ -174,9 +174,7 @@ class Guards:
             if self._budget_clips:
                 self._set_training(True)
                 batch = make_batch(self._budget_clips)
-                parts = [
-                    Batch(batch.codes.to(device), batch.loss_mask.to(device), batch.num_frames)
-                ]
+                codes, loss_mask = batch.codes.to(device), batch.loss_mask.to(device)
                 budget = loss_budget(
                     self._forward,
                     [Batch(codes, loss_mask, batch.num_frames)],
