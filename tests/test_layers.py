@@ -59,6 +59,7 @@ LAYERS = [
             "duplex.dialogue_checks",
             "training.loss",
             "training.lora",
+            "training.collapse",
         ),
     ),
     (

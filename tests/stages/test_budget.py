@@ -82,7 +82,7 @@ def test_the_predecessors_loss_drowns_text_and_ours_does_not(model):
     assert drowned.gradient_shares["words"] < 0.01 and drowned.loss_shares["semantic"] > 0.95
     warnings = drowned.warnings()
     assert len(warnings) == 2
-    assert warnings[0].startswith("words must have at least 5% of the gradient, found 0.")
+    assert warnings[0].startswith("words must have at least 1% of the gradient, found 0.")
     assert "train.loss.semantic_weight" in warnings[0] and "normalize to terms" in warnings[0]
     assert "semantic with 9" in warnings[1] and "Lower train.loss.semantic_weight" in warnings[1]
     for name, budget in found.items():
