@@ -43,8 +43,8 @@ from training.loss import (
 )
 
 # A judgement between what was measured at the start, over random weights: text words have 2.4 to
-# 27 % of the gradient in the normalised profiles, .3 % and less in the predecessor's loss. Words and
-# semantic codes are watched, since they are what the tuning is for.
+# 27 % of the gradient in the normalised profiles, .3 % and less in the predecessor's loss. Words
+# and semantic codes are watched, since they are what the tuning is for.
 DROWNED_GRADIENT = 0.01
 WATCHED = ("words", "semantic")
 # Over 90 % of the loss: its curve is that group's curve, and says nothing of the others.

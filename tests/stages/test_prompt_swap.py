@@ -86,7 +86,7 @@ def test_only_the_dialogue_is_scored_and_it_is_kept():
     (task,) = plan_swaps([clip], [CLIPS], 2, seed=1)
     counts = [
         part_counts(batch.codes, batch.loss_mask)
-        for batch in map(lambda c: make_batch([c]), (task.own, other))
+        for batch in (make_batch([c]) for c in (task.own, other))
     ]
     assert torch.equal(counts[0], counts[1]), "the same predictions under each prompt"
     assert counts[0][AUDIO] == clip.num_frames - clip.prompt_frames
