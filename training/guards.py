@@ -111,7 +111,8 @@ class Guards:
         self._foreign_training = sum(
             other.id not in held_out for task in self._tasks for other in task.others
         )
-        self._budget_clips = held_out_clips(train_clips, BUDGET_CLIPS, seed)
+        budget_clips = BUDGET_CLIPS if guards.budget else 0
+        self._budget_clips = held_out_clips(train_clips, budget_clips, seed)
         self._free_frames = frames_covering_seconds(guards.free_seconds)
 
     def __call__(

@@ -128,7 +128,8 @@ def test_guards_can_be_left_out_one_by_one(model):
     assert alone["score"] is not None and alone["budget"]
     nothing = guards_of(model, valid=[], clips=0, free_seconds=0)(4)
     assert nothing["score"] is None and nothing["nll"]["semantic"] is None
-    assert guards_of(model, train=[], free_seconds=0)(4)["budget"] is None
+    for without in ({"train": []}, {"budget": False}):
+        assert guards_of(model, free_seconds=0, swaps=0, **without)(4)["budget"] is None
 
 
 def test_prompts_of_training_clips_fill_up_and_a_lack_is_said(model):
@@ -174,11 +175,12 @@ def test_an_answer_is_due_at_the_end_of_the_users_first_turn(tmp_path, tiny_chec
 
 
 def losses(folder, with_guards):
-    """Six steps with dropout, whose random numbers go on from step to step."""
+    """Four steps with dropout, whose random numbers go on from step to step."""
     lm = Checkpoint.open(folder).load_lm()
     add_adapters(lm, LORA.model_copy(update={"dropout": 0.3}), target_modules(lm), seed=3)
     forward = LibraryForward(lm)
-    guards = guards_of(lm)
+    # The budget ends in training mode, so that a check without it must show that modes come back.
+    checks = [guards_of(lm, train=[]), guards_of(lm)] * 2
     parameters = list(adapter_parameters(lm).values())
     adam = torch.optim.AdamW(parameters, lr=5e-3)
     torch.manual_seed(11)
@@ -189,7 +191,7 @@ def losses(folder, with_guards):
     with no_compile():
         for step in range(4):
             if with_guards:
-                guards(4 * step if step < 2 else 10)
+                checks[step](4 * step if step < 2 else 10)
             loss, _ = forward(batch.codes, batch.loss_mask, weights)
             loss.backward()
             adam.step()
