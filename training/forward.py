@@ -5,6 +5,8 @@ Two implementations of one contract, `forward(codes, loss_mask, coefficients) ->
     FastForward     `training/fast.py`: ours, over moshi's weights
     LibraryForward  moshi's own `LMModel.forward`, for what the fast one does not cover and for
                     comparison
+
+`shardable_modules()` names the units of FSDP2, the root last: each is gathered when it is called.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from duplex.config_train import TrainSection
 from training.loss import StreamSums, stream_sums
+
+
+def make_forward(lm: nn.Module, section: TrainSection) -> nn.Module:
+    """The forward pass that `section` asks for (`forward`, `compile`, `runtime.checkpointing`)."""
+    return LibraryForward(lm)
 
 
 class LibraryForward(nn.Module):
@@ -23,6 +31,13 @@ class LibraryForward(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm: Any = lm
+
+    def shardable_modules(self) -> list[nn.Module]:
+        """Each transformer layer, of both transformers, then the LM."""
+        from moshi.modules.transformer import StreamingTransformerLayer
+
+        layers = [m for m in self.lm.modules() if isinstance(m, StreamingTransformerLayer)]
+        return [*layers, self.lm]
 
     def forward(
         self, codes: torch.Tensor, loss_mask: torch.Tensor, coefficients: torch.Tensor
