@@ -23,18 +23,8 @@ from duplex.files import read_lines, write_atomic
 from duplex.sinks import FileWriter
 from duplex.stage import StageContext, WholeStage
 from pipeline.engines.checkpoint import model_identity
-from pipeline.training_run import (
-    ADAPTER,
-    LAST,
-    Job,
-    base_folders,
-    check_origin,
-    check_split,
-    keyed_section,
-    run_job,
-    validation_facts,
-    with_steps,
-)
+from pipeline.training_data import base_folders, check_origin, check_split, keyed_section
+from pipeline.training_run import ADAPTER, LAST, Job, run_job, validation_facts, with_steps
 from training.process import prepare_process
 
 __all__ = ["TrainStage", "check_origin", "check_split", "validation_facts", "with_steps"]

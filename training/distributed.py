@@ -21,6 +21,7 @@ forward pass must call modules.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -137,9 +138,31 @@ def shard(
     for parameter in kept:
         parameter.data = parameter.data.to(ranks.device)
     for module in modules:
+        _prepare_class(type(module))
         fully_shard(module, mesh=mesh, ignored_params=kept)
-    root.to(ranks.device)  # buffers, and what is not sharded
     return list(modules)
+
+
+def _prepare_class(kind: type[nn.Module]) -> None:
+    """Make the class that `fully_shard` gives a module of class `kind`, where its own way fails.
+
+    It derives from (FSDPModule, kind). moshi's streaming modules put `abc.ABC` before `nn.Module`,
+    after which CPython takes the two for different layouts and refuses to assign `__class__`. With
+    `kind` first the layout is that of `kind`. torch keeps these classes in a table and makes one
+    only where there is none.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fully_shard as internals
+
+    table = internals.cls_to_fsdp_cls
+    if kind in table or issubclass(kind, FSDPModule) or abc.ABC not in kind.__mro__:
+        return
+    # `.to` and its like are the one thing that both have; FSDP's does not work from behind.
+    table[kind] = type(f"FSDP{kind.__name__}", (kind, FSDPModule), {"_apply": _stay})
+
+
+def _stay(self: nn.Module, *_: Any, **__: Any) -> nn.Module:
+    raise RuntimeError(f"{type(self).__name__} is sharded: it stays on its device, in its dtype")
 
 
 @contextmanager
