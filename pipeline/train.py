@@ -30,6 +30,7 @@ from training.process import prepare_process
 __all__ = ["TrainStage", "check_origin", "check_split", "validation_facts", "with_steps"]
 
 PAGE = "index.html"
+WORKER = "pipeline.training_run"  # what each of several processes runs
 
 
 class TrainStage(WholeStage):
@@ -75,7 +76,7 @@ class TrainStage(WholeStage):
             from training.launch import run_workers
 
             context.report(f"training in {processes} processes")
-            result = run_workers("pipeline.training_run", job.as_json(), processes, context.report)
+            result = run_workers(WORKER, job.as_json(), processes, context.report)
         return _hand_in(context, writer, result)
 
 
