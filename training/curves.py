@@ -25,7 +25,7 @@ _MEASURED = (
     ("memory_bytes", "memory, GB", 1e-9),
 )
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #66707c; --grid: #e3e6ea;
   --paper: #fff; --train: #4b7bec; --valid: #d6522c; --base: #2a9d6f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #9aa3ad;
@@ -44,6 +44,15 @@ table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; te
 .key.of-train::before { color: var(--train); } .key.of-valid::before { color: var(--valid); }
 .key.of-base::before { color: var(--base); }
 """
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (step, value) drawn in the CSS class `css`; `dots` marks each of them."""
+
+    css: str
+    points: list[Point]
+    dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def curves_page(
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><table>{rows}</table>"
         "<p><span class='key of-train'>training, each step</span> &nbsp; "
         "<span class='key of-valid'>validation, held-out clips</span> &nbsp; "
@@ -123,7 +132,17 @@ def _series(log: Sequence[dict[str, Any]], kind: str, name: str) -> list[Point]:
 
 def draw(panel: Panel) -> str:
     """One panel as SVG."""
-    points = panel.train + panel.valid + panel.base
+    lines = [
+        Line("train", panel.train),
+        Line("valid", panel.valid, dots=True),
+        Line("base", panel.base),
+    ]
+    return plot(panel.title, [line for line in lines if line.points])
+
+
+def plot(title: str, lines: Sequence[Line]) -> str:
+    """Lines over each other as one SVG, their axes fitted to all of them."""
+    points = [point for line in lines for point in line.points]
     last = max(x for x, _ in points) or 1.0
     low, high = min(y for _, y in points), max(y for _, y in points)
     ticks = nice_ticks(low, high)
@@ -135,10 +154,7 @@ def draw(panel: Panel) -> str:
     def y_of(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
 
-    def path(series: list[Point]) -> str:
-        return " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in series)
-
-    parts = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{panel.title}'>"]
+    parts = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(title)}'>"]
     for tick in ticks:
         y = y_of(tick)
         parts.append(
@@ -149,17 +165,15 @@ def draw(panel: Panel) -> str:
         parts.append(
             f"<text x='{x_of(step):.1f}' y='{HEIGHT - 8}' text-anchor='middle'>{step}</text>"
         )
-    if panel.train:
-        parts.append(f"<polyline class='train' points='{path(panel.train)}'/>")
-    if panel.valid:
-        parts.append(f"<polyline class='valid' points='{path(panel.valid)}'/>")
-        parts += [
-            f"<circle cx='{x_of(x):.1f}' cy='{y_of(y):.1f}' r='3.5'>"
-            f"<title>step {x:.0f}: {y:.4f}</title></circle>"
-            for x, y in panel.valid
-        ]
-    if panel.base:
-        parts.append(f"<polyline class='base' points='{path(panel.base)}'/>")
+    for line in lines:
+        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line.points)
+        parts.append(f"<polyline class='{line.css}' points='{path}'/>")
+        if line.dots:
+            parts += [
+                f"<circle class='{line.css}-dot' cx='{x_of(x):.1f}' cy='{y_of(y):.1f}' r='3.5'>"
+                f"<title>step {x:.0f}: {y:.4f}</title></circle>"
+                for x, y in line.points
+            ]
     return "".join([*parts, "</svg>"])
 
 
