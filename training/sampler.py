@@ -3,11 +3,12 @@
 **Order.** Clips are ordered anew for each epoch by sha256 of seed, epoch and clip id; the epochs
 make one endless row, of which step s takes the next `batch_size`. A batch may span two epochs.
 
-**Buckets.** Padding is computed and thrown away: of clips of 200 to 1 250 frames in hash order,
-batches of 8, more than a third. So `bucket_batches` batches are one window: its clips are sorted
-by length, cut into batches, and the batches ordered by hash, so that long ones come at any time.
-A window is a stretch of that row, so each clip still comes once an epoch, and cutting a sorted
-row gives the least sum of longest clips that any division of the window has.
+**Buckets.** Padding is computed and thrown away. So `bucket_batches` batches are one window: its
+clips are sorted by length, cut into batches, and the batches ordered by hash, so that long ones
+come at any time. A window is a stretch of that row, so each clip still comes once an epoch, and
+cutting a sorted row gives the least sum of longest clips that any division of the window has.
+Padding of 2 000 clips of 200 to 1 250 frames, evenly spread, in batches of 8: 35 % of what is
+computed, with windows of 4 batches 13 %, of 16 batches 4 %.
 
 **Base data.** With `share` > 0 a slot of a batch holds a clip of other data with that probability,
 by a hash of (seed, slot). The row of own clips goes on after it: none is left out.
@@ -15,8 +16,8 @@ by a hash of (seed, slot). The row of own clips goes on after it: none is left o
 **Parts.** A batch is worked through in `accumulate` parts, each by `processes` ranks. Neighbours in
 length make a part, and the ranks take turns within it: little padding, and equal work.
 
-Cost: a sort of the clips for each epoch (10 000 clips: 15 ms), and, of a run that mixes, one
-hash for each slot before the first step, once.
+Cost: a sort of the clips for each epoch (10 000 clips: 0.14 s on a busy core), and, of a resumed
+run that mixes, one hash for each slot before its first step, once.
 """
 
 from __future__ import annotations
