@@ -1,8 +1,5 @@
-"""Training clips: read and checked once, cut, padded into batches, in an order made of hashes.
-
-Each step's batch follows from (seed, step) alone: clips are ordered anew for each epoch by
-sha256 of seed, epoch and clip id, and step s takes the next `batch_size` of that endless
-row. So a resumed run needs its step number and nothing else, and a batch may span two epochs.
+"""Training clips: read and checked once, cut, padded into batches; `training/sampler.py` says
+which clips make a batch.
 
 A clip is cut at its end, from frame 0 on, so that its prompt is always there. Prompt frames
 carry no loss, unless `train.loss.prompt` says so. Nor does a code whose delayed place lies
@@ -15,7 +12,6 @@ Legend: B clips, K = 17 rows, T frames.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 from collections.abc import Iterable, Sequence
@@ -56,6 +52,14 @@ class Batch:
     codes: torch.Tensor
     loss_mask: torch.Tensor
     num_frames: int
+
+    @property
+    def padded_frames(self) -> int:
+        """Frames that are computed: B x T."""
+        return self.codes.shape[0] * self.codes.shape[2]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.codes.to(device), self.loss_mask.to(device), self.num_frames)
 
 
 def read_clips(
@@ -141,24 +145,3 @@ def make_batch(clips: Sequence[Clip]) -> Batch:
             # The code of frame t stands at place t + delay, which must lie within the clip.
             loss_mask[row, stream, clip.loss_from : clip.num_frames - DELAYS[stream]] = True
     return Batch(codes, loss_mask, sum(clip.num_frames for clip in clips))
-
-
-def batch_of_step(clips: Sequence[Clip], seed: int, step: int, batch_size: int) -> list[Clip]:
-    """The clips of step `step` (from 0): the same whenever and however often it is asked."""
-    orders: dict[int, list[Clip]] = {}
-    chosen = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, len(clips))
-        if epoch not in orders:
-            orders[epoch] = epoch_order(clips, seed, epoch)
-        chosen.append(orders[epoch][place])
-    return chosen
-
-
-def epoch_order(clips: Sequence[Clip], seed: int, epoch: int) -> list[Clip]:
-    """Each clip once, in an order that no library version can change."""
-
-    def rank(clip: Clip) -> bytes:
-        return hashlib.sha256(f"{seed}\0{epoch}\0{clip.id}".encode()).digest()
-
-    return sorted(clips, key=rank)

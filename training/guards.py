@@ -47,6 +47,7 @@ from training.batches import Batch, Clip, make_batch
 from training.budget import Budget, loss_budget
 from training.collapse import SpeechMeasures, Verdict, is_word, judge, measure_speech
 from training.free_running import FreeRun, run_freely, untouched
+from training.log import StopTraining
 from training.loss import stream_means
 from training.prompt_swap import (
     Forward,
@@ -59,14 +60,6 @@ from training.prompt_swap import (
 
 BUDGET_CLIPS = 2  # each is passed through four times, forward and back
 TRANSCRIPT_CHARACTERS = 200
-
-
-class StopTraining(Exception):
-    """Training must end here. line: what the check found, to be logged all the same."""
-
-    def __init__(self, reason: str, line: dict[str, Any]):
-        self.reason, self.line = reason, line
-        super().__init__(reason)
 
 
 def check_due(step: int, section: TrainSection) -> bool:
