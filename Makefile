@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
+# Each stage is a process of its own: where a container's environment forbids compiled files,
+# each compiles torch anew. Empty means allowed.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-all check clean-venv
 

@@ -136,6 +136,9 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="Folder with adapter_model.safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not exist.")],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dep_q: Annotated[
+        int | None, typer.Option("--dep-q", help="8: cut a base with 16 depth steps, to serve it.")
+    ] = None,
     runs: RunsRoot = RUNS,
     as_json: AsJson = False,
 ) -> None:
@@ -143,9 +146,9 @@ def merge(
 
     Example: duplex merge pocket runs/pocket/06-train-1a2b3c4d/adapter merged/
     """
-    from pipeline import commands
+    from pipeline import checkpoints
 
-    commands.merge(base, adapter, out, dtype, runs, as_json=as_json)
+    checkpoints.merge(base, adapter, out, dtype, dep_q, runs, as_json=as_json)
 
 
 @app.command()
@@ -258,8 +261,9 @@ def clean(
     commands.clean(_load(config, overrides), runs, dry_run=dry_run, yes=yes, as_json=as_json)
 
 
-convert = typer.Typer(no_args_is_help=True, help="Other programs' forms of data, in and out.")
+convert = typer.Typer(no_args_is_help=True, help="Other programs' forms of data and models.")
 app.add_typer(convert, name="convert")
+convert.command(name="checkpoint")(cli_data.convert_checkpoint)
 Source = Annotated[Path, typer.Argument(metavar="CONFIG|FOLDER", help="A config or stage folder.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: new or empty.")]
 SkipRefused = Annotated[

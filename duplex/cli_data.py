@@ -1,4 +1,4 @@
-"""The command groups that deal in files of data: `duplex personas`, `duplex push|pull`."""
+"""Commands that deal in files: `duplex personas`, `push|pull`, `convert checkpoint`."""
 
 from __future__ import annotations
 
@@ -113,6 +113,22 @@ def convert_adapter(
 
 
 hub = typer.Typer()
+
+
+def convert_checkpoint(
+    base: Annotated[str, typer.Argument(help="A checkpoint folder or hub name with dep_q 16.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not exist.")],
+    dep_q: Annotated[int, typer.Option("--dep-q", help="8, the agent's codebooks.")] = 8,
+    runs: RunsRoot = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Cut PersonaPlex's sixteen depth steps to the agent's eight, as servers and moshi take them.
+
+    Example: duplex convert checkpoint nvidia/personaplex-7b-v1 personaplex-dep8/
+    """
+    from pipeline import checkpoints
+
+    checkpoints.cut(base, out, dep_q, runs, as_json=as_json)
 
 
 @hub.command()

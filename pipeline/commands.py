@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from duplex.characters import Persona
-from duplex.config import Config, EvaluateSection, ModelSection
+from duplex.config import Config, EvaluateSection
 from duplex.configfile import load_config
 from duplex.errors import (
     EXIT_WORK_FAILED,
@@ -224,23 +224,6 @@ def import_(
     print(f"in {folder}; `duplex run` uses it from now on")
 
 
-def merge(base: str, adapter: Path, out: Path, dtype: str, runs: Path, *, as_json: bool) -> None:
-    if dtype not in ("float32", "bfloat16"):
-        raise RequestError(f"--dtype must be float32 or bfloat16, found {dtype}")
-    from pipeline.engines.checkpoint import resolve_checkpoint
-    from training.process import prepare_process
-
-    prepare_process()
-    from training.merge import merge_checkpoint
-
-    checkpoint = resolve_checkpoint(ModelSection(base=base), runs)
-    certificate = merge_checkpoint(checkpoint.folder, adapter, out, dtype)
-    if as_json:
-        show_json(certificate)
-    else:
-        print(f"{out}: merged; the certificate is {out / 'certificate.json'}")
-
-
 def serve(
     target: str,
     host: str | None,
@@ -300,10 +283,10 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def _checkpoint_of(config: Config, runs: Path, *, base: bool) -> Path:
-    from pipeline.engines.checkpoint import resolve_checkpoint
-
     if base:
-        return resolve_checkpoint(config.model, runs).folder
+        from training.servable import servable_checkpoint
+
+        return servable_checkpoint(config.model, runs, print).folder
     steps = {step.stage.name: step for step in plan(config, runs)}
     step = steps["merge"]
     if not step.done or step.folder is None:

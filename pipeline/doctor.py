@@ -20,7 +20,7 @@ import psutil
 from duplex.config import Config
 from duplex.datafiles import find_path
 from duplex.errors import DuplexError
-from duplex.streams import KYUTAI_TOKENS
+from duplex.streams import CODEBOOKS, KYUTAI_TOKENS
 from pipeline.dialogues import estimate_cost
 from pipeline.engines import pocket
 from pipeline.engines.checkpoint import model_identity
@@ -169,16 +169,11 @@ def _model(config: Config) -> dict[str, str]:
         return _check("model", "ok", "pocket: built here from a seed; random weights, no speech")
     if identity.startswith("folder:"):
         return _check("model", "ok", f"folder {find_path(config.model.base)}")
-    if HUB_DEP_Q.get(config.model.base, 8) != 8:
-        return _check(
-            "model",
-            "fail",
-            f"{config.model.base} has 16 depth steps: it can be trained on, but serve and evaluate "
-            "take 8. Use `--to merge`, or kyutai/moshiko-pytorch-bf16, until it can be converted",
-        )
     licence = LICENCES.get(config.model.base, "see its hub page")
     pinned = config.model.revision is not None
     advice = "" if pinned else "; pin model.revision, or a change upstream changes your run"
+    if HUB_DEP_Q.get(config.model.base, 8) != 8:
+        advice += "; of its 16 depth steps the merge keeps the agent's 8, which are served"
     return _check("model", "ok" if pinned else "warn", f"{identity}, licence: {licence}{advice}")
 
 
@@ -316,8 +311,9 @@ def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
     need = 0.5 * GB
     if config.model.base != "pocket":
         parameters = parameter_count(_lm_config(config))
-        merged = 4 if config.merge.dtype == "float32" else 2
-        need = parameters * (2 + merged) + 5 * GB  # base in bfloat16, merge, data
+        written = parameter_count({**_lm_config(config), "dep_q": CODEBOOKS})
+        need = parameters * 2 + written * (4 if config.merge.dtype == "float32" else 2) + 5 * GB
+        need += written * 2 if written != parameters else 0  # and the base as it is served
     state = "ok" if free > need else "fail"
     text = (
         f"{free / GB:.1f} GB free at {place.resolve()}, about {need / GB:.1f} GB needed (computed)"

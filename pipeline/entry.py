@@ -15,6 +15,7 @@ from duplex.configfile import load_config
 from duplex.errors import EXIT_DONE, EXIT_WORK_FAILED, DuplexError
 from duplex.lock import RunLock, inherited_lock
 from duplex.store import StageFolder
+from pipeline.needless import keep_out_bitsandbytes
 from pipeline.run import (
     STAGE_NAMES,
     check_request,
@@ -48,6 +49,8 @@ def main(name: str, arguments: list[str] | None = None) -> int:
             assert folder is not None, "a step whose inputs are complete has a key"
             if step.done and not has_rejects_to_retry(step, options.retry_rejected):
                 return EXIT_DONE
+            if name in ("train", "merge"):
+                keep_out_bitsandbytes()
             execute(step.stage, context, folder, retry_rejected=options.retry_rejected)
     except DuplexError as error:
         return _fail(folder, str(error), error.exit_code)

@@ -33,7 +33,7 @@ from duplex.records import Score
 from duplex.sinks import FileWriter
 from duplex.stage import StageContext, WholeStage
 from pipeline.engines import espeak
-from pipeline.engines.checkpoint import model_identity, resolve_checkpoint
+from pipeline.engines.checkpoint import model_identity
 from pipeline.evaluation.items import LEAD_IN_S, LOUDNESS_DBFS, load_items, speak_item
 from pipeline.serving.voices import files_of_run
 
@@ -65,9 +65,10 @@ class EvaluateStage(WholeStage):
     def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
         from pipeline.evaluation.origins import origins_of
         from pipeline.evaluation.report import page_files, recordings
+        from training.servable import servable_checkpoint
 
         config, section = context.config, context.config.evaluate
-        base = resolve_checkpoint(config.model, context.runs_root)
+        base = servable_checkpoint(config.model, context.runs_root, context.report)
         checkpoints = {
             "base": base.folder,
             "merged": context.inputs["merge"].artifact("weights").parent,

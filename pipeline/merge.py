@@ -2,7 +2,8 @@
 
 The work and its proofs are in `training/merge.py`; here are where the parts come from and
 where they go. The stage's folder `checkpoint/` is complete: config.json, weights, codec and
-tokenizer (hard links where the file system allows), and certificate.json.
+tokenizer (hard links where the file system allows), and certificate.json. A base with sixteen
+depth steps (PersonaPlex) comes out with the agent's eight, which is what is served.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FILES = {
 
 class MergeStage(WholeStage):
     name = "merge"
+    version = 2
     number = 7
     reads = ("train",)
 
@@ -46,20 +48,21 @@ class MergeStage(WholeStage):
         checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
         adapter = context.inputs["train"].artifact("adapter")
 
-        from training.merge import merge_checkpoint
+        from training.depthcut import is_wide
+        from training.merge import merge_checkpoint, summary
 
         merged = writer.work / FOLDER
         shutil.rmtree(merged, ignore_errors=True)  # of an attempt that was killed
         certificate = merge_checkpoint(
-            checkpoint.folder, adapter.parent, merged, context.config.merge.dtype
+            checkpoint.folder,
+            adapter.parent,
+            merged,
+            context.config.merge.dtype,
+            cut=is_wide(checkpoint.config),
         )
-        modules = certificate.pop("modules")
-        logits = certificate["logits"]
-        context.report(
-            f"merged: {len(modules)} of {certificate['modules_targeted']} modules changed; logits "
-            f"differ from the unmerged model's by {logits['error']:.1e} (allowed "
-            f"{logits['tolerance']:.0e}), from the base's by {logits['effect']:.1e}"
-        )
+        for line in summary(certificate):
+            context.report(line)
+        del certificate["modules"]  # they are in certificate.json
         return [
             writer.add(
                 artifact_id,

@@ -61,6 +61,7 @@ LAYERS = [
             "training.lora",
             "training.embedding",
             "training.estimate",
+            "training.collapse",
         ),
     ),
     (

@@ -35,7 +35,7 @@ from duplex.files import atomic_path, new_folder, write_json
 from pipeline.engines.checkpoint import Checkpoint
 from training.adapter import BASE_KEY, CONFIG, WEIGHTS, Adapter, write_adapter
 from training.lora import KEY_PREFIX
-from training.mergeplan import check_plan, make_plan
+from training.mergeplan import check_fit
 from training.tensorfile import TensorSpec, write_tensors
 
 MOSHI_WEIGHTS, MOSHI_CONFIG = "lora.safetensors", "config.json"
@@ -72,8 +72,7 @@ def to_moshi(adapter: Path, base: Checkpoint, out: Path) -> Converted:
             f"{len(lora.embeddings)} on embeddings (first {min(lora.embeddings)}). Merge it "
             "(`duplex merge`): moshi loads the merged checkpoint."
         )
-    plan = make_plan(base, lora, None)
-    check_plan(base, lora, plan, base.digest("moshi"))
+    check_fit(base, lora)
     linears = _linears(base)
     state: dict[str, torch.Tensor] = {}
     with safe_open(lora.path, "pt") as file:
@@ -126,7 +125,7 @@ def to_peft(source: Path, out: Path, base: Checkpoint | None = None) -> Converte
         write_adapter(folder, named, config, base_sha256)
         lora = Adapter.open(folder)
         if base is not None:
-            check_plan(base, lora, make_plan(base, lora, None), base.digest("moshi"))
+            check_fit(base, lora)
     return Converted(len(lora.shapes), dropped, base_sha256)
 
 
@@ -138,7 +137,7 @@ def attach_base(adapter: Path, base: Checkpoint, out: Path) -> Converted:
     """
     lora = Adapter.open(adapter)
     digest = base.digest("moshi")
-    check_plan(base, lora, make_plan(base, lora, None), digest)
+    check_fit(base, lora)
     with safe_open(lora.path, "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with new_folder(out) as folder:

@@ -34,12 +34,14 @@ from training.loss import MASK_ROWS
 @dataclass(frozen=True)
 class Clip:
     """A training example. codes: int16 [17, T], undelayed; frames before `prompt_frames` are
-    its prompt, frames before `loss_from` carry no loss."""
+    its prompt, frames before `loss_from` carry no loss. turns: (role, start, end) in frames;
+    empty where nobody knows."""
 
     id: str
     codes: np.ndarray
     prompt_frames: int
     loss_from: int
+    turns: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def num_frames(self) -> int:
@@ -112,7 +114,8 @@ def _read_clip(
     dtype = np.int16 if max(card, text_card) <= np.iinfo(np.int16).max else np.int64
     codes = np.ascontiguousarray(tensor.numpy()[:, :crop_frames].astype(dtype))
     prompt_frames = max((span.end for span in record.prompt), default=0)
-    return Clip(record.id, codes, prompt_frames, 0 if loss_on_prompt else prompt_frames)
+    turns = tuple((turn.label, turn.start, turn.end) for turn in record.turns)
+    return Clip(record.id, codes, prompt_frames, 0 if loss_on_prompt else prompt_frames, turns)
 
 
 def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: int) -> list[str]:

@@ -91,7 +91,7 @@ def layer_kinds(lm: Mapping[str, Any], codebooks: int = CODEBOOKS) -> list[Layer
     """All Linear layers and embeddings of an `LMModel`.
 
     Args:
-        lm: its config, with the keys of `MOSHI_7B`; conditioners and cross-attention are left out.
+        lm: its config, with the keys of `MOSHI_7B`; no conditioners, no cross-attention.
         codebooks: how many depth steps carry loss: 8, or 16 with the user's.
     """
     d, e, q = lm["dim"], lm["depformer_dim"], lm["dep_q"]

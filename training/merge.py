@@ -1,68 +1,56 @@
 """Merging: W + scale · B A in float32, tensor by tensor, and proof that it did just that.
 
-Plan, check, apply, verify. Before anything is written: the adapter names its base's digest;
-each of its modules is a Linear of the base, with fitting shapes; each module that its config
-targets is there; each delta is finite and not zero. All faults are reported at once.
-After writing, in the unfinished folder: each targeted tensor differs from the base's and all
-others are equal; the folder loads strictly through moshi; and on a seeded batch its logits
-equal those of base + unmerged PEFT adapter:
+Plan, check, apply, verify. Before anything is written: each module of the adapter is a Linear of
+the base, with fitting shapes; each module that its config targets is there; each delta is finite
+and not zero; the disk has room. All faults are reported at once. The base is digested while it
+is read, so that 15 GB are read once: a base that the adapter was not trained on is refused then.
+After writing, in the unfinished folder: rounding has left the update (`training/apply.py` has
+the measure); each targeted tensor differs from the base's and all others are equal; the folder
+loads strictly through moshi; and on a seeded batch its logits equal those of base + unmerged
+adapter:
 
     error  = rms(merged - unmerged) / rms(unmerged)     at most 1e-4 float32, 3e-2 bfloat16
     effect = rms(base - unmerged) / rms(unmerged)       error must be under half of it
 
-The second line is what a merge that did nothing fails. It also refuses a bfloat16 merge whose
-rounding hides the adapter: of small updates about a third of the weights survived that
-(FACTS, section 4). Merges that changed nothing, with a warning only, are why all this is here.
+The second line is what a merge that did nothing fails. Merges that changed nothing, with a
+warning only, are why all this is here (FACTS, section 4); in bfloat16 small updates round away.
 
-Memory: one tensor while writing; for the check the model once in float32 (7B: 31 GB).
-The output folder is renamed into place when all of it is proven, so it is whole or absent.
+Memory: some blocks while writing, one layer in float32 for the logits; time and memory of a 7B
+merge are in docs/results/merge.md. The output folder is renamed into place when all of it is
+proven, so it is whole or absent.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from duplex.errors import MergeError, RequestError
-from duplex.files import new_folder, require_free, sha256_file, write_json
+from duplex.files import new_folder, require_free, write_json
 from pipeline.engines.checkpoint import Checkpoint
 from training.adapter import Adapter
-from training.mergeplan import Plan, check_plan, make_plan
-from training.tensorfile import TensorSpec, write_tensors
-from training.verify import ROUNDING, logit_errors
+from training.apply import Change, Tell, Written, apply_plan, silent
+from training.mergeplan import Plan, check_base, check_plan, make_plan
+from training.outfolder import CERTIFICATE, NAMES, require_room, write_companions
+from training.tensorfile import TensorFile
+from training.verify import ROUNDING, cut_error, logit_errors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CERTIFICATE = "certificate.json"
-# Role in `Checkpoint.files` -> name in the merged folder.
-NAMES = {
-    "moshi": "model.safetensors",
-    "mimi": "mimi.safetensors",
-    "mimi_config": "mimi_config.json",
-    "tokenizer": "tokenizer.model",
-}
-
-
-@dataclass(frozen=True)
-class Change:
-    """What the merge did to one module. Norms are Frobenius norms in float32.
-
-    changed: share of its weights that differ from the base's after rounding.
-    """
-
-    module: str
-    delta_norm: float
-    weight_norm: float
-    changed: float
+LEAST_SURVIVED = 0.5  # of the update, over all modules
+CUT_TOLERANCE = 1e-4  # leaving steps out changes the order of summation, and nothing else
+_CHECK_ELEMENTS = 1 << 22
 
 
 def merge_checkpoint(
-    base: Path, adapter: Path, out: Path, dtype: str | None = None
+    base: Path,
+    adapter: Path,
+    out: Path,
+    dtype: str | None = None,
+    *,
+    cut: bool = False,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Write base + adapter as a complete checkpoint folder `out`, and return its certificate.
 
@@ -71,123 +59,209 @@ def merge_checkpoint(
         adapter: a folder with adapter_model.safetensors and adapter_config.json.
         out: a folder that is not there, or empty.
         dtype: float32 or bfloat16; None keeps the base's.
+        cut: leave depth steps 8 to 15 of the base out (PersonaPlex), so that it can be served.
+        tell: is told what is being done, and how far it is.
 
     Raises:
         RequestError: `out` is taken, or the dtype unknown.
         MissingInputError: a file of the base or of the adapter is not there.
+        CorruptFileError: the base's weights cannot be read.
         MergeError: adapter and base do not fit, or the result is not what it must be.
     """
     require_free(out)
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype}")
     source, lora = Checkpoint.open(base), Adapter.open(adapter)
-    base_sha256 = source.digest("moshi")
-    plan = make_plan(source, lora, DTYPES[dtype] if dtype else None)
-    check_plan(source, lora, plan, base_sha256)
-    with new_folder(out) as folder:
-        changes = apply_plan(source, lora, plan, folder / NAMES["moshi"])
-        check_weights(source, plan, folder / NAMES["moshi"])
-        weights_sha256 = sha256_file(folder / NAMES["moshi"])
-        _write_companions(source, folder, weights_sha256)
-        written = _written_dtype(plan)
-        error, effect = logit_errors(source, adapter, Checkpoint.open(folder))
-        check_logits(error, effect, written)
-        certificate = {
-            "base_sha256": base_sha256,
-            "base_verified": lora.base_sha256 is not None,
-            "adapter_sha256": lora.sha256,
-            "weights_sha256": weights_sha256,
-            "dtype": written,
-            "formula": "W + scale * B A",
-            "rank": lora.rank,
-            "scale": lora.scale,
-            "modules_targeted": plan.num_modules,
-            "modules_changed": len(changes),
-            "logits": {"error": error, "tolerance": ROUNDING[written], "effect": effect},
-            "weights_changed_least": min(change.changed for change in changes),
-            "modules": {
-                change.module: {
-                    "delta_norm": change.delta_norm,
-                    "weight_norm": change.weight_norm,
-                    "changed": change.changed,
-                }
-                for change in changes
-            },
-        }
-        write_json(folder / CERTIFICATE, certificate)
+    with TensorFile(source.files()["moshi"]) as weights:
+        plan = make_plan(
+            source, weights, list(lora.shapes), DTYPES[dtype] if dtype else None, cut=cut
+        )
+        check_plan(source, lora, plan)
+        require_room(out, plan.num_bytes)
+        with new_folder(out) as folder:
+            written = apply_plan(weights, lora, plan, folder / NAMES["moshi"], tell)
+            check_base(source, lora, written.base_sha256)
+            check_changes(written.changes, plan)
+            check_weights(weights, plan, folder / NAMES["moshi"], tell)
+            write_companions(source, folder, plan.config, written.sha256)
+            tell("comparing logits", 0, 1)
+            error, effect = logit_errors(source, adapter, Checkpoint.open(folder))
+            check_logits(error, effect, _written_dtype(plan))
+            certificate = _certificate(source, lora, plan, written, error, effect)
+            write_json(folder / CERTIFICATE, certificate)
+            tell("comparing logits", 1, 1)
     return certificate
 
 
-# -- apply and verify
-
-
-def apply_plan(source: Checkpoint, lora: Adapter, plan: Plan, path: Path) -> list[Change]:
-    """Write the merged weights to `path`; returns what became of each targeted module.
+def cut_checkpoint(base: Path, out: Path, *, tell: Tell = silent) -> dict[str, Any]:
+    """Write a checkpoint with sixteen depth steps again with eight, and return its certificate.
 
     Raises:
-        MergeError: a module that comes out of the merge as it was.
+        RequestError: `out` is taken.
+        MissingInputError, CorruptFileError: the base is not there, or cannot be read.
+        MergeError: it has not sixteen depth steps, or the agent's logits would change.
     """
-    changes: list[Change] = []
-    with safe_open(source.files()["moshi"], "pt") as file:
-
-        def make(spec: TensorSpec) -> torch.Tensor:
-            base = file.get_tensor(spec.name)
-            targets = plan.targets.get(spec.name, [])
-            if not targets:
-                return base.to(spec.dtype)
-            merged = base.to(torch.float32, copy=True)
-            for target in targets:
-                rows = slice(target.row, target.row + target.rows)
-                delta = lora.delta(target.module)  # [rows, in]
-                merged[rows] += delta
-                differs = merged[rows].to(spec.dtype) != base[rows].to(spec.dtype)
-                changes.append(
-                    Change(
-                        target.module,
-                        delta.norm().item(),
-                        base[rows].float().norm().item(),
-                        differs.double().mean().item(),
-                    )
+    require_free(out)
+    source = Checkpoint.open(base)
+    with TensorFile(source.files()["moshi"]) as weights:
+        plan = make_plan(source, weights, [], None, cut=True)
+        require_room(out, plan.num_bytes)
+        with new_folder(out) as folder:
+            written = apply_plan(weights, None, plan, folder / NAMES["moshi"], tell)
+            check_weights(weights, plan, folder / NAMES["moshi"], tell)
+            write_companions(source, folder, plan.config, written.sha256)
+            tell("comparing logits", 0, 1)
+            error = cut_error(source, Checkpoint.open(folder))
+            if not error <= CUT_TOLERANCE:
+                raise MergeError(
+                    f"text and agent logits must be the same without depth steps 8 to 15, within "
+                    f"{CUT_TOLERANCE:g} (relative rms), found {error:.3g}; nothing was kept. The "
+                    "first eight codebooks of this model are not the agent's by themselves."
                 )
-            return merged.to(spec.dtype)
+            certificate = {
+                "base_sha256": written.base_sha256,
+                "weights_sha256": written.sha256,
+                "dep_q": {"base": source.config["dep_q"], "output": plan.config["dep_q"]},
+                "tensors": {"base": len(weights.specs), "output": len(plan.specs)},
+                "logits": {"error": error, "tolerance": CUT_TOLERANCE},
+            }
+            write_json(folder / CERTIFICATE, certificate)
+            tell("comparing logits", 1, 1)
+    return certificate
 
-        write_tensors(path, plan.specs.values(), make)
+
+def summary(certificate: dict[str, Any]) -> list[str]:
+    """A merge's certificate in a few lines, for a person."""
+    survived, logits = certificate["survived"], certificate["logits"]
+    dep_q = certificate.get("dep_q")
+    lines = [
+        f"modules   {certificate['modules_changed']} of {certificate['modules_targeted']} changed, "
+        f"rank {certificate['rank']}, scale {certificate['scale']:g}, {certificate['dtype']}",
+        f"rounding  {survived['total']:.1%} of the update survived it, least "
+        f"{survived['least']:.1%} ({survived['least_module']}); weights changed: at least "
+        f"{certificate['weights_changed_least']:.1%} of each module",
+        f"logits    merged against unmerged {logits['error']:.1e} (allowed "
+        f"{logits['tolerance']:.0e}), base against unmerged {logits['effect']:.1e}",
+        "sha256    "
+        + ", ".join(f"{name} {certificate[f'{name}_sha256'][:12]}…"
+                    for name in ("base", "adapter", "weights"))
+        + ("" if certificate["base_verified"] else "; the adapter names no base"),
+    ]  # fmt: skip
+    if dep_q:
+        lines.insert(1, f"steps     dep_q {dep_q['base']} cut to {dep_q['output']}")
+    return lines
+
+
+def _certificate(
+    source: Checkpoint, lora: Adapter, plan: Plan, written: Written, error: float, effect: float
+) -> dict[str, Any]:
+    changes, dtype = written.changes, _written_dtype(plan)
+    least = min(changes, key=lambda change: change.survived)
+    certificate: dict[str, Any] = {
+        "base_sha256": written.base_sha256,
+        "base_verified": lora.base_sha256 is not None,
+        "adapter_sha256": lora.sha256,
+        "weights_sha256": written.sha256,
+        "dtype": dtype,
+        "formula": "W + scale * B A",
+        "rank": lora.rank,
+        "scale": lora.scale,
+        "modules_targeted": plan.num_modules,
+        "modules_changed": sum(change.changed > 0 for change in changes),
+        "logits": {"error": error, "tolerance": ROUNDING[dtype], "effect": effect},
+        "survived": {
+            "total": _survived(changes),
+            "least": least.survived,
+            "least_module": least.module,
+        },
+        "weights_changed_least": min(change.changed for change in changes),
+        "modules": {
+            change.module: {
+                "delta_norm": change.delta_norm,
+                "weight_norm": change.weight_norm,
+                "changed": change.changed,
+                "survived": change.survived,
+            }
+            for change in changes
+        },
+    }
+    if plan.config.get("dep_q") != source.config.get("dep_q"):
+        certificate["dep_q"] = {"base": source.config["dep_q"], "output": plan.config["dep_q"]}
+    return certificate
+
+
+# -- checks
+
+
+def check_changes(changes: list[Change], plan: Plan) -> None:
+    """
+    Raises:
+        MergeError: a module came out as it was, or rounding took most of the update.
+    """
+    advice = (
+        "In bfloat16 a small update rounds away: merge with dtype float32, or train for longer; "
+        "nothing was kept."
+    )
     same = [change.module for change in changes if not change.changed]
     if same:
         raise MergeError(
             f"each of {plan.num_modules} targeted modules must differ from the base after the "
-            f"merge, found {len(same)} unchanged (first {same[0]}). In bfloat16 a small update "
-            "rounds away: merge with dtype float32, or train for longer."
+            f"merge, found {len(same)} unchanged (first {same[0]}). {advice}"
         )
-    return sorted(changes, key=lambda change: change.module)
+    survived = _survived(changes)
+    if not survived >= LEAST_SURVIVED:
+        raise MergeError(
+            f"at least {LEAST_SURVIVED:.0%} of the update must survive rounding, found "
+            f"{survived:.1%} over {len(changes)} modules. {advice}"
+        )
 
 
-def check_weights(source: Checkpoint, plan: Plan, path: Path) -> None:
+def _survived(changes: list[Change]) -> float:
+    """Over all modules: <W' - W, Δ> / |Δ|²."""
+    squares = [change.delta_norm**2 for change in changes]
+    along = sum(c.survived * square for c, square in zip(changes, squares, strict=True))
+    return along / sum(squares) if sum(squares) else 0.0
+
+
+def check_weights(base: TensorFile, plan: Plan, path: Path, tell: Tell = silent) -> None:
     """Read the written file back: targeted rows differ from the base's, all else is equal.
+
+    A targeted module is read as far as its first difference; how much of it changed was counted
+    when it was written.
 
     Raises:
         MergeError: it is otherwise.
     """
     faults = []
-    with safe_open(source.files()["moshi"], "pt") as old, safe_open(path, "pt") as new:
-        for key, spec in plan.specs.items():
-            before, after = old.get_tensor(key).to(spec.dtype), new.get_tensor(key)
-            if after.dtype != spec.dtype or after.shape != before.shape:
-                faults.append(f"{key}: is {after.dtype} {list(after.shape)}")
-                continue
-            untouched = torch.ones(before.shape[:1] or (1,), dtype=torch.bool)
+    with TensorFile(path) as new:
+        if new.specs != plan.specs:
+            strange = sorted({*new.specs.items()} ^ {*plan.specs.items()}, key=str)
+            faults.append(f"tensors are others than planned: {strange[:3]}")
+        for number, (key, spec) in enumerate(plan.specs.items() if not faults else ()):
+            tell("reading back", number, len(plan.specs))
+            columns = spec.num_elements // max(1, spec.shape[0]) if spec.shape else 1
+            done, touched = 0, False
             for target in plan.targets.get(key, []):
-                rows = slice(target.row, target.row + target.rows)
-                untouched[rows] = False
-                if torch.equal(before[rows], after[rows]):
+                first, end = target.row * columns, (target.row + target.rows) * columns
+                touched |= _differs(base, new, key, done, first)
+                if not _differs(base, new, key, first, end):
                     faults.append(f"{target.module}: is the same as in the base")
-            if before.dim() == 0:
-                before, after = before[None], after[None]
-            if not torch.equal(before[untouched], after[untouched]):
+                done = end
+            if touched or _differs(base, new, key, done, spec.num_elements):
                 faults.append(f"{key}: no adapter targets it, and it differs from the base")
     if faults:
         listing = "\n".join(f"  - {fault}" for fault in faults[:20])
         raise MergeError(f"the merged weights must be base + adapter and are not.\n{listing}")
+
+
+def _differs(base: TensorFile, new: TensorFile, name: str, first: int, end: int) -> bool:
+    """Whether elements [first, end) differ anywhere, in the type of `new`."""
+    for start in range(first, end, _CHECK_ELEMENTS):
+        count = min(_CHECK_ELEMENTS, end - start)
+        after = new.read_elements(name, start, count)
+        if not torch.equal(base.read_elements(name, start, count).to(after.dtype), after):
+            return True
+    return False
 
 
 def check_logits(error: float, effect: float, dtype: str) -> None:
@@ -207,28 +281,6 @@ def check_logits(error: float, effect: float, dtype: str) -> None:
             f"{error:.3g} of the logits, the adapter's whole effect {effect:.3g} ({dtype}). "
             "Merge with dtype float32, or train for longer; nothing was kept."
         )
-
-
-# -- the folder
-
-
-def _write_companions(source: Checkpoint, folder: Path, weights_sha256: str) -> None:
-    """Everything but the weights: codec and tokenizer as they are, config.json by plain names."""
-    files = source.files()
-    for role, path in files.items():
-        if role != "moshi":
-            _link_or_copy(path, folder / NAMES[role])
-    config = dict(source.config)
-    config |= {f"{role}_name": NAMES[role] for role in files}
-    config["model_id"] = {"sig": weights_sha256[:8], "epoch": 0}
-    write_json(folder / "config.json", config)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 def _written_dtype(plan: Plan) -> str:

@@ -14,15 +14,16 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from duplex.errors import MergeError
 from pipeline.engines.checkpoint import Checkpoint
 from training.adapter import Adapter
-from training.tensorfile import DTYPE_OF_NAME, TensorSpec
+from training.depthcut import cut_config, cut_shapes
+from training.tensorfile import TensorFile, TensorSpec, aligned_order
 
 _FUSED = {"in_projs": ("in_proj_weight", "in_proj.weight"), "out_projs": ("out_proj.weight",)}
 
@@ -39,9 +40,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """linears: (out, in) of each Linear of the base, (ids, dim) of each embedding; targets by
-    tensor name; specs: each tensor of the output, in the base's own naming."""
+    """What is to be written: each tensor of the output, in the base's own naming, and which rows
+    of it get a delta. A tensor may be a first part of the base's (a cut), never more.
 
+    config: of the output; linears: (out, in) of each of its Linear layers, (ids, dim) of each
+        embedding.
+    specs: in the order of the output's file; targets: by tensor, from the first row down.
+    """
+
+    config: dict[str, Any]
     linears: dict[str, tuple[int, int]]
     targets: dict[str, list[Target]]
     specs: dict[str, TensorSpec]
@@ -50,38 +57,61 @@ class Plan:
     def num_modules(self) -> int:
         return sum(len(targets) for targets in self.targets.values())
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs.values())
 
-def make_plan(source: Checkpoint, lora: Adapter, dtype: torch.dtype | None) -> Plan:
-    """Where each delta goes. Modules that cannot be placed are left to `check_plan`."""
-    linears = base_linears(source)
-    with safe_open(source.files()["moshi"], "pt") as file:
-        found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        shapes = {key: tuple(part.get_shape()) for key, part in found.items()}
-        kinds = {key: DTYPE_OF_NAME.get(part.get_dtype()) for key, part in found.items()}
-    unknown = sorted(key for key, kind in kinds.items() if kind is None)
-    if unknown:
-        raise MergeError(
-            f"{source.files()['moshi']}: tensors must be of a type that torch has, "
-            f"found others in {', '.join(unknown[:5])}. Merge into an unquantised base."
-        )
+
+def make_plan(
+    source: Checkpoint,
+    base: TensorFile,
+    modules: list[str],
+    dtype: torch.dtype | None,
+    *,
+    cut: bool = False,
+) -> Plan:
+    """Where the delta of each of `modules` goes. Those without a place are left to `check_plan`.
+
+    Args:
+        base: the weights of `source`.
+        dtype: of the output's floating-point tensors; None keeps the base's.
+        cut: leave depth steps 8 to 15 out.
+
+    Raises:
+        MergeError: `cut`, and the base has not sixteen depth steps.
+    """
+    config = cut_config(source.config) if cut else source.config
+    shapes = {name: spec.shape for name, spec in base.specs.items()}
+    shapes = cut_shapes(shapes, source.config) if cut else shapes
+    linears = linears_of(source, config)
     targets: dict[str, list[Target]] = {}
-    for module in lora.shapes:
+    for module in modules:
         if module in linears:
             target = _place(module, linears[module][0], shapes)
             if target is not None:
                 targets.setdefault(target.key, []).append(target)
-    specs = {}
-    for key, kind in kinds.items():
-        assert kind is not None
+    specs = []
+    for key, shape in shapes.items():
+        kind = base.specs[key].dtype
         cast = dtype if dtype is not None and kind.is_floating_point else kind
-        specs[key] = TensorSpec(key, cast, shapes[key])
-    return Plan(linears, targets, specs)
+        specs.append(TensorSpec(key, cast, shape))
+    # The base's own order, so that it is read from front to back.
+    ordered = aligned_order(specs, lambda spec: base.starts[spec.name])
+    return Plan(
+        config,
+        linears,
+        {key: sorted(found, key=lambda target: target.row) for key, found in targets.items()},
+        {spec.name: spec for spec in ordered},
+    )
 
 
-def base_linears(source: Checkpoint) -> dict[str, tuple[int, int]]:
+def linears_of(source: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Shape of the weight of each layer that an adapter can stand on, from the meta device:
     (out, in) of a Linear, (ids, dim) of an embedding."""
-    lm = source.info().get_moshi(device="meta", load_weight=False)
+    changes = {key: value for key, value in config.items() if source.config.get(key) != value}
+    # The library makes some Linear layers on the default device before it moves them.
+    with torch.device("meta"):
+        lm = source.info().get_moshi(device="meta", load_weight=False, lm_kwargs_overrides=changes)
     return {
         name: (module.weight.shape[0], module.weight.shape[1])
         for name, module in lm.named_modules()
@@ -102,24 +132,18 @@ def _place(module: str, rows: int, shapes: dict[str, tuple[int, ...]]) -> Target
     return None
 
 
-def check_plan(source: Checkpoint, lora: Adapter, plan: Plan, base_sha256: str) -> None:
+def check_plan(source: Checkpoint, lora: Adapter, plan: Plan) -> None:
     """
     Raises:
         MergeError: with every reason why this adapter cannot go into this base.
     """
-    if lora.base_sha256 not in (None, base_sha256):
-        raise MergeError(
-            f"{lora.path}: an adapter must go into the base that it was trained on, "
-            f"{lora.base_sha256[:12]}…; {source.files()['moshi']} is {base_sha256[:12]}…. "
-            "Give that base, or train again on this one."
-        )
-    placed = {target.module for targets in plan.targets.values() for target in targets}
+    placed = {target.module: target for targets in plan.targets.values() for target in targets}
     faults, zeros = [], []
     for module, (shape_a, shape_b) in lora.shapes.items():
         if module not in plan.linears:
             near = difflib.get_close_matches(module, plan.linears, n=1)
             hint = f"; the nearest is {near[0]}" if near else ""
-            faults.append(f"{module}: the base has no such Linear layer{hint}")
+            faults.append(f"{module}: {_where(source, plan)} has no such Linear layer{hint}")
             continue
         rows, columns = plan.linears[module]
         if shape_a != (lora.rank, columns) or shape_b != (rows, lora.rank):
@@ -129,6 +153,9 @@ def check_plan(source: Checkpoint, lora: Adapter, plan: Plan, base_sha256: str) 
             )
         elif module not in placed:
             faults.append(f"{module}: the base's file holds no weight of it")
+        elif plan.specs[placed[module].key].shape[1:] != (columns,):
+            found = list(plan.specs[placed[module].key].shape)
+            faults.append(f"{module}: its weight must have {columns} columns, found {found}")
         else:
             a, b = lora.sides(module)
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
@@ -142,7 +169,7 @@ def check_plan(source: Checkpoint, lora: Adapter, plan: Plan, base_sha256: str) 
     for module in plan.linears:
         if lora.expects(module) and module not in lora.shapes:
             faults.append(f"{module}: its config targets it, but the adapter has no A and B for it")
-    faults += [f"{name}: its config targets it, but the base has no such Linear layer"
+    faults += [f"{name}: its config targets it, but {_where(source, plan)} has no such Linear layer"
                for name in lora.targets_outside(plan.linears)]  # fmt: skip
     if faults:
         listing = "\n".join(f"  - {fault}" for fault in faults[:20])
@@ -151,3 +178,35 @@ def check_plan(source: Checkpoint, lora: Adapter, plan: Plan, base_sha256: str) 
             f"{lora.path} must fit {source.files()['moshi']}; {len(faults)} fault(s), nothing was "
             f"written.\n{listing}{more}"
         )
+
+
+def check_base(source: Checkpoint, lora: Adapter, base_sha256: str) -> None:
+    """
+    Raises:
+        MergeError: the adapter was trained on other weights than the base's.
+    """
+    if lora.base_sha256 not in (None, base_sha256):
+        raise MergeError(
+            f"{lora.path}: an adapter must go into the base that it was trained on, "
+            f"{lora.base_sha256[:12]}…; {source.files()['moshi']} is {base_sha256[:12]}…. "
+            "Give that base, or train again on this one; nothing was kept."
+        )
+
+
+def check_fit(source: Checkpoint, lora: Adapter) -> None:
+    """
+    Raises:
+        MergeError: an adapter that could not be merged into this base.
+    """
+    with TensorFile(source.files()["moshi"]) as weights:
+        check_plan(source, lora, make_plan(source, weights, list(lora.shapes), None))
+    check_base(source, lora, source.digest("moshi"))
+
+
+def _where(source: Checkpoint, plan: Plan) -> str:
+    if plan.config.get("dep_q") != source.config.get("dep_q"):
+        return (
+            "the base cut to 8 depth steps (merge uncut, then `duplex convert checkpoint`, to "
+            "drop what was trained on the others)"
+        )
+    return "the base"

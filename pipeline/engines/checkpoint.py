@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,10 @@ DEFAULT_NAMES = {
     "mimi": "tokenizer-e351c8d8-checkpoint125.safetensors",
     "tokenizer": "tokenizer_spm_32k_3.model",
 }
+# What modules do to their new weights: draws, and the steps of `trunc_normal_`.
+_STEPS_OF_DRAWS = frozenset(
+    {"kaiming_uniform_", "normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_"}
+)
 NOT_OF_THE_LM = frozenset({"model_type", "version", "model_id", "lm_gen_config"})
 
 
@@ -108,7 +113,8 @@ class Checkpoint:
         from safetensors import SafetensorError
 
         try:
-            return self.info().get_moshi(device=device, dtype=dtype or torch.float32)
+            with _without_first_draw():
+                return self.info().get_moshi(device=device, dtype=dtype or torch.float32)
         except (SafetensorError, RuntimeError) as error:
             raise CorruptFileError(
                 f"{self.files()['moshi']}: must hold the weights that config.json describes; "
@@ -141,6 +147,25 @@ class Checkpoint:
             return sha256_file(files[role])
         parts = [sha256_file(files[name]) for name in ("mimi", "mimi_config") if name in files]
         return sha256_bytes(canonical_json(parts).encode())
+
+
+def _without_first_draw() -> AbstractContextManager[object]:
+    """Weights on the meta device are not drawn: those that are loaded replace them.
+
+    There torch draws in Python, through its compiler, whose import takes 1.2 s.
+    """
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutFirstDraw(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            kwargs = kwargs or {}
+            if getattr(func, "__name__", "") in _STEPS_OF_DRAWS:
+                tensor = args[0] if args else kwargs["tensor"]
+                if tensor.is_meta:
+                    return tensor
+            return func(*args, **kwargs)
+
+    return WithoutFirstDraw()
 
 
 def _complete(config: dict[str, Any], weights: Path) -> dict[str, Any]:

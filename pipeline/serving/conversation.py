@@ -352,7 +352,7 @@ def _check_layout(dep_q: int, n_q: int, delays: Any) -> None:
     if dep_q == 2 * CODEBOOKS:
         raise ServerError(
             "the checkpoint must predict the 8 codebooks of the agent, found dep_q 16 (PersonaPlex "
-            "as published): this server does not take it yet. Cut it to dep_q 8 first."
+            "as published). Cut it first: duplex convert checkpoint FOLDER OUT."
         )
     if dep_q != CODEBOOKS or n_q != NUM_ROWS - 1 or tuple(delays) != DELAYS:
         raise ServerError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -85,6 +87,10 @@ class Workplace:
             row["folder"] = str(self.folder / row["folder"]) if row["folder"] else None
         return rows
 
+    def lend_models(self, runs: Path) -> None:
+        """Spare another run root the four seconds that the pocket model takes to build."""
+        shutil.copytree(self.runs / ".models", runs / ".models", copy_function=link_or_copy)
+
     def copy_to(self, folder: Path) -> Workplace:
         shutil.copytree(self.folder, folder, dirs_exist_ok=True, copy_function=link_or_copy)
         return Workplace(folder)
@@ -113,12 +119,34 @@ def make_workplace(folder: Path) -> Workplace:
     return workplace
 
 
+def compile_peft() -> None:
+    """Compile what training imports, once in an environment's life: test_kills draws its moments
+    from the times that the stages of the finished run took."""
+    spec = importlib.util.find_spec("peft")
+    if spec and spec.cached and not Path(spec.cached).exists():
+        subprocess.run([sys.executable, "-c", "import peft"], env=environment(), check=True)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """The pipeline run once from nothing to the report. Read only: copy it to change it."""
-    workplace = make_workplace(tmp_path_factory.mktemp("finished"))
-    result = workplace.run()
-    assert result.returncode == 0, result.stdout + result.stderr
+    """The pipeline run once from nothing to the report. Read only: copy it to change it.
+
+    Once for all workers of a session: the first that asks runs it, another waits at its lock.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with (shared / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (shared / "finished").exists():
+            workplace = Workplace(shared / "finished")
+            assert (shared / "finished.done").exists(), "its run failed in the other worker"
+            return workplace
+        workplace = make_workplace(shared / "finished")
+        compile_peft()
+        result = workplace.run()
+        assert result.returncode == 0, result.stdout + result.stderr
+        (shared / "finished.done").touch()
     return workplace
 
 

@@ -75,6 +75,7 @@ def kill_and_compare(finished, workplace, plan):
     assert not list(workplace.run_folder.rglob("*.tmp"))
 
 
+@pytest.mark.timeout(600)  # it is the first to ask for the finished run, whose making counts too
 def test_three_kills(finished, tmp_path):
     workplace = make_workplace(tmp_path / "killed")
     draw = random.Random()

@@ -1,5 +1,6 @@
 """Merging: the result is base + adapter and nothing else, or there is no result."""
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from tests.stages.training_factories import (
     PREFIX,
     assert_nothing_left,
     changed_adapter,
+    fused,
     make_adapter,
     make_config,
     run_stage,
@@ -30,6 +32,7 @@ from tests.stages.training_factories import (
 from training import verify
 from training.adapter import BASE_KEY
 from training.merge import merge_checkpoint
+from training.tensorfile import TensorWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
@@ -45,20 +48,6 @@ FILES = {
 @pytest.fixture(scope="module")
 def adapter(tiny_checkpoint, tmp_path_factory):
     return make_adapter(tmp_path_factory.mktemp("a") / "adapter", tiny_checkpoint)
-
-
-def fused(base, folder):
-    """The same checkpoint with `in_proj_weight` and `out_proj.weight`, as Kyutai's files are."""
-    shutil.copytree(base, folder)
-    state = load_file(base / "model.safetensors")
-    merged = {key: value for key, value in state.items() if "_projs." not in key}
-    for key in [key for key in state if key.endswith("_projs.0.weight")]:
-        stem = key.removesuffix(".0.weight")
-        parts = [state[f"{stem}.{i}.weight"] for i in range(8) if f"{stem}.{i}.weight" in state]
-        name = {"in_projs": "in_proj_weight", "out_projs": "out_proj.weight"}[stem.split(".")[-1]]
-        merged[f"{stem.rsplit('.', 1)[0]}.{name}"] = torch.cat(parts)
-    save_file(merged, folder / "model.safetensors")
-    return folder
 
 
 # -- what it makes
@@ -160,6 +149,85 @@ def test_a_small_update_does_not_survive_bfloat16(tiny_checkpoint, tmp_path):
     assert merge_checkpoint(tiny_checkpoint, small, tmp_path / "out", "float32")
 
 
+def test_the_certificate_says_how_much_survived(tiny_checkpoint, tmp_path):
+    """Against the definition, <W' - W, D> / |D|^2, on files read by the library."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint, base)
+    state = load_file(tiny_checkpoint / "model.safetensors")
+    save_file({k: v.bfloat16() for k, v in state.items()}, base / "model.safetensors")
+    adapter = make_adapter(tmp_path / "a", base, std=3e-3)
+    certificate = merge_checkpoint(base, adapter, tmp_path / "out")
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    sides = load_file(adapter / "adapter_model.safetensors")
+    along = squares = 0.0
+    for module, report in certificate["modules"].items():
+        a, b = (sides[f"{PREFIX}{module}.lora_{side}.weight"].double() for side in "AB")
+        delta = 2 * b @ a
+        moved = after[f"{module}.weight"].double() - before[f"{module}.weight"].double()
+        survived = ((moved * delta).sum() / delta.square().sum()).item()
+        changed = (after[f"{module}.weight"] != before[f"{module}.weight"]).double().mean().item()
+        assert report["survived"] == pytest.approx(survived, rel=1e-4)
+        assert report["changed"] == pytest.approx(changed)
+        along += survived * delta.square().sum().item()
+        squares += delta.square().sum().item()
+    assert certificate["survived"]["total"] == pytest.approx(along / squares, rel=1e-4)
+    least = min(report["survived"] for report in certificate["modules"].values())
+    assert certificate["survived"]["least"] == least < 0.999, "bfloat16 takes a part"
+    assert 0.5 < certificate["survived"]["total"] < 1
+
+
+def test_rounding_that_hides_the_update_is_refused(tiny_checkpoint, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint, base)
+    state = load_file(tiny_checkpoint / "model.safetensors")
+    save_file({k: v.bfloat16() for k, v in state.items()}, base / "model.safetensors")
+    adapter = make_adapter(tmp_path / "a", base, std=2e-4)
+    with pytest.raises(MergeError, match=r"50% of the update must survive .* dtype float32"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert_nothing_left(tmp_path / "out")
+    assert merge_checkpoint(base, adapter, tmp_path / "out", "float32")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_bytes_hang_on_no_number_of_threads(tiny_checkpoint, adapter, tmp_path, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "out", "bfloat16")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    wanted = merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "again", "bfloat16")
+    assert found["weights_sha256"] == wanted["weights_sha256"]
+
+
+# -- a full disk
+
+
+def test_a_disk_without_room_is_seen_before(tiny_checkpoint, adapter, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr("training.outfolder.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(MergeError, match=r"need 0\.00 GB, 0\.00 GB are free"):
+        merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "deep" / "out", "float32")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_disk_that_fills_leaves_nothing(tiny_checkpoint, adapter, tmp_path, monkeypatch):
+    def fill(self, piece):
+        if self._done > 100_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        right(self, piece)
+
+    right = TensorWriter.write
+    monkeypatch.setattr(TensorWriter, "write", fill)
+    with pytest.raises(MergeError, match=r"the disk is full\. Nothing was kept: free some space"):
+        merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "out", "float32")
+    assert_nothing_left(tmp_path / "out")
+    monkeypatch.undo()
+    assert merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "out", "float32")
+
+
 def test_no_dtype_keeps_the_bases(tiny_checkpoint, adapter, tmp_path):
     certificate = merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "out")
     assert certificate["dtype"] == "float32"
@@ -171,15 +239,15 @@ def test_no_dtype_keeps_the_bases(tiny_checkpoint, adapter, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from training import merge
+from training import apply, merge
 count = 0
-original = merge.Adapter.delta
-def delta(self, module):
+original = apply.scaled_sides
+def sides(lora, module):
     global count
     count += 1
-    if count == 20: os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, module)
-merge.Adapter.delta = delta
+    if count == 50: os.kill(os.getpid(), signal.SIGKILL)
+    return original(lora, module)
+apply.scaled_sides = sides
 merge.merge_checkpoint(*map(Path, sys.argv[1:4]))
 """
 

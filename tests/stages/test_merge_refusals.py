@@ -1,5 +1,7 @@
 """What a merge refuses before it writes, and what its own checks catch after writing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,8 +13,7 @@ from tests.stages.training_factories import (
     changed_adapter,
     make_adapter,
 )
-from training import merge
-from training.adapter import Adapter
+from training import apply
 from training.merge import merge_checkpoint
 
 
@@ -127,27 +128,41 @@ def test_a_wrong_request_is_refused_before_anything_is_read(tiny_checkpoint, ada
 # -- what the checks after writing catch
 
 
+def scale_updates(monkeypatch, factor):
+    """The merge writes `factor` times the update that it should."""
+
+    def scaled(lora, module):
+        a, b = right(lora, module)
+        return a, factor * b
+
+    right = apply.scaled_sides
+    monkeypatch.setattr(apply, "scaled_sides", scaled)
+
+
 def test_a_merge_that_changes_nothing_is_caught(tiny_checkpoint, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.adapter.Adapter.delta", lambda *_: torch.zeros(()))
+    scale_updates(monkeypatch, 0)
     with pytest.raises(MergeError, match="must differ from the base after the merge, found 57"):
         merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "out", "float32")
     assert_nothing_left(tmp_path / "out")
 
 
 def test_a_wrong_scale_is_caught_by_the_logits(tiny_checkpoint, adapter, tmp_path, monkeypatch):
-    right = Adapter.delta
-    monkeypatch.setattr(Adapter, "delta", lambda self, module: 0.99 * right(self, module))
+    scale_updates(monkeypatch, 0.99)
     with pytest.raises(MergeError, match=r"logits must agree within 0\.0001"):
         merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "out", "float32")
     assert_nothing_left(tmp_path / "out")
 
 
 def test_a_touched_bystander_is_caught(tiny_checkpoint, adapter, tmp_path, monkeypatch):
-    def careless(path, specs, make, metadata=None):
-        write(path, specs, lambda s: make(s) + (0 if s.name != "out_norm.alpha" else 1), metadata)
+    def careless(lora, plan, norms):
+        for block in right(lora, plan, norms):
+            if block.spec.name == "emb.3.weight":  # its first element comes last
+                yield replace(block, first=1, count=block.count - 1)
+                block = replace(block, first=0, count=1)
+            yield block
 
-    write = merge.write_tensors
-    monkeypatch.setattr(merge, "write_tensors", careless)
-    with pytest.raises(MergeError, match=r"out_norm\.alpha: no adapter targets it, and it differs"):
+    right = apply._blocks
+    monkeypatch.setattr(apply, "_blocks", careless)
+    with pytest.raises(MergeError, match=r"emb\.3\.weight: no adapter targets it, and it differs"):
         merge_checkpoint(tiny_checkpoint, adapter, tmp_path / "out", "float32")
     assert_nothing_left(tmp_path / "out")

@@ -170,7 +170,12 @@ def run_killed(tiny_checkpoint, tensors, target, step, moment):
 
 @pytest.mark.parametrize(
     ("step", "moment", "kept"),
-    [(1, "in-step", 0), (5, "in-step", 4), (4, "in-save", 2), (6, "in-hand-in", 6)],
+    [
+        pytest.param(1, "in-step", 0, marks=pytest.mark.slow),
+        (5, "in-step", 4),
+        pytest.param(4, "in-save", 2, marks=pytest.mark.slow),
+        (6, "in-hand-in", 6),
+    ],
 )
 def test_after_a_kill_the_run_ends_with_the_same_bytes(
     trained, tiny_checkpoint, tensors, tmp_path, step, moment, kept

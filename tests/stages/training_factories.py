@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,20 @@ def changed_adapter(
     save_file(state, folder / path.name, metadata=metadata)
     value = json.loads((adapter / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(value | (config or {})))
+    return folder
+
+
+def fused(base: Path, folder: Path, steps: int = 8) -> Path:
+    """The same checkpoint with `in_proj_weight` and `out_proj.weight`, as Kyutai's files are."""
+    shutil.copytree(base, folder)
+    state = load_file(base / "model.safetensors")
+    merged = {key: value for key, value in state.items() if "_projs." not in key}
+    for key in [key for key in state if key.endswith("_projs.0.weight")]:
+        stem = key.removesuffix(".0.weight")
+        parts = [state[f"{stem}.{i}.weight"] for i in range(steps) if f"{stem}.{i}.weight" in state]
+        name = {"in_projs": "in_proj_weight", "out_projs": "out_proj.weight"}[stem.split(".")[-1]]
+        merged[f"{stem.rsplit('.', 1)[0]}.{name}"] = torch.cat(parts)
+    save_file(merged, folder / "model.safetensors")
     return folder
 
 

@@ -1,0 +1,108 @@
+"""Attention over frames and over codebooks, and rotary positions, for the training forward.
+
+Legend: B clips, T frames, H heads, d width of a head, K depth steps, N places.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+def causal_attention(qkv: torch.Tensor, context: int | None) -> torch.Tensor:
+    """Each frame attends to itself and the `context` - 1 before it: [B, T, 3, H, d] -> [B, T, H d].
+
+    Without a mask while T is within the context: that is what lets torch's fused kernels skip
+    the upper triangle, and the library's boolean mask of T x T does not.
+    """
+    q, k, v = qkv.unbind(2)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, T, d]
+    num_frames = q.shape[2]
+    if context is None or num_frames <= context:
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        band = _band(num_frames, context, q.device)
+        y = functional.scaled_dot_product_attention(q, k, v, band)
+    return y.transpose(1, 2).flatten(2)
+
+
+@lru_cache(maxsize=4)
+def _band(num_frames: int, context: int, device: torch.device) -> torch.Tensor:
+    """bool [T, T]: who sees whom within a context; the same for all layers."""
+    place = torch.arange(num_frames, device=device)
+    distance = place[:, None] - place
+    return (distance >= 0) & (distance < context)
+
+
+def step_attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """Each depth step attends to itself and those before it: [K, N, 3 H d] -> [K, N, H d]."""
+    steps, places, width = qkv.shape
+    q, k, v = qkv.view(steps, places, 3, heads, -1).permute(2, 1, 3, 0, 4)  # [N, H, K, d] each
+    y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y.permute(2, 0, 1, 3).reshape(steps, places, width // 3)
+
+
+def turns_of(
+    transformer: Any, width: int, num_frames: int, device: torch.device
+) -> torch.Tensor | None:
+    """The rotation of each frame, complex64 [T, d / 2]; None for a model without.
+
+    Angles as in `moshi.modules.rope`: frame t turns pair i by t · max_period^(-2 i / d).
+    """
+    if transformer.rope is None:
+        return None
+    heads = transformer.layers[0].self_attn.num_heads
+    return _turns(width // heads, num_frames, transformer.rope.max_period, device)
+
+
+@lru_cache(maxsize=4)
+def _turns(width: int, num_frames: int, max_period: float, device: torch.device) -> torch.Tensor:
+    pair = torch.arange(width // 2, device=device, dtype=torch.float32)
+    frequency = torch.exp(pair * (-math.log(max_period) * 2 / width))
+    time = torch.arange(num_frames, device=device, dtype=torch.float32)
+    angle = frequency * time[:, None]
+    return torch.complex(torch.cos(angle), torch.sin(angle))
+
+
+def rotate(qkv: torch.Tensor, turns: torch.Tensor, interleave: bool) -> torch.Tensor:
+    """Rotary positions on q and k, in place: [B, T, 3, H, d].
+
+    Args:
+        turns: complex64 [T, d / 2].
+        interleave: pairs are neighbours (r0 i0 r1 i1 …); else halves (r … i …).
+    """
+    return _Rotate.apply(qkv, turns, interleave)  # pyright: ignore[reportReturnType]
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: nothing but the angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, turns: torch.Tensor, interleave: bool) -> torch.Tensor:
+        ctx.save_for_backward(turns)
+        ctx.interleave = interleave
+        ctx.mark_dirty(qkv)
+        _turn_(qkv[:, :, :2], turns, interleave)
+        return qkv
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (turns,) = ctx.saved_tensors
+        back = grads[0].clone()  # it may be somebody else's too
+        _turn_(back[:, :, :2], turns.conj(), ctx.interleave)
+        return back, None, None
+
+
+def _turn_(qk: torch.Tensor, turns: torch.Tensor, interleave: bool) -> None:
+    """Rotate [B, T, 2, H, d] in place, in float32."""
+    if not interleave:
+        pairs = qk.unflatten(-1, (2, -1)).transpose(-1, -2)  # [.., d / 2, 2]
+    else:
+        pairs = qk.unflatten(-1, (-1, 2))
+    wide = pairs.float().contiguous()
+    turned = torch.view_as_complex(wide).mul_(turns[:, None, None])
+    pairs.copy_(torch.view_as_real(turned))
