@@ -41,7 +41,8 @@ def unsupported(lm: Any) -> list[str]:
         reasons.append("it is conditioned on other inputs")
     if not lm.depformer or tuple(lm.delays) != DELAYS:
         reasons.append(f"its streams must be Moshi's, with delays {DELAYS}")
-    if lm.text_emb.demux_second_stream:
+    text_emb = getattr(lm.text_emb, "base_layer", lm.text_emb)  # under an adapter too
+    if text_emb.demux_second_stream:
         reasons.append("two text streams share its text row")
     for name in ("transformer", "depformer"):
         transformer = getattr(lm, name)
