@@ -32,6 +32,11 @@ def adapted_model(
 
     section = config.train
     model = checkpoint.load_lm(dtype=getattr(torch, section.dtype))
+    if section.loss.user_streams and model.dep_q < 2 * CODEBOOKS:
+        raise RequestError(
+            f"train.loss.user_streams needs a base that predicts the user's codes (dep_q 16), "
+            f"found dep_q {model.dep_q}. Set it to false, or name such a base in model.base."
+        )
     targets = target_modules(
         model,
         section.lora.targets,

@@ -24,7 +24,7 @@ from duplex.errors import CorruptFileError, RequestError
 from duplex.records import TensorClip
 from duplex.store import StageFolder
 from duplex.streams import DELAYS, NUM_ROWS, ZERO_TOKEN, check_codes
-from training.loss import MASK_ROWS
+from training.loss import MASK_ROWS, MASK_ROWS_WITH_USER
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Batch:
-    """codes: int64 [B, 17, T], -1 after a clip's end; loss_mask: bool [B, 9, T];
-    num_frames: frames without the padding."""
+    """codes: int64 [B, 17, T], -1 after a clip's end; loss_mask: bool [B, 9, T],
+    or [B, 17, T] with the user's streams; num_frames: frames without the padding."""
 
     codes: torch.Tensor
     loss_mask: torch.Tensor
@@ -134,14 +134,19 @@ def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: i
     return faults
 
 
-def make_batch(clips: Sequence[Clip]) -> Batch:
-    """Clips side by side, padded with -1 (no input, no loss) at the right."""
+def make_batch(clips: Sequence[Clip], *, user_streams: bool = False) -> Batch:
+    """Clips side by side, padded with -1 (no input, no loss) at the right.
+
+    Args:
+        user_streams: the user's codes carry loss too.
+    """
+    rows = MASK_ROWS_WITH_USER if user_streams else MASK_ROWS
     longest = max(clip.num_frames for clip in clips)
     codes = torch.full((len(clips), NUM_ROWS, longest), ZERO_TOKEN, dtype=torch.int64)
-    loss_mask = torch.zeros((len(clips), MASK_ROWS, longest), dtype=torch.bool)
+    loss_mask = torch.zeros((len(clips), rows, longest), dtype=torch.bool)
     for row, clip in enumerate(clips):
         codes[row, :, : clip.num_frames] = torch.from_numpy(clip.codes.astype(np.int64))
-        for stream in range(MASK_ROWS):
+        for stream in range(rows):
             # The code of frame t stands at place t + delay, which must lie within the clip.
             loss_mask[row, stream, clip.loss_from : clip.num_frames - DELAYS[stream]] = True
     return Batch(codes, loss_mask, sum(clip.num_frames for clip in clips))

@@ -167,7 +167,8 @@ class Guards:
                 runs = run_freely(self._lm, self._clips, self._free_frames, SamplingSection(), seed)
             if self._budget_clips:
                 self._set_training(True)
-                batch = make_batch(self._budget_clips)
+                user_streams = self._section.loss.user_streams
+                batch = make_batch(self._budget_clips, user_streams=user_streams)
                 codes, loss_mask = batch.codes.to(device), batch.loss_mask.to(device)
                 budget = loss_budget(
                     self._forward,
