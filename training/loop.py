@@ -71,8 +71,7 @@ class TrainResult:
 class Trainer:
     """One run. The model's adapters are trained in place; files are written to `work`.
 
-    With many processes each of them makes a Trainer from the same arguments, under the
-    environment that `training/launch.py` gives it; the first one writes.
+    Each of many processes (`training/launch.py`) makes one from the same arguments.
 
     Args:
         model: an `LMModel` with adapters (`training.lora.add_adapters`).
@@ -80,8 +79,8 @@ class Trainer:
         identity: digest of all that decides the run; checkpoints of another are not used.
         base_train, base_valid: clips of `base_data`; its share is in `section`.
         watch: called before the first step, at each validation, every `guards.every` steps and
-            at the end, on every rank; the first one's answer counts. May raise `StopTraining`.
-            May be set later.
+            at the end, on every rank (the first one's answer counts); may raise `StopTraining`
+            and may be set later.
     """
 
     def __init__(
@@ -278,12 +277,11 @@ class Trainer:
 
     def _check(self, step: int) -> str | None:
         """Validate and watch after `step` updates; returns why training must end, if it must."""
-        line, score = None, None
+        line, score, stopped = None, None, None
         if self._due(step, self._section.validate_every):
             line = self._validate(step, "valid", self._valid_clips)
             self._validate(step, "valid_base", self._base_valid)
             score = line["loss"] if line else None
-        stopped = None
         if self.watch is not None:
             score, stopped = self._ask_watch(step, line["streams"] if line else None)
         better = score is not None and (self._best is None or score < self._best.score)
