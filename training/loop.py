@@ -71,8 +71,7 @@ class TrainResult:
 class Trainer:
     """One run. The model's adapters are trained in place; files are written to `work`.
 
-    With many processes each of them makes a Trainer from the same arguments, under the
-    environment that `training/launch.py` gives it; the first one writes.
+    Each of many processes (`training/launch.py`) makes one from the same arguments.
 
     Args:
         model: an `LMModel` with adapters (`training.lora.add_adapters`).
@@ -80,7 +79,8 @@ class Trainer:
         identity: digest of all that decides the run; checkpoints of another are not used.
         base_train, base_valid: clips of `base_data`; its share is in `section`.
         watch: called before the first step, at each validation, every `guards.every` steps and
-            at the end, on every rank; the first one's answer counts. May raise `StopTraining`.
+            at the end, on every rank (the first one's answer counts); may raise `StopTraining`
+            and may be set later.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Trainer:
         self._section, self._seed, self._targets = section, seed, targets
         self._valid_clips, self._base_valid = valid_clips, base_valid
         self._work, self._identity, self._name = work, identity, name
-        self._watch = watch
+        self.watch = watch
         self._sampler = Sampler(
             train_clips,
             seed,
@@ -231,8 +231,8 @@ class Trainer:
         self._frames += sum(clip.num_frames for clip in clips)
         self._seconds += time.monotonic() - started
         self._note_time(step + 1, "train", every, started)
-        speed = self._frames / self._seconds
-        return StepReport(step + 1, value, speed, memory_bytes(self._ranks.device))
+        memory = memory_bytes(self._ranks.device)
+        return StepReport(step + 1, value, self._frames / self._seconds, memory)
 
     def _parts(self, step: int, rank: int | None = None) -> list[list[Clip]]:
         """A rank's parts (this one's, if not told another) of the batch of `step`."""
@@ -280,13 +280,12 @@ class Trainer:
 
     def _check(self, step: int) -> str | None:
         """Validate and watch after `step` updates; returns why training must end, if it must."""
-        line, score = None, None
+        line, score, stopped = None, None, None
         if self._due(step, self._section.validate_every):
             line = self._validate(step, "valid", self._valid_clips)
             self._validate(step, "valid_base", self._base_valid)
             score = line["loss"] if line else None
-        stopped = None
-        if self._watch is not None:
+        if self.watch is not None:
             score, stopped = self._ask_watch(step, line["streams"] if line else None)
         better = score is not None and (self._best is None or score < self._best.score)
         if step and better:
@@ -299,12 +298,12 @@ class Trainer:
         """Score and reason to stop, each None where there is none."""
         section = self._section
         due = self._due(step, section.guards.every or section.validate_every)
-        if self._watch is None or not (due or streams):
+        if self.watch is None or not (due or streams):
             return None, None
         stopped, started = None, time.monotonic()
         with self._memory_explained(step, self._valid_clips), gathered(self._sharded):
             try:
-                line = self._watch(step, streams)
+                line = self.watch(step, streams)
             except StopTraining as stop:
                 line, stopped = stop.line, stop.reason
         line, stopped = self._ranks.from_first((line, stopped))
