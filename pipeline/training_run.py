@@ -128,9 +128,8 @@ def run_job(job: Job, report: Report, rank: int = 0) -> dict[str, Any]:
         work=job.work,
         identity=_identity(job, records, folders, base_sha256),
         name=config.name,
-        watch=lambda step, streams: guards(step, streams),
     )
-    guards = Guards(
+    trainer.watch = Guards(
         model,
         trainer.forward,
         section,

@@ -77,7 +77,8 @@ LAYERS = [
     ),
     (3, ("pipeline.runners", "pipeline.imported")),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
-    (4, ("pipeline.pages", "pipeline.training_data", "pipeline.training_run")),
+    (4, ("pipeline.pages", "pipeline.training_data", "pipeline.training_model")),
+    (4, ("pipeline.training_run",)),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
     (6, ("pipeline", "duplex.cli", "duplex.cli_data", "duplex.cli_train")),
 ]

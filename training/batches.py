@@ -134,7 +134,7 @@ def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: i
     return faults
 
 
-def make_batch(clips: Sequence[Clip], *, user_streams: bool = False) -> Batch:
+def make_batch(clips: Sequence[Clip], user_streams: bool = False) -> Batch:
     """Clips side by side, padded with -1 (no input, no loss) at the right.
 
     Args:

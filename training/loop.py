@@ -35,7 +35,7 @@ from torch import nn
 from duplex.config_train import TrainSection
 from duplex.errors import RequestError, WorkError
 from duplex.stage import record_seed
-from training.batches import Batch, Clip, make_batch
+from training.batches import Clip, make_batch
 from training.checkpoint import Best, TrainState, latest_checkpoint, save_checkpoint
 from training.device import deterministic, wants_cpu
 from training.distributed import Ranks, gathered, shard
@@ -104,6 +104,7 @@ class Trainer:
         self._section, self._seed, self._targets = section, seed, targets
         self._valid_clips, self._base_valid = valid_clips, base_valid
         self._work, self._identity, self._name = work, identity, name
+        self._user = section.loss.user_streams
         self.watch = watch
         self._sampler = Sampler(
             train_clips,
@@ -183,7 +184,7 @@ class Trainer:
         """On the first rank's first part, on all ranks: the same pass on each."""
         started = time.monotonic()
         clips = self._parts(0, rank=0)[0]
-        batch = self._batch(clips).to(self._ranks.device)
+        batch = make_batch(clips, self._user).to(self._ranks.device)
         weights = self._weights(clips)
         torch.manual_seed(record_seed(self._seed, "train", "preflight"))
         self._set_training(True)
@@ -212,7 +213,7 @@ class Trainer:
         found: list[tuple[torch.Tensor, StreamSums]] = []
         with self._memory_explained(step + 1, clips):
             for part in self._parts(step):
-                batch = self._batch(part).to(self._ranks.device)
+                batch = make_batch(part, self._user).to(self._ranks.device)
                 loss, sums = self.forward(batch.codes, batch.loss_mask, weights)
                 self._accelerator.backward(loss)
                 found.append((loss.detach().double().cpu(), sums.detached()))
@@ -240,12 +241,9 @@ class Trainer:
         clips = self._sampler.batch(step)
         return parts_of(clips, self._section.accumulate, self._ranks.count, rank)
 
-    def _batch(self, clips: Sequence[Clip]) -> Batch:
-        return make_batch(clips, user_streams=self._section.loss.user_streams)
-
     def _weights(self, clips: Sequence[Clip]) -> torch.Tensor:
         """Coefficients of the loss of `clips` together: [P]."""
-        batch = self._batch(clips)
+        batch = make_batch(clips, self._user)
         counts = part_counts(batch.codes, batch.loss_mask)
         return coefficients(counts, self._section.loss).to(self._ranks.device)
 
@@ -329,7 +327,7 @@ class Trainer:
             for chunk in chunks:
                 mine = chunk[self._ranks.rank :: self._ranks.count]
                 # All ranks must make each pass; one without a clip makes it for nothing.
-                batch = self._batch(mine or chunk[:1]).to(self._ranks.device)
+                batch = make_batch(mine or chunk[:1], self._user).to(self._ranks.device)
                 weights = self._weights(mine or chunk[:1])
                 sums = self.forward(batch.codes, batch.loss_mask, weights)[1].detached()
                 if not mine:

@@ -1,6 +1,5 @@
 """What the stage makes of a run: best and last adapter, base data, Weights & Biases, settings."""
 
-import functools
 import json
 import shutil
 import sys
@@ -19,7 +18,7 @@ from tests.stages.training_factories import (
     tensor_bytes,
     write_tensors_stage,
 )
-from training import loop
+from training import guards
 from training.log import StopTraining
 
 LENGTHS = {"train": [50, 70, 40], "valid": [45, 30]}
@@ -45,7 +44,7 @@ def log_of(folder):
 
 
 def with_watch(monkeypatch, watch):
-    monkeypatch.setattr(loop, "Trainer", functools.partial(loop.Trainer, watch=watch))
+    monkeypatch.setattr(guards, "Guards", lambda *args, **options: watch)
 
 
 def test_the_best_adapter_is_handed_in_and_the_last_beside_it(
@@ -171,4 +170,5 @@ def test_wandb_works_offline_and_learns_no_secret(tiny_checkpoint, tensors, tmp_
         assert word in content, word
     written = [path for path in (folder.work / "wandb").rglob("*") if path.is_file()]
     assert [p for p in written if secret[:40].encode() in p.read_bytes()] == []
-    assert len(log_of(folder)) == 3, "plain JSONL all the same"
+    kinds = [line["kind"] for line in log_of(folder)]
+    assert kinds == ["valid", "guards", "train", "valid", "guards"], "plain JSONL all the same"

@@ -112,6 +112,7 @@ def make_config(checkpoint: Path, **train: Any) -> Config:
         "warmup_steps": 1,
         "validate_every": 3,
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "guards": {"clips": 1, "swaps": 1, "free_seconds": 0.8},
         "runtime": {"checkpoint_every": 2, "device": "cpu"},
     }
     return Config.model_validate(
