@@ -25,7 +25,7 @@ Q: dep_q; C: card; V: text vocabulary.
     logits       frames · (V + Q·C) · (8 + 2a), for the frames whose logits stand at once
 
 The factors of the activations are what autograd keeps in moshi's own forward with PEFT adapters
-(`train.forward: library`), counted by hooks on a CPU and held to by the same test within 5 %.
+(`train.forward: library`), counted by hooks on a CPU and held to by the same test within 3.5 %.
 The fast forward is not counted here. Not in it: CUDA's context, what a kernel needs while it
 runs, fragmentation. No figure was compared with a GPU's own.
 """

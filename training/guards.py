@@ -47,6 +47,7 @@ from training.batches import Batch, Clip, make_batch
 from training.budget import Budget, loss_budget
 from training.collapse import SpeechMeasures, Verdict, is_word, judge, measure_speech
 from training.free_running import FreeRun, run_freely, untouched
+from training.log import StopTraining
 from training.loss import stream_means
 from training.prompt_swap import (
     Forward,
@@ -59,14 +60,6 @@ from training.prompt_swap import (
 
 BUDGET_CLIPS = 2  # each is passed through four times, forward and back
 TRANSCRIPT_CHARACTERS = 200
-
-
-class StopTraining(Exception):
-    """Training must end here. line: what the check found, to be logged all the same."""
-
-    def __init__(self, reason: str, line: dict[str, Any]):
-        self.reason, self.line = reason, line
-        super().__init__(reason)
 
 
 def check_due(step: int, section: TrainSection) -> bool:
@@ -174,7 +167,8 @@ class Guards:
                 runs = run_freely(self._lm, self._clips, self._free_frames, SamplingSection(), seed)
             if self._budget_clips:
                 self._set_training(True)
-                batch = make_batch(self._budget_clips)
+                user_streams = self._section.loss.user_streams
+                batch = make_batch(self._budget_clips, user_streams=user_streams)
                 codes, loss_mask = batch.codes.to(device), batch.loss_mask.to(device)
                 budget = loss_budget(
                     self._forward,

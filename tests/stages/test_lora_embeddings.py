@@ -18,12 +18,16 @@ from tests.stages.test_lora import SEED, adapted, loss_of
 from tests.stages.training_factories import (
     changed_adapter,
     make_adapter,
+    make_clip,
     make_config,
     run_stage,
     write_tensors_stage,
 )
 from training.adapter import Adapter, load_adapter_weights
+from training.batches import make_batch
 from training.embedding import register, scaled_embedding_lora
+from training.fast import FastForward
+from training.forward import LibraryForward
 from training.lora import (
     EMBEDDINGS,
     adapter_parameters,
@@ -33,7 +37,9 @@ from training.lora import (
     liveness,
     target_modules,
 )
+from training.loss import coefficients, part_counts
 from training.merge import merge_checkpoint
+from training.quantized import quantize_linears
 from training.verify import all_logits
 
 ON_EMBEDDINGS = LoraSection(rank=4, alpha=8, embeddings=True)
@@ -114,6 +120,33 @@ def test_every_embedding_is_alive_and_the_rest_too(tiny_checkpoint):
     assert counts[EMBEDDINGS].parameters == 4 * (
         16 * (65 + 64) + (341 + 64) + 7 * (65 + 32) + (341 + 32)
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_fast_forward_takes_them_too(tiny_checkpoint, packed):
+    """With a 4-bit base as well: the loss is that of the library's forward."""
+    model = Checkpoint.open(tiny_checkpoint).load_lm()
+    targets = target_modules(model, embeddings=True)
+    if packed:
+        pytest.importorskip("bitsandbytes")
+        quantize_linears(model, targets)
+    add_adapters(model, ON_EMBEDDINGS, targets, SEED)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            if not parameter.any():
+                parameter.normal_(std=0.05, generator=generator)
+    batch = make_batch([make_clip("a", 40, 1), make_clip("b", 30, 2)])
+    weights = coefficients(part_counts(batch.codes, batch.loss_mask), LossSection())
+
+    def loss_by(forward):
+        return forward(batch.codes, batch.loss_mask, weights)[0]
+
+    fast = FastForward(model.train())
+    expected = loss_by(LibraryForward(model)).item()
+    assert loss_by(fast).item() == pytest.approx(expected, rel=1e-5)
+    alive = liveness(model, targets, lambda: loss_by(fast), SEED)
+    assert sum(alive.values()) == 82
 
 
 def test_a_dead_embedding_is_found(tiny_checkpoint, monkeypatch):

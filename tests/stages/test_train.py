@@ -27,9 +27,10 @@ from tests.stages.training_factories import (
     tensor_bytes,
     write_tensors_stage,
 )
-from training.batches import batch_of_step, make_batch
+from training.batches import make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
-from training.loop import learning_rate
+from training.optimizer import learning_rate
+from training.sampler import batch_of_step
 
 LENGTHS = {"train": [50, 70, 40], "valid": [45, 30]}
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def test_the_stage_hands_in_adapter_metrics_and_page(trained):
     config = (trained.path / "adapter" / "adapter_config.json").read_text()
     assert "/" not in config, "no machine path"
     page = (trained.path / "index.html").read_text()
-    assert page.count("<svg") == 13 and "http" not in page and "src=" not in page
+    assert page.count("<svg") == 17 and "http" not in page and "src=" not in page
     timing = [json.loads(line) for line in (trained.path / "timing.jsonl").open()]
     assert all(line["frames_per_s"] > 0 for line in timing)
 
@@ -137,8 +138,8 @@ step, moment = int(sys.argv[4]), sys.argv[5]
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 if moment == "in-step":
     original = loop.Trainer._train_step
-    def train_step(self, number, run):
-        report = original(self, number, run)
+    def train_step(self, number):
+        report = original(self, number)
         if report.step == step: kill()
         return report
     loop.Trainer._train_step = train_step

@@ -119,6 +119,28 @@ def make_config(checkpoint: Path, **train: Any) -> Config:
     )
 
 
+def make_trainer(
+    checkpoint: Path,
+    work: Path,
+    train_clips: list[Clip],
+    valid_clips: list[Clip],
+    watch: Any = None,
+    **train: Any,
+) -> Any:
+    """A Trainer by itself, without the stage around it."""
+    from training.loop import Trainer
+
+    section = make_config(checkpoint, **train).train
+    model = Checkpoint.open(checkpoint).load_lm()
+    targets = target_modules(model, section.lora.targets)
+    add_adapters(model, section.lora, targets, seed=3)
+    work.mkdir(parents=True, exist_ok=True)
+    return Trainer(
+        model, targets, section, seed=1, train_clips=train_clips, valid_clips=valid_clips,
+        work=work, identity="of this test", watch=watch,
+    )  # fmt: skip
+
+
 def run_stage(
     stage: Any,
     config: Config,

@@ -134,7 +134,7 @@ def saved_bytes(config, train):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activations_are_what_autograd_keeps(dtype, dropout):
     train = section(dtype=dtype, lora={"rank": 8, "dropout": dropout})
-    assert activation_bytes(SMALL, train) == pytest.approx(saved_bytes(SMALL, train), rel=0.05)
+    assert activation_bytes(SMALL, train) == pytest.approx(saved_bytes(SMALL, train), rel=0.035)
 
 
 def test_memory_falls_with_what_is_done_for_it():
