@@ -250,7 +250,8 @@ class DepthTransformer(nn.Module):
         self.embeddings = nn.ModuleList([lm.depformer_text_emb, *lm.depformer_emb])
         self.layers = nn.ModuleList(DepthLayer(layer) for layer in lm.depformer.layers)
         self.norms, self.heads = lm.depformer_norms, lm.linears
-        self._schedule: Any = lm.depformer_weights_per_step_schedule
+        schedule = lm.depformer_weights_per_step_schedule
+        self._weights_of_step: list[int] = list(schedule or range(lm.dep_q))
         self._multi_linear = lm.depformer_multi_linear
         self._per_step = bool(lm.depformer.layers[0].weights_per_step)
         self._checkpointing = checkpointing
@@ -271,7 +272,7 @@ class DepthTransformer(nn.Module):
         due = masks.any(0)  # [B, T]
         h, tokens = x[due], targets.movedim(1, 0)[:, due]  # [N, C], [17, N]
         steps = range(len(masks))
-        order: list[int] = [self._schedule[k] if self._schedule else k for k in steps]
+        order = [self._weights_of_step[k] for k in steps]
         if self._multi_linear:
             y = project(h, list(self.inputs), steps=order)
         else:
