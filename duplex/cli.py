@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from duplex import __version__, cli_data
+from duplex import __version__, cli_data, cli_train
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import EXIT_WORK_FAILED, DuplexError
@@ -339,8 +339,10 @@ def convert_datasets(
     conversions.datasets(source, out, runs=runs, overrides=overrides, as_json=as_json)
 
 
+convert.command(name="adapter")(cli_data.convert_adapter)
 app.add_typer(cli_data.personas, name="personas")
 app.add_typer(cli_data.hub)  # push and pull
+app.add_typer(cli_train.training)  # compare
 
 
 @app.callback(invoke_without_command=True)

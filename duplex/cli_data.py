@@ -90,6 +90,28 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in train.steps=20."),
 ]
 RUNS = Path("runs")
+
+
+def convert_adapter(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="An adapter folder, either form.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: new or empty.")],
+    form: Annotated[str, typer.Option("--to", help="moshi or peft.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="pocket, a checkpoint folder or a hub name: what it was trained on."),
+    ] = None,
+    runs: RunsRoot = RUNS,
+    as_json: AsJson = False,
+) -> None:
+    """Turn an adapter into moshi's own LoRA format, or back; the round trip keeps every bit.
+
+    Example: duplex convert adapter my-adapter/ moshi-adapter/ --to moshi --base pocket
+    """
+    from pipeline import convert as conversions
+
+    conversions.adapter(source, out, form, base, runs=runs, as_json=as_json)
+
+
 hub = typer.Typer()
 
 

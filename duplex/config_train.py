@@ -52,6 +52,7 @@ class GuardsSection(Section):
     free_seconds: float = Field(
         default=12, ge=0, le=240, description="length of each free-running check; 0: none"
     )
+    budget: bool = Field(default=True, description="shares of loss and gradient at each check")
     on_collapse: Literal["warn", "stop"] = "warn"
 
 

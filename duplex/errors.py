@@ -12,7 +12,7 @@
         ├── LockedError                another run holds the run folder
         ├── CorruptFileError           a file that is not what its name or digest says
         ├── StageFailedError           a stage ended without its manifest
-        ├── DeadAdapterError           an adapter that got no gradient or was never called
+        ├── DeadAdapterError           an adapter that got no gradient
         ├── MergeError                 a merge that changed nothing, or changed the wrong thing
         └── ServerError                a server that did not start, or refused a conversation
 

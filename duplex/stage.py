@@ -80,6 +80,11 @@ class Stage:
         """Outside files that decide the set of records: path -> sha256."""
         return {}
 
+    def keyed(self, config: Config) -> dict[str, Any]:
+        """Its own section as it enters keys. One that names outside files by their places leaves
+        those out here, and gives what is in them by `files`."""
+        return config.keyed(self.name)
+
     def beyond(self, config: Config) -> dict[str, Any]:
         """Settings of other sections that choose among the sources of its records, such as which
         voice. They are part of the folder's key; what was chosen is among a task's sources."""
@@ -90,7 +95,7 @@ class Stage:
             "stage": self.name,
             "version": self.version,
             "seed": config.seed,
-            "section": config.keyed(self.name),
+            "section": self.keyed(config),
             "engine": self.engine(config),
             "files": sorted(self.files(config).values()),
             "inputs": {name: input_digests[name] for name in self.reads},
@@ -99,7 +104,7 @@ class Stage:
         return _digest(material | ({"beyond": beyond} if beyond else {}))
 
     def record_key(self, config: Config, task: Task) -> str:
-        section = {k: v for k, v in config.keyed(self.name).items() if k not in self.set_only}
+        section = {k: v for k, v in self.keyed(config).items() if k not in self.set_only}
         material = {
             "stage": self.name,
             "version": self.version,

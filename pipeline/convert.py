@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from duplex.errors import RequestError
 from pipeline.converters.common import ConversionReport
 
 
@@ -61,6 +62,48 @@ def datasets(
     show(
         convert_datasets(source, out, runs=runs, overrides=overrides), out, "rows", as_json=as_json
     )
+
+
+def adapter(
+    source: Path, out: Path, form: str, base: str | None, *, runs: Path, as_json: bool
+) -> None:
+    """`duplex convert adapter`: PEFT's layout and moshi's own.
+
+    Raises:
+        RequestError: another form, or one that `source` has already; moshi's without a base.
+    """
+    from duplex.config import ModelSection
+    from pipeline.engines.checkpoint import resolve_checkpoint
+    from training.process import prepare_process
+
+    if form not in ("moshi", "peft"):
+        raise RequestError(f"--to must be moshi or peft, found {form}")
+    if form == "moshi" and base is None:
+        raise RequestError(
+            "--to moshi needs --base, the model that the adapter was trained on: moshi's loader "
+            "wants an adapter for each of its Linear layers, and its config.json"
+        )
+    prepare_process()
+    from training.adapter_formats import attach_base, is_peft, to_moshi, to_peft
+
+    model = resolve_checkpoint(ModelSection(base=base), runs) if base is not None else None
+    if form == "moshi":
+        assert model is not None
+        done = to_moshi(source, model, out)
+    elif not is_peft(source):
+        done = to_peft(source, out, model)
+    elif model is not None:
+        done = attach_base(source, model, out)
+    else:
+        raise RequestError(f"{source} is in PEFT's form already; --base would name its base in it")
+    outcome = ConversionReport(written=1)
+    zeros = "filled with zeros" if form == "moshi" else "of zeros left out"
+    outcome.notes.append(f"{done.adapted} modules adapted, {done.filled} {zeros}")
+    known = f"trained on {done.base_sha256[:12]}…" if done.base_sha256 else (
+        "its base is not known: --base names it, and lets merges check it"
+    )  # fmt: skip
+    outcome.notes.append(known)
+    show(outcome, out, "adapter", as_json=as_json)
 
 
 def show(outcome: ConversionReport, out: Path, what: str, *, as_json: bool) -> None:

@@ -6,31 +6,33 @@ downloaded and torch is imported only to see the device.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from duplex.config import Config
 from duplex.datafiles import find_path
 from duplex.errors import DuplexError
-from duplex.streams import KYUTAI_TOKENS
+from duplex.streams import CODEBOOKS, KYUTAI_TOKENS
 from pipeline.dialogues import estimate_cost
+from pipeline.engines import pocket
 from pipeline.engines.checkpoint import model_identity
 from pipeline.engines.engines import engine_module, engines_by_language
 from pipeline.engines.listening import choose_recogniser, missing_recogniser
 from pipeline.engines.same_speaker import missing_same_speaker
 from pipeline.engines.speaker import somebody_listens
 from pipeline.run import STAGES
+from training.estimate import MOSHI_7B, MemoryEstimate, estimate_memory, parameter_count
 
 GB = 1e9
 REQUIRED = ("torch", "moshi", "peft", "accelerate", "safetensors", "aiohttp", "sphn", "soundfile")
-# Parameters of the 7B models, counted on the meta device; bytes follow from the type.
-PARAMETERS_7B = {8: 7.688e9, 16: 8.371e9}
 HUB_DEP_Q = {"nvidia/personaplex-7b-v1": 16}
 LICENCES = {
     "nvidia/personaplex-7b-v1": "NVIDIA Open Model License: accept it on the model's hub page",
@@ -77,6 +79,8 @@ def _packages(config: Config) -> list[dict[str, str]]:
         needed += ["openai", "json-repair"]
     if config.train.runtime.wandb:
         needed.append("wandb")
+    if config.train.quantize == "nf4":
+        needed.append("bitsandbytes")
     found, missing = [], []
     for package in needed:
         try:
@@ -85,6 +89,8 @@ def _packages(config: Config) -> list[dict[str, str]]:
             missing.append(package)
     if missing:
         hint = "run `make setup` in the checkout"
+        if "bitsandbytes" in missing:
+            hint += ", and `pip install -e '.[quantize]'` for train.quantize: nf4"
         return [_check("packages", "fail", f"missing {', '.join(missing)}: {hint}")]
     return [_check("packages", "ok", ", ".join(found))]
 
@@ -237,33 +243,64 @@ def _secrets(config: Config) -> list[dict[str, str]]:
 def _device(config: Config) -> list[dict[str, str]]:
     import torch
 
+    is_pocket = config.model.base == "pocket"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        need = _train_bytes(config)
-        fits = properties.total_memory > need
-        return [
-            _check(
-                "device",
-                "ok" if fits else "fail",
-                f"{properties.name}, {properties.total_memory / GB:.0f} GB; training needs about "
-                f"{need / GB:.1f} GB (computed)",
-            )
-        ]
-    if config.model.base == "pocket":
-        return [
-            _check("device", "ok", f"CPU, {torch.get_num_threads()} threads: enough for pocket")
-        ]
-    return [_check("device", "fail", "no CUDA device: a 7B model does not train on a CPU")]
+        return [_memory(config, properties.name, properties.total_memory)]
+    if is_pocket and config.train.processes == 1:
+        threads = torch.get_num_threads()
+        return [_check("device", "ok", f"CPU, {threads} threads: enough for pocket")]
+    if is_pocket:
+        return [_check("device", "ok", f"CPU, {config.train.processes} processes for pocket")]
+    need = _describe_memory(estimate_memory(_lm_config(config), config.train))
+    text = f"no CUDA device: a 7B model does not train on a CPU; a GPU would hold {need}"
+    return [_check("device", "fail", text)]
 
 
-def _train_bytes(config: Config) -> float:
-    """Weights, adapter with gradients and two AdamW moments in fp32; activations not counted."""
+def _memory(config: Config, name: str, held: float) -> dict[str, str]:
+    """Whether a GPU of `held` bytes holds what each process trains with."""
+    memory = estimate_memory(_lm_config(config), config.train)
+    text = f"{name}, {held / GB:.0f} GB; training takes {_describe_memory(memory)}"
+    if memory.total < held:
+        return _check("device", "ok", text)
+    if memory.fixed < held:
+        advice = (
+            "raise train.accumulate, set train.runtime.checkpointing: full, or lower "
+            "train.crop_frames"
+        )
+        return _check("device", "warn", f"{text}; the activations may not fit: {advice}")
+    advice = "set train.dtype: bfloat16" if config.train.dtype == "float32" else (
+        "set train.quantize: nf4, or train.processes to the number of GPUs"
+    )  # fmt: skip
+    return _check("device", "fail", f"{text}; the weights do not fit: {advice}")
+
+
+def _describe_memory(memory: MemoryEstimate) -> str:
+    parts = {
+        "weights": memory.weights,
+        "adapters and optimizer": memory.adapters,
+        "gathered layers": memory.gathered,
+        "activations": memory.activations,
+        "logits": memory.logits,
+    }
+    listing = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items() if size)
+    return f"about {memory.total / GB:.1f} GB a process ({listing}; computed, never measured)"
+
+
+def _lm_config(config: Config) -> dict[str, Any]:
+    """The model's sizes: of its config.json where it is here, else of the 7B model it names."""
     if config.model.base == "pocket":
-        return 0.1 * GB
-    weights = PARAMETERS_7B[HUB_DEP_Q.get(config.model.base, 8)]
-    per_weight = 2 if config.train.dtype == "bfloat16" else 4
-    adapter = weights * 0.005 * config.train.lora.rank / 16
-    return weights * per_weight + adapter * 16
+        return pocket.LM_CONFIG
+    path = find_path(config.model.base) / "config.json"
+    named = {}
+    if path.is_file():
+        try:
+            named = json.loads(path.read_text())
+        except ValueError:
+            named = {}  # `_model` and training say what is wrong with it
+    # A config.json without sizes is PersonaPlex's, which predicts the user too.
+    dep_q = 16 if path.is_file() else HUB_DEP_Q.get(config.model.base, 8)
+    return {**MOSHI_7B, "dep_q": dep_q, **named}
 
 
 def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
@@ -273,10 +310,10 @@ def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
     free = shutil.disk_usage(place).free
     need = 0.5 * GB
     if config.model.base != "pocket":
-        dep_q = HUB_DEP_Q.get(config.model.base, 8)
-        merged = PARAMETERS_7B[8] * (2 if config.merge.dtype == "bfloat16" else 4)
-        need = PARAMETERS_7B[dep_q] * 2 + merged + 5 * GB  # base, merge, data
-        need += PARAMETERS_7B[8] * 2 if dep_q != 8 else 0  # and the base as it is served
+        parameters = parameter_count(_lm_config(config))
+        written = parameter_count({**_lm_config(config), "dep_q": CODEBOOKS})
+        need = parameters * 2 + written * (4 if config.merge.dtype == "float32" else 2) + 5 * GB
+        need += written * 2 if written != parameters else 0  # and the base as it is served
     state = "ok" if free > need else "fail"
     text = (
         f"{free / GB:.1f} GB free at {place.resolve()}, about {need / GB:.1f} GB needed (computed)"

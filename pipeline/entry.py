@@ -49,7 +49,7 @@ def main(name: str, arguments: list[str] | None = None) -> int:
             assert folder is not None, "a step whose inputs are complete has a key"
             if step.done and not has_rejects_to_retry(step, options.retry_rejected):
                 return EXIT_DONE
-            if name in ("train", "merge"):
+            if name == "merge" or (name == "train" and config.train.quantize == "none"):
                 keep_out_bitsandbytes()
             execute(step.stage, context, folder, retry_rejected=options.retry_rejected)
     except DuplexError as error:

@@ -2,40 +2,41 @@
 
 Reads all clips, checks that they were made with this model's codec and tokenizer, puts the
 adapters in, proves on the first batch that each of them is alive (`training/lora.py`), and
-trains (`training/loop.py`). Checkpoints in `work/` outlive a kill; what the stage hands in
-is the adapter as PEFT reads it, the metrics and a page of curves.
+trains (`pipeline/training_run.py`, `training/loop.py`). Checkpoints in `work/` outlive a kill;
+what the stage hands in is the adapter as PEFT reads it, the metrics and a page of curves.
 
-    adapter/adapter_model.safetensors, adapter/adapter_config.json
+    adapter/adapter_model.safetensors, adapter/adapter_config.json     the best one
+    adapter-last/…     the last one, where that is another
     metrics.jsonl      one line a step and a validation; the same bytes on every run
-    timing.jsonl       seconds and frames/s, of killed attempts too
+    timing.jsonl       seconds, frames/s, padding and memory, of killed attempts too
     index.html         curves
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import shutil
+from typing import Any
 
-from duplex.base import Record, canonical_json
+from duplex.base import Record
 from duplex.config import Config
-from duplex.config_train import TrainSection
-from duplex.errors import RequestError
-from duplex.files import sha256_bytes, write_atomic
-from duplex.records import TensorClip
+from duplex.files import read_lines, write_atomic
 from duplex.sinks import FileWriter
-from duplex.splits import Split, member_of, overlaps
-from duplex.stage import StageContext, WholeStage, record_seed
-from pipeline.engines.checkpoint import Checkpoint, model_identity, resolve_checkpoint
+from duplex.stage import StageContext, WholeStage
+from pipeline.engines.checkpoint import model_identity
+from pipeline.training_data import (
+    base_folders,
+    check_origin,
+    check_split,
+    keyed_section,
+    start_files,
+)
+from pipeline.training_run import ADAPTER, LAST, Job, run_job, validation_facts, with_steps
 from training.process import prepare_process
 
-if TYPE_CHECKING:
-    from training.batches import Clip
-    from training.loop import StepReport, TrainResult
-    from training.lora import GroupCount
+__all__ = ["TrainStage", "check_origin", "check_split", "validation_facts", "with_steps"]
 
 PAGE = "index.html"
+WORKER = "pipeline.training_run"  # what each of several processes runs
 
 
 class TrainStage(WholeStage):
@@ -46,241 +47,81 @@ class TrainStage(WholeStage):
     def engine(self, config: Config) -> str:
         return model_identity(config.model)
 
+    def files(self, config: Config) -> dict[str, str]:
+        """Base data by the digests of its stages, and the adapter that is gone on from by its
+        files', wherever they are.
+
+        Raises:
+            MissingInputError: a folder that is no complete tensors stage, or no adapter.
+        """
+        folders = {str(folder.path): folder.digest for folder in base_folders(config)}
+        return folders | start_files(config.train)
+
+    def keyed(self, config: Config) -> dict[str, Any]:
+        return keyed_section(config)
+
     def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
         """
         Raises:
             CorruptFileError: a tensor file that is damaged or not what its record says.
             RequestError: clips of another codec or tokenizer, or none to train on.
             DeadAdapterError: an adapter that would get no gradient; nothing was trained.
-            WorkError: a loss that is not finite; the last checkpoint is kept.
+            WorkError: a loss that is not finite, too little memory, a full disk, a process of
+                several that died; the last checkpoint is kept.
         """
         prepare_process()
-        checkpoint = resolve_checkpoint(context.config.model, context.runs_root)
-        records: list[TensorClip] = list(context.records("tensors", TensorClip))
-        check_origin(records, checkpoint)
-        check_split(records)
-        clips = _read_clips(context, records, checkpoint)
-
-        import torch
-
-        from training.loop import Trainer
-        from training.lora import add_adapters, count_trainable, target_modules
-
-        config = context.config
-        section = with_steps(config.train, len(clips["train"]))
-        base_sha256 = checkpoint.digest("moshi")
-        model = checkpoint.load_lm(dtype=getattr(torch, section.dtype))
-        targets = target_modules(model, section.lora.targets)
-        add_adapters(model, section.lora, targets, record_seed(config.seed, "train", "adapters"))
-        counts = count_trainable(model, targets)
-        _describe(context, model, counts, clips)
-        trainer = Trainer(
-            model,
-            targets,
-            section,
-            seed=config.seed,
-            train_clips=clips["train"],
-            valid_clips=clips["valid"],
-            work=writer.work,
-            identity=_identity(context, records, base_sha256, self.version),
-            name=config.name,
-        )
-        with _progress(section.steps) as on_step:
-            result = trainer.run(on_step, context.report)
-        if result.frames_per_s:
-            context.report(f"trained at {result.frames_per_s:.0f} frames/s")
-        facts = {
-            "rank": section.lora.rank,
-            "alpha": section.lora.alpha,
-            "trainable_parameters": sum(count.parameters for count in counts.values()),
-            "adapted_modules": {group: count.modules for group, count in counts.items()},
-            "alive_modules": result.live,
-            "base_sha256": base_sha256,
-            "steps": section.steps,
-            **validation_facts(result.log),
-        }
-        return _hand_in(context, writer, model, targets, facts, result)
-
-
-def with_steps(section: TrainSection, num_clips: int) -> TrainSection:
-    """The section with `epochs` turned into steps."""
-    if section.epochs is None:
-        return section
-    steps = max(1, math.ceil(section.epochs * num_clips / section.batch_size))
-    return section.model_copy(update={"steps": steps})
-
-
-def check_origin(records: list[TensorClip], checkpoint: Checkpoint) -> None:
-    """
-    Raises:
-        RequestError: a clip was made with another codec or tokenizer than this model's.
-    """
-    for role in ("codec", "tokenizer"):
-        expected = checkpoint.digest(role)
-        found = [(record.id, getattr(record, f"{role}_digest")) for record in records]
-        foreign = [(name, digest) for name, digest in found if digest != expected]
-        if foreign:
-            raise RequestError(
-                f"clips must be made with the {role} of the model that is trained, "
-                f"{expected[:12]}…; found {len(foreign)} of {len(records)} made with another "
-                f"(first {foreign[0][0]}: {foreign[0][1][:12]}…). "
-                "Make the tensors again with this model.base, or train the model they belong to."
-            )
-
-
-def check_split(records: list[TensorClip]) -> None:
-    """
-    Raises:
-        RequestError: a conversation, a text or a tensor on both sides, so that validation would
-            measure what was trained on; for a split by persona a persona or a voice too.
-    """
-    for by in ("conversation", "persona"):
-        chosen = [r for r in records if by == "conversation" or r.split_by == "persona"]
-        split: dict[str, Split] = {record.id: record.split for record in chosen}
-        faults = overlaps(map(member_of, chosen), split, by)
-        if faults:
-            raise RequestError(
-                f"training and validation must share nothing: {'; '.join(faults)}. Make the "
-                "tensors again, or import them again: imports split by what is in them."
-            )
-
-
-def validation_facts(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """First and last validation: the loss, and each stream's likelihood in nats."""
-    lines = [line for line in log if line["kind"] == "valid"]
-    if not lines:
-        return {}
-    return {
-        f"valid_{when}": {
-            "loss": line["loss"],
-            **{name: value for name, value in line["streams"].items() if value is not None},
-        }
-        for when, line in (("initial", lines[0]), ("final", lines[-1]))
-    }
-
-
-def _read_clips(
-    context: StageContext, records: list[TensorClip], checkpoint: Checkpoint
-) -> dict[str, list[Clip]]:
-    from training.batches import read_clips
-
-    return {
-        split: read_clips(
+        job = Job(
+            context.config,
+            context.runs_root,
             context.inputs["tensors"],
-            [record for record in records if record.split == split],
-            crop_frames=context.config.train.crop_frames,
-            card=checkpoint.config["card"],
-            text_card=checkpoint.config["text_card"],
-            loss_on_prompt=context.config.train.loss.prompt,
+            writer.work,
+            self.version,
         )
-        for split in ("train", "valid")
-    }
+        processes = context.config.train.processes
+        if processes == 1:
+            result = run_job(job, context.report)
+        else:
+            from training.launch import run_workers
+
+            context.report(f"training in {processes} processes")
+            result = run_workers(WORKER, job.as_json(), processes, context.report)
+        return _hand_in(context, writer, result)
 
 
-def _identity(
-    context: StageContext, records: list[TensorClip], base_sha256: str, version: int
-) -> str:
-    """Digest of all that decides a run: a checkpoint of another run is not gone on from."""
-    identity = {
-        "base": base_sha256,
-        "clips": [record.digest for record in records],
-        "seed": context.config.seed,
-        "section": context.config.keyed("train"),
-        "version": version,
-    }
-    return sha256_bytes(canonical_json(identity).encode())
-
-
-def _describe(
-    context: StageContext,
-    model: Any,
-    counts: dict[str, GroupCount],
-    clips: dict[str, list[Clip]],
-) -> None:
-    """Say what trains, and on what."""
-    for group, count in counts.items():
-        context.report(
-            f"  {group:<9} {count.modules:4d} modules {count.parameters:12,d} parameters"
-        )
-    trained = sum(count.parameters for count in counts.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    modules = sum(count.modules for count in counts.values())
-    context.report(
-        f"  training  {modules:4d} modules {trained:12,d} parameters "
-        f"({trained / (total - trained):.1%} of the base's {total - trained:,d})"
-    )
-    for split, chosen in clips.items():
-        frames = sum(clip.num_frames for clip in chosen)
-        context.report(f"  {split}: {len(chosen)} clips, {frames:,d} frames")
-    if not clips["valid"]:
-        context.report("  no clip is held out: there will be no validation")
-
-
-def _hand_in(
-    context: StageContext,
-    writer: FileWriter,
-    model: Any,
-    targets: dict[str, list[str]],
-    facts: dict[str, Any],
-    result: TrainResult,
-) -> list[Record]:
-    """Write adapter and page into `work`, and move all files to their places."""
-    from training.adapter import CONFIG, WEIGHTS, write_adapter
+def _hand_in(context: StageContext, writer: FileWriter, result: dict[str, Any]) -> list[Record]:
+    """Write the page into `work`, and move all files to their places."""
+    from training.adapter import CONFIG, WEIGHTS
     from training.curves import curves_page
-    from training.loop import METRICS, TIMING
-    from training.lora import adapter_state, lora_config
+    from training.log import METRICS, TIMING
 
-    adapter = writer.work / "adapter"
-    config = lora_config(context.config.train.lora, targets).to_dict()
-    write_adapter(adapter, adapter_state(model), config, facts["base_sha256"])
+    facts = result["facts"]
     summary = {
         "model": context.config.model.base,
         "adapters": ", ".join(f"{n} {group}" for group, n in facts["adapted_modules"].items()),
         "trainable parameters": f"{facts['trainable_parameters']:,d}",
-        "steps": str(facts["steps"]),
-        "training speed": f"{result.frames_per_s:.0f} frames/s",
+        "steps": f"{facts['final_step']} of {facts['steps']}",
+        "handed in": f"the adapter of step {facts['best_step']}",
+        "training speed": f"{result['frames_per_s']:.0f} frames/s",
     }
-    page = curves_page(f"{context.config.name}: training", summary, result.log)
+    if "stopped" in facts:
+        summary["stopped"] = facts["stopped"]
+    timing = list(read_lines(writer.work / TIMING))
+    page = curves_page(f"{context.config.name}: training", summary, result["log"], timing)
     write_atomic(writer.work / PAGE, page.encode())
-    records: list[Record] = [
-        writer.add("adapter", adapter / WEIGHTS, f"adapter/{WEIGHTS}", facts=facts),
-        writer.add("adapter-config", adapter / CONFIG, f"adapter/{CONFIG}"),
-        writer.add("metrics", writer.work / METRICS, METRICS),
-    ]
+    records: list[Record] = []
+    for name in (ADAPTER, LAST):
+        folder = writer.work / name
+        if not folder.is_dir():
+            shutil.rmtree(writer.folder.path / name, ignore_errors=True)
+            continue
+        of_best = {"facts": facts} if name == ADAPTER else {}
+        records.append(writer.add(name, folder / WEIGHTS, f"{name}/{WEIGHTS}", **of_best))
+        records.append(writer.add(f"{name}-config", folder / CONFIG, f"{name}/{CONFIG}"))
+    records.append(writer.add("metrics", writer.work / METRICS, METRICS))
     # Their bytes differ from run to run, so they get no record: records make the digest.
     writer.add("timing", writer.work / TIMING, TIMING, deterministic=False)
     writer.add("page", writer.work / PAGE, PAGE, deterministic=False)
     return records
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
-    """A bar on stderr with loss and frames/s."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} frames/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("train", total=steps, loss=float("nan"), speed=0.0)
-
-        def on_step(report: StepReport) -> None:
-            progress.update(
-                task, completed=report.step, loss=report.loss, speed=report.frames_per_s
-            )
-
-        yield on_step
 
 
 if __name__ == "__main__":

@@ -59,6 +59,9 @@ LAYERS = [
             "duplex.dialogue_checks",
             "training.loss",
             "training.lora",
+            "training.embedding",
+            "training.estimate",
+            "training.collapse",
         ),
     ),
     (
@@ -74,9 +77,10 @@ LAYERS = [
     ),
     (3, ("pipeline.runners", "pipeline.imported")),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
-    (4, ("pipeline.pages",)),
+    (4, ("pipeline.pages", "pipeline.training_data", "pipeline.training_model")),
+    (4, ("pipeline.training_run",)),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
-    (6, ("pipeline", "duplex.cli", "duplex.cli_data")),
+    (6, ("pipeline", "duplex.cli", "duplex.cli_data", "duplex.cli_train")),
 ]
 PURE = LAYERS[2][1]
 ONLY_IN = {"ray": "pipeline.runners.ray", "accelerate": "training.loop", "peft": "training"}

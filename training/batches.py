@@ -1,8 +1,5 @@
-"""Training clips: read and checked once, cut, padded into batches, in an order made of hashes.
-
-Each step's batch follows from (seed, step) alone: clips are ordered anew for each epoch by
-sha256 of seed, epoch and clip id, and step s takes the next `batch_size` of that endless
-row. So a resumed run needs its step number and nothing else, and a batch may span two epochs.
+"""Training clips: read and checked once, cut, padded into batches; `training/sampler.py` says
+which clips make a batch.
 
 A clip is cut at its end, from frame 0 on, so that its prompt is always there. Prompt frames
 carry no loss, unless `train.loss.prompt` says so. Nor does a code whose delayed place lies
@@ -15,7 +12,6 @@ Legend: B clips, K = 17 rows, T frames.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 from collections.abc import Iterable, Sequence
@@ -28,18 +24,20 @@ from duplex.errors import CorruptFileError, RequestError
 from duplex.records import TensorClip
 from duplex.store import StageFolder
 from duplex.streams import DELAYS, NUM_ROWS, ZERO_TOKEN, check_codes
-from training.loss import MASK_ROWS
+from training.loss import MASK_ROWS, MASK_ROWS_WITH_USER
 
 
 @dataclass(frozen=True)
 class Clip:
     """A training example. codes: int16 [17, T], undelayed; frames before `prompt_frames` are
-    its prompt, frames before `loss_from` carry no loss."""
+    its prompt, frames before `loss_from` carry no loss. turns: (role, start, end) in frames;
+    empty where nobody knows."""
 
     id: str
     codes: np.ndarray
     prompt_frames: int
     loss_from: int
+    turns: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def num_frames(self) -> int:
@@ -48,12 +46,20 @@ class Clip:
 
 @dataclass(frozen=True)
 class Batch:
-    """codes: int64 [B, 17, T], -1 after a clip's end; loss_mask: bool [B, 9, T];
-    num_frames: frames without the padding."""
+    """codes: int64 [B, 17, T], -1 after a clip's end; loss_mask: bool [B, 9, T],
+    or [B, 17, T] with the user's streams; num_frames: frames without the padding."""
 
     codes: torch.Tensor
     loss_mask: torch.Tensor
     num_frames: int
+
+    @property
+    def padded_frames(self) -> int:
+        """Frames that are computed: B x T."""
+        return self.codes.shape[0] * self.codes.shape[2]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.codes.to(device), self.loss_mask.to(device), self.num_frames)
 
 
 def read_clips(
@@ -112,7 +118,8 @@ def _read_clip(
     dtype = np.int16 if max(card, text_card) <= np.iinfo(np.int16).max else np.int64
     codes = np.ascontiguousarray(tensor.numpy()[:, :crop_frames].astype(dtype))
     prompt_frames = max((span.end for span in record.prompt), default=0)
-    return Clip(record.id, codes, prompt_frames, 0 if loss_on_prompt else prompt_frames)
+    turns = tuple((turn.label, turn.start, turn.end) for turn in record.turns)
+    return Clip(record.id, codes, prompt_frames, 0 if loss_on_prompt else prompt_frames, turns)
 
 
 def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: int) -> list[str]:
@@ -127,35 +134,19 @@ def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: i
     return faults
 
 
-def make_batch(clips: Sequence[Clip]) -> Batch:
-    """Clips side by side, padded with -1 (no input, no loss) at the right."""
+def make_batch(clips: Sequence[Clip], user_streams: bool = False) -> Batch:
+    """Clips side by side, padded with -1 (no input, no loss) at the right.
+
+    Args:
+        user_streams: the user's codes carry loss too.
+    """
+    rows = MASK_ROWS_WITH_USER if user_streams else MASK_ROWS
     longest = max(clip.num_frames for clip in clips)
     codes = torch.full((len(clips), NUM_ROWS, longest), ZERO_TOKEN, dtype=torch.int64)
-    loss_mask = torch.zeros((len(clips), MASK_ROWS, longest), dtype=torch.bool)
+    loss_mask = torch.zeros((len(clips), rows, longest), dtype=torch.bool)
     for row, clip in enumerate(clips):
         codes[row, :, : clip.num_frames] = torch.from_numpy(clip.codes.astype(np.int64))
-        for stream in range(MASK_ROWS):
+        for stream in range(rows):
             # The code of frame t stands at place t + delay, which must lie within the clip.
             loss_mask[row, stream, clip.loss_from : clip.num_frames - DELAYS[stream]] = True
     return Batch(codes, loss_mask, sum(clip.num_frames for clip in clips))
-
-
-def batch_of_step(clips: Sequence[Clip], seed: int, step: int, batch_size: int) -> list[Clip]:
-    """The clips of step `step` (from 0): the same whenever and however often it is asked."""
-    orders: dict[int, list[Clip]] = {}
-    chosen = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, len(clips))
-        if epoch not in orders:
-            orders[epoch] = epoch_order(clips, seed, epoch)
-        chosen.append(orders[epoch][place])
-    return chosen
-
-
-def epoch_order(clips: Sequence[Clip], seed: int, epoch: int) -> list[Clip]:
-    """Each clip once, in an order that no library version can change."""
-
-    def rank(clip: Clip) -> bytes:
-        return hashlib.sha256(f"{seed}\0{epoch}\0{clip.id}".encode()).digest()
-
-    return sorted(clips, key=rank)

@@ -1,8 +1,8 @@
 """A page of training curves: one HTML file, its SVG drawn here, nothing fetched.
 
-One panel a quantity: the loss, each stream's likelihood, learning rate and gradient norm.
-Training is a thin line of every step, validation a thick one with points. A page of 1 000
-steps is about 300 kB.
+One panel a quantity: the loss, each stream's likelihood, the perplexity of text, gradient norm,
+learning rates, and of each step speed and memory. Training is a thin line of every step, validation
+a thick one with points, validation on base data a dashed one.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from training.loss import STREAMS
+from training.loss import STREAMS, USER_STREAMS
 
 WIDTH, HEIGHT = 420, 210  # px of a panel
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 28  # px around the plot
 Point = tuple[float, float]
+_RATES = (("lr", "learning rate"), ("lr_depth", "learning rate, depth transformer"))
+# Of each line of timing.jsonl: key, title, factor. A step that was made again counts once.
+_MEASURED = (
+    ("frames_per_s", "frames/s, without padding", 1.0),
+    ("memory_bytes", "memory, GB", 1e-9),
+)
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #66707c; --grid: #e3e6ea;
-  --paper: #fff; --train: #4b7bec; --valid: #d6522c; }
+  --paper: #fff; --train: #4b7bec; --valid: #d6522c; --base: #2a9d6f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #9aa3ad;
-  --grid: #33383f; --paper: #16181b; --train: #7aa2ff; --valid: #ff8a65; } }
+  --grid: #33383f; --paper: #16181b; --train: #7aa2ff; --valid: #ff8a65; --base: #5fd0a3; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   margin: 2rem auto; max-width: 92rem; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: .95rem; margin: 0 0 .2rem; }
@@ -32,10 +38,21 @@ h1 { font-size: 1.4rem; } h2 { font-size: .95rem; margin: 0 0 .2rem; }
 svg { width: 100%; height: auto; } text { fill: var(--soft); font-size: 11px; }
 .grid { stroke: var(--grid); } .train { stroke: var(--train); fill: none; }
 .valid { stroke: var(--valid); fill: none; stroke-width: 2.5; } circle { fill: var(--valid); }
+.base { stroke: var(--base); fill: none; stroke-width: 2; stroke-dasharray: 5 3; }
 table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; }
 .key::before { content: "—"; font-weight: bold; margin-right: .3rem; }
 .key.of-train::before { color: var(--train); } .key.of-valid::before { color: var(--valid); }
+.key.of-base::before { color: var(--base); }
 """
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (step, value) drawn in the CSS class `css`; `dots` marks each of them."""
+
+    css: str
+    points: list[Point]
+    dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,14 +60,21 @@ class Panel:
     title: str
     train: list[Point]
     valid: list[Point]
+    base: list[Point] = field(default_factory=list)
 
 
-def curves_page(title: str, facts: dict[str, str], log: Sequence[dict[str, Any]]) -> str:
+def curves_page(
+    title: str,
+    facts: dict[str, str],
+    log: Sequence[dict[str, Any]],
+    timing: Sequence[dict[str, Any]] = (),
+) -> str:
     """The page as HTML.
 
     Args:
         facts: what to say in the table at the top.
         log: lines of metrics.jsonl.
+        timing: lines of timing.jsonl.
     """
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
@@ -58,34 +82,49 @@ def curves_page(title: str, facts: dict[str, str], log: Sequence[dict[str, Any]]
     )
     figures = "".join(
         f"<figure style='margin:0'><h2>{html.escape(panel.title)}</h2>{draw(panel)}</figure>"
-        for panel in panels(log)
+        for panel in panels(log, timing)
     )
+    base_key = ""
+    if any(line["kind"] == "valid_base" for line in log):
+        base_key = "<span class='key of-base'>validation, base data</span> &nbsp; "
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><table>{rows}</table>"
         "<p><span class='key of-train'>training, each step</span> &nbsp; "
-        "<span class='key of-valid'>validation, held-out personas</span> &nbsp; "
+        "<span class='key of-valid'>validation, held-out clips</span> &nbsp; "
+        f"{base_key}"
         "likelihoods are negative, in nats a frame: lower is better</p>"
         f"<div class='panels'>{figures}</div></body></html>\n"
     )
 
 
-def panels(log: Sequence[dict[str, Any]]) -> list[Panel]:
+def panels(log: Sequence[dict[str, Any]], timing: Sequence[dict[str, Any]] = ()) -> list[Panel]:
     """What there is to draw, in order."""
-    result = [Panel("loss", _series(log, "train", "loss"), _series(log, "valid", "loss"))]
-    for stream in STREAMS:
-        result.append(Panel(stream, _series(log, "train", stream), _series(log, "valid", stream)))
-    for name in ("grad_norm", "lr"):
-        result.append(Panel(name, _series(log, "train", name), []))
-    return [panel for panel in result if panel.train or panel.valid]
+    result = []
+    for name in ("loss", *STREAMS, *USER_STREAMS):
+        kinds = ("train", "valid", "valid_base")
+        result.append(Panel(name, *(_series(log, kind, name) for kind in kinds)))
+    perplexity = [line | {"streams": line.get("perplexity", {})} for line in log]
+    kinds = ("valid", "valid_base")
+    for name in ("text", "text_nonpad"):
+        series = (_series(perplexity, kind, name) for kind in kinds)
+        result.append(Panel(f"perplexity of {name}", [], *series))
+    for name, title in (("grad_norm", "gradient norm"), *_RATES):
+        result.append(Panel(title, _series(log, "train", name), []))
+    for name, title, scale in _MEASURED:
+        points = [(x, y * scale) for x, y in _series(timing, "train", name)]
+        result.append(Panel(title, sorted(dict(points).items()), []))
+    return [panel for panel in result if panel.train or panel.valid or panel.base]
 
 
 def _series(log: Sequence[dict[str, Any]], kind: str, name: str) -> list[Point]:
     points = []
     for line in log:
-        value = line["streams"].get(name, line.get(name)) if line["kind"] == kind else None
+        if line["kind"] != kind:
+            continue
+        value = line.get("streams", {}).get(name, line.get(name))
         if value is not None and math.isfinite(value):
             points.append((float(line["step"]), float(value)))
     return points
@@ -93,7 +132,17 @@ def _series(log: Sequence[dict[str, Any]], kind: str, name: str) -> list[Point]:
 
 def draw(panel: Panel) -> str:
     """One panel as SVG."""
-    points = panel.train + panel.valid
+    lines = [
+        Line("train", panel.train),
+        Line("valid", panel.valid, dots=True),
+        Line("base", panel.base),
+    ]
+    return plot(panel.title, [line for line in lines if line.points])
+
+
+def plot(title: str, lines: Sequence[Line]) -> str:
+    """Lines over each other as one SVG, their axes fitted to all of them."""
+    points = [point for line in lines for point in line.points]
     last = max(x for x, _ in points) or 1.0
     low, high = min(y for _, y in points), max(y for _, y in points)
     ticks = nice_ticks(low, high)
@@ -105,10 +154,7 @@ def draw(panel: Panel) -> str:
     def y_of(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
 
-    def path(series: list[Point]) -> str:
-        return " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in series)
-
-    parts = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{panel.title}'>"]
+    parts = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(title)}'>"]
     for tick in ticks:
         y = y_of(tick)
         parts.append(
@@ -119,15 +165,15 @@ def draw(panel: Panel) -> str:
         parts.append(
             f"<text x='{x_of(step):.1f}' y='{HEIGHT - 8}' text-anchor='middle'>{step}</text>"
         )
-    if panel.train:
-        parts.append(f"<polyline class='train' points='{path(panel.train)}'/>")
-    if panel.valid:
-        parts.append(f"<polyline class='valid' points='{path(panel.valid)}'/>")
-        parts += [
-            f"<circle cx='{x_of(x):.1f}' cy='{y_of(y):.1f}' r='3.5'>"
-            f"<title>step {x:.0f}: {y:.4f}</title></circle>"
-            for x, y in panel.valid
-        ]
+    for line in lines:
+        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in line.points)
+        parts.append(f"<polyline class='{line.css}' points='{path}'/>")
+        if line.dots:
+            parts += [
+                f"<circle class='{line.css}-dot' cx='{x_of(x):.1f}' cy='{y_of(y):.1f}' r='3.5'>"
+                f"<title>step {x:.0f}: {y:.4f}</title></circle>"
+                for x, y in line.points
+            ]
     return "".join([*parts, "</svg>"])
 
 

@@ -41,7 +41,8 @@ def unsupported(lm: Any) -> list[str]:
         reasons.append("it is conditioned on other inputs")
     if not lm.depformer or tuple(lm.delays) != DELAYS:
         reasons.append(f"its streams must be Moshi's, with delays {DELAYS}")
-    if lm.text_emb.demux_second_stream:
+    text_emb = getattr(lm.text_emb, "base_layer", lm.text_emb)  # under an adapter too
+    if text_emb.demux_second_stream:
         reasons.append("two text streams share its text row")
     for name in ("transformer", "depformer"):
         transformer = getattr(lm, name)
@@ -54,7 +55,7 @@ def unsupported(lm: Any) -> list[str]:
             if layer.gating is None or layer.cross_attention is not None or layer.skip_self_attn:
                 reasons.append(f"{name}: layers must be attention and a gated MLP")
                 break
-            gatings = layer.gating if isinstance(layer.gating, nn.ModuleList) else [layer.gating]
+            gatings = gates_of(layer)
             attention = layer.self_attn
             if any(gating.activation is not functional.silu for gating in gatings):
                 reasons.append(f"{name}: gates must be silu")
@@ -67,6 +68,11 @@ def unsupported(lm: Any) -> list[str]:
     if type(lm.out_norm) is not RMSNorm:
         reasons.append("out_norm must be RMSNorm")
     return list(dict.fromkeys(reasons))
+
+
+def gates_of(layer: Any) -> list[Any]:
+    """A layer's gated MLPs: one for each weight of the depth transformer's steps, else one."""
+    return list(layer.gating) if isinstance(layer.gating, nn.ModuleList) else [layer.gating]
 
 
 class FastForward(nn.Module):
@@ -189,7 +195,7 @@ class TemporalLayer(nn.Module):
 
     def __init__(self, layer: Any, context: int | None):
         super().__init__()
-        self.layer = layer
+        self.layer: Any = layer
         self._context = context
 
     def forward(self, x: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
@@ -244,7 +250,7 @@ class DepthTransformer(nn.Module):
         self.embeddings = nn.ModuleList([lm.depformer_text_emb, *lm.depformer_emb])
         self.layers = nn.ModuleList(DepthLayer(layer) for layer in lm.depformer.layers)
         self.norms, self.heads = lm.depformer_norms, lm.linears
-        self._schedule = lm.depformer_weights_per_step_schedule
+        self._schedule: Any = lm.depformer_weights_per_step_schedule
         self._multi_linear = lm.depformer_multi_linear
         self._per_step = bool(lm.depformer.layers[0].weights_per_step)
         self._checkpointing = checkpointing
@@ -265,7 +271,7 @@ class DepthTransformer(nn.Module):
         due = masks.any(0)  # [B, T]
         h, tokens = x[due], targets.movedim(1, 0)[:, due]  # [N, C], [17, N]
         steps = range(len(masks))
-        order = [self._schedule[k] if self._schedule else k for k in steps]
+        order: list[int] = [self._schedule[k] if self._schedule else k for k in steps]
         if self._multi_linear:
             y = project(h, list(self.inputs), steps=order)
         else:
@@ -293,14 +299,14 @@ class DepthLayer(nn.Module):
 
     def __init__(self, layer: Any):
         super().__init__()
-        self.layer = layer
+        self.layer: Any = layer
 
     def forward(self, x: torch.Tensor, order: list[int] | None) -> torch.Tensor:
         layer, attention = self.layer, self.layer.self_attn
         qkv = project(x, list(attention.in_projs), steps=order, pre="norm", norm=layer.norm1)
         y = step_attention(qkv, attention.num_heads)
         x = _residual(x, y, list(attention.out_projs), order, "none", layer.layer_scale_1)
-        gatings = layer.gating if isinstance(layer.gating, nn.ModuleList) else [layer.gating]
+        gatings = gates_of(layer)
         inner = [gating.linear_in for gating in gatings]
         h = project(x, inner, steps=order, pre="norm", norm=layer.norm2)
         outer = [gating.linear_out for gating in gatings]

@@ -1,27 +1,28 @@
-"""The training loop: AdamW on the adapters, by accelerate, on one process.
+"""The training loop: AdamW on the adapters, by accelerate, on one process or many.
 
-Each step is a function of the state before it and of (seed, step): the batch by
-`batch_of_step`, dropout by a seed of its own, the learning rate by linear warm-up and a
-cosine to zero. So a run that was killed goes on from its last checkpoint and ends with the
-same bytes. Validation is teacher-forced likelihood over all validation clips, before the
-first step, every `validate_every` steps and at the end.
+Each step is a function of the state before it and of (seed, step): its clips by
+`training/sampler.py`, dropout by a seed of its own, learning rates by `training/optimizer.py`. So
+a run that was killed goes on from its last checkpoint and ends with the same bytes.
+
+**Parts.** A batch is worked through in `accumulate` parts on each of `processes` ranks. The loss
+is linear in sums (`training/loss.py`), with coefficients from the counts of the whole batch, so
+the gradients of parts and ranks add up to the batch's, whatever its clips' lengths.
+
+**Checks.** Before the first step, every `validate_every` steps and at the end: teacher-forced
+likelihood over all validation clips (and, apart, those of the base data), then `watch`, if there
+is one. The adapter with the lowest score is kept as the best: the score that `watch` gives, or
+the validation loss without it. The state before the first step is never the best.
 
 `metrics.jsonl` holds what is determined by the inputs; on one type of CPU two runs agree bit
 for bit, with one thread or two (AVX2 and AVX-512 differ). `timing.jsonl` holds the rest.
-
-Speed: pocket model, 101 adapters of rank 16, batch 4 x 450 frames, 2 cores: 1 700 frames/s,
-about a second a step. On CUDA operations without a deterministic kernel only warn.
-Source of betas .9/.95: FACTS, section 4, and moshi-finetune.
+On CUDA operations without a deterministic kernel only warn.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,48 +32,55 @@ from accelerate import Accelerator
 from moshi.utils.compile import no_compile
 from torch import nn
 
-from duplex.base import canonical_json
 from duplex.config_train import TrainSection
 from duplex.errors import RequestError, WorkError
-from duplex.files import write_atomic
 from duplex.stage import record_seed
-from training.batches import Batch, Clip, batch_of_step, make_batch
-from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
-from training.forward import LibraryForward
+from training.batches import Clip, make_batch
+from training.checkpoint import Best, TrainState, latest_checkpoint, save_checkpoint
+from training.device import deterministic, wants_cpu
+from training.distributed import Ranks, gathered, shard
+from training.failures import out_of_memory_explained, require_finite
+from training.forward import make_forward
+from training.log import StepReport, StopTraining, TrainLog, memory_bytes, valid_line
 from training.lora import adapter_parameters, liveness
 from training.loss import StreamSums, coefficients, part_counts, stream_means, training_loss
+from training.optimizer import adam_tensors, load_adam, make_adam, set_rates
+from training.sampler import Sampler, parts_of
 
-BETAS = (0.9, 0.95)
-METRICS, TIMING, CHECKPOINTS = "metrics.jsonl", "timing.jsonl", "checkpoints"
-ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a progress bar shows. `frames_per_s` counts training alone, without padding."""
-
-    step: int
-    loss: float
-    frames_per_s: float
+CHECKPOINTS = "checkpoints"
+Streams = Mapping[str, float | None]
+# (updates done, streams of the validation just made or None) -> a line for the log, or None
+# where nothing is due. Its `score` (lower is better, None: not to be chosen) picks the best.
+Watch = Callable[[int, Streams | None], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """log: the lines of metrics.jsonl; live: live adapters of each group."""
+    """log: the lines of metrics.jsonl; live: live adapters of each group; best: the adapter to
+    hand in, None: the last; stopped: why it ended before its last step."""
 
     log: list[dict[str, Any]]
     live: dict[str, int]
     resumed_from: int
     frames_per_s: float
+    final_step: int
+    best: Best | None = None
+    stopped: str | None = None
 
 
 class Trainer:
     """One run. The model's adapters are trained in place; files are written to `work`.
 
+    Each of many processes (`training/launch.py`) makes one from the same arguments.
+
     Args:
         model: an `LMModel` with adapters (`training.lora.add_adapters`).
         targets: the adapted modules by group.
         identity: digest of all that decides the run; checkpoints of another are not used.
+        base_train, base_valid: clips of `base_data`; its share is in `section`.
+        watch: called before the first step, at each validation, every `guards.every` steps and
+            at the end, on every rank (the first one's answer counts); may raise `StopTraining`
+            and may be set later.
     """
 
     def __init__(
@@ -87,27 +95,41 @@ class Trainer:
         work: Path,
         identity: str,
         name: str = "train",
+        base_train: Sequence[Clip] = (),
+        base_valid: Sequence[Clip] = (),
+        watch: Watch | None = None,
     ):
         if not train_clips:
             raise RequestError("training needs at least one clip of the train split, found none.")
         self._section, self._seed, self._targets = section, seed, targets
-        self._train_clips, self._valid_clips = train_clips, valid_clips
+        self._valid_clips, self._base_valid = valid_clips, base_valid
         self._work, self._identity, self._name = work, identity, name
-        self._accelerator = Accelerator(
-            cpu=_wants_cpu(section.runtime.device), mixed_precision="no"
+        self._user = section.loss.user_streams
+        self.watch = watch
+        self._sampler = Sampler(
+            train_clips,
+            seed,
+            section.batch_size,
+            bucket_batches=section.bucket_batches,
+            base=base_train,
+            share=section.base_data.share,
         )
-        model.to(self._accelerator.device)
+        self._accelerator = Accelerator(cpu=wants_cpu(section.runtime.device), mixed_precision="no")
+        self._ranks = Ranks(
+            self._accelerator.process_index,
+            self._accelerator.num_processes,
+            self._accelerator.device,
+        )
+        assert self._ranks.count == section.processes, "pipeline/train.py starts the others"
+        self._model = model
+        self.forward = make_forward(model, section)
         self._parameters = adapter_parameters(model)
-        self._adam = torch.optim.AdamW(
-            list(self._parameters.values()),
-            lr=section.learning_rate,
-            betas=BETAS,
-            weight_decay=section.weight_decay,
-            fused=True,
-        )
-        self._model, self._optimizer = self._accelerator.prepare(model, self._adam)
-        self._step_forward = LibraryForward(self._model)
-        self._log: list[str] = []
+        self._sharded = self._place_model()
+        self._adam = make_adam(self._parameters, section)
+        # The model is not prepared: training/distributed.py says why.
+        self._optimizer = self._accelerator.prepare(self._adam)
+        self._log = TrainLog(work, writes=self._ranks.first)
+        self._best: Best | None = None
         self._frames, self._seconds = 0, 0.0
 
     def run(
@@ -119,219 +141,260 @@ class Trainer:
 
         Raises:
             DeadAdapterError: an adapter would not train; nothing was.
-            WorkError: a loss or gradient that is not finite; the last checkpoint is kept.
+            WorkError: a loss or gradient that is not finite, too little memory, a full disk;
+                the last checkpoint is kept.
         """
         section = self._section
-        with _deterministic(self._accelerator.device), no_compile():
+        failed = True
+        with deterministic(self._ranks.device), no_compile():
             live = self._preflight()
             report(f"preflight: {sum(live.values())} of {sum(live.values())} adapters are alive")
-            start = self._resume()
-            if start:
+            state = self._resume()
+            start, stopped = (state.step, state.stopped) if state else (0, None)
+            if state:
                 report(f"going on from the checkpoint of step {start}")
-            wandb_run = self._start_wandb(start)
-            if not start:
-                self._validate(0, wandb_run)
-            for step in range(start, section.steps):
-                done = step + 1
-                on_step(self._train_step(step, wandb_run))
-                if done % section.validate_every == 0 or done == section.steps:
-                    self._validate(done, wandb_run)
-                if done % section.runtime.checkpoint_every == 0 or done == section.steps:
-                    self._save(done)
-            if wandb_run is not None:
-                wandb_run.finish()
+            self._log.start_wandb(section, self._name, self._identity, bool(state))
+            try:
+                if not start:
+                    stopped = self._check(0)
+                done = start
+                while done < section.steps and not stopped:
+                    on_step(self._train_step(done))
+                    done += 1
+                    stopped = self._check(done)
+                    if self._due(done, section.runtime.checkpoint_every) or stopped:
+                        self._save(done, stopped)
+                failed = False
+            finally:
+                self._log.close(failed)
+        if stopped:
+            report(f"stopped after step {done}: {stopped}")
         speed = self._frames / self._seconds if self._seconds else 0.0
-        return TrainResult([json.loads(line) for line in self._log], live, start, speed)
+        return TrainResult(self._log.parsed(), live, start, speed, done, self._best, stopped)
+
+    def load_adapters(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put adapter tensors, named as `training.lora.adapter_parameters`, into the model."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[name])
 
     # -- a step
 
     def _preflight(self) -> dict[str, int]:
+        """On the first rank's first part, on all ranks: the same pass on each."""
         started = time.monotonic()
-        clips = self._clips_of(0)
-        batch = self._to_device(make_batch(clips))
+        clips = self._parts(0, rank=0)[0]
+        batch = make_batch(clips, self._user).to(self._ranks.device)
+        weights = self._weights(clips)
         torch.manual_seed(record_seed(self._seed, "train", "preflight"))
-        self._model.train()
+        self._set_training(True)
 
         def compute_loss() -> torch.Tensor:
-            loss, _ = self._forward(batch)
+            loss, _ = self.forward(batch.codes, batch.loss_mask, weights)
             self._check_finite("the loss of the preflight pass", loss.item(), 0, clips)
             return loss
 
-        live = liveness(
-            self._model, self._targets, compute_loss, record_seed(self._seed, "train", "liveness")
-        )
-        self._note_time(0, "preflight", batch.num_frames, time.monotonic() - started)
+        with self._memory_explained(0, clips):
+            seed = record_seed(self._seed, "train", "liveness")
+            live = liveness(self._model, self._targets, compute_loss, seed)
+        self._note_time(0, "preflight", [clips], started)
         return live
 
-    def _train_step(self, step: int, wandb_run: Any) -> StepReport:
+    def _train_step(self, step: int) -> StepReport:
         """Update number `step` + 1."""
         started = time.monotonic()
-        clips = self._clips_of(step)
-        batch = self._to_device(make_batch(clips))
-        torch.manual_seed(record_seed(self._seed, "train", f"step-{step}"))
-        rate = learning_rate(step, self._section)
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-        self._model.train()
-        loss, sums = self._forward(batch)
-        value = loss.item()
+        clips = self._sampler.batch(step)
+        weights = self._weights(clips)
+        # Each rank drops other units: of one seed the ranks would drop the same ones.
+        rank = f"-rank-{self._ranks.rank}" if self._ranks.rank else ""
+        torch.manual_seed(record_seed(self._seed, "train", f"step-{step}{rank}"))
+        rates = set_rates(self._adam, step, self._section)
+        self._set_training(True)
+        found: list[tuple[torch.Tensor, StreamSums]] = []
+        with self._memory_explained(step + 1, clips):
+            for part in self._parts(step):
+                batch = make_batch(part, self._user).to(self._ranks.device)
+                loss, sums = self.forward(batch.codes, batch.loss_mask, weights)
+                self._accelerator.backward(loss)
+                found.append((loss.detach().double().cpu(), sums.detached()))
+        value, total = self._add_up(found)
         self._check_finite("the loss", value, step + 1, clips)
-        self._accelerator.backward(loss)
+        self._ranks.sum_gradients(self._parameters.values())
         norm = self._accelerator.clip_grad_norm_(self._parameters.values(), self._section.clip_norm)
-        assert norm is not None, "one process without FSDP always has a norm"
+        assert norm is not None, "plain parameters always have a norm"
         self._check_finite("the gradient norm", float(norm), step + 1, clips)
-        self._optimizer.step()
+        with self._memory_explained(step + 1, clips):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - started
-        self._frames += batch.num_frames
-        self._seconds += seconds
-        line = {
-            "kind": "train",
-            "step": step + 1,
-            "lr": rate,
-            "loss": value,
-            "grad_norm": float(norm),
-            "streams": stream_means(sums.detached()),
-        }
-        self._note(line, wandb_run)
-        self._note_time(step + 1, "train", batch.num_frames, seconds)
-        return StepReport(step + 1, value, self._frames / self._seconds)
+        line = {"kind": "train", "step": step + 1, "loss": value, "grad_norm": float(norm)}
+        self._log.note(line | rates | {"streams": stream_means(total)})
+        every = [part for r in range(self._ranks.count) for part in self._parts(step, rank=r)]
+        self._frames += sum(clip.num_frames for clip in clips)
+        self._seconds += time.monotonic() - started
+        self._note_time(step + 1, "train", every, started)
+        memory = memory_bytes(self._ranks.device)
+        return StepReport(step + 1, value, self._frames / self._seconds, memory)
 
-    def _validate(self, step: int, wandb_run: Any) -> None:
-        """Log the teacher-forced NLL of all validation clips; nothing without any."""
-        if not self._valid_clips:
-            return
+    def _parts(self, step: int, rank: int | None = None) -> list[list[Clip]]:
+        """A rank's parts (this one's, if not told another) of the batch of `step`."""
+        rank = self._ranks.rank if rank is None else rank
+        clips = self._sampler.batch(step)
+        return parts_of(clips, self._section.accumulate, self._ranks.count, rank)
+
+    def _weights(self, clips: Sequence[Clip]) -> torch.Tensor:
+        """Coefficients of the loss of `clips` together: [P]."""
+        batch = make_batch(clips, self._user)
+        counts = part_counts(batch.codes, batch.loss_mask)
+        return coefficients(counts, self._section.loss).to(self._ranks.device)
+
+    def _add_up(self, found: list[tuple[torch.Tensor, StreamSums]]) -> tuple[float, StreamSums]:
+        """Loss and sums of a batch, over its parts and the ranks."""
+        total = found[0][1]
+        for _, sums in found[1:]:
+            total = total + sums
+        loss = torch.stack([loss for loss, _ in found]).sum().reshape(1)
+        flat = self._ranks.sum(torch.cat([loss, total.nll, total.count]))
+        nll, count = flat[1:].chunk(2)
+        return float(flat[0]), StreamSums(nll, count)
+
+    def _set_training(self, training: bool) -> None:
+        self._model.train(training)
+        self.forward.train(training)
+
+    def _place_model(self) -> list[nn.Module]:
+        """Put the model where it trains; returns what is sharded."""
+        if self._ranks.count == 1:
+            self._model.to(self._ranks.device)
+            return []
+        modules = getattr(self.forward, "shardable_modules", None)
+        if modules is None:
+            raise RequestError(
+                f"train.processes={self._ranks.count} needs a forward pass that names what can be "
+                f"sharded, {type(self.forward).__name__} does not: use train.forward=library."
+            )
+        return shard(modules(), self._ranks, self._parameters.values())
+
+    # -- checks
+
+    def _check(self, step: int) -> str | None:
+        """Validate and watch after `step` updates; returns why training must end, if it must."""
+        line, score, stopped = None, None, None
+        if self._due(step, self._section.validate_every):
+            line = self._validate(step, "valid", self._valid_clips)
+            self._validate(step, "valid_base", self._base_valid)
+            score = line["loss"] if line else None
+        if self.watch is not None:
+            score, stopped = self._ask_watch(step, line["streams"] if line else None)
+        better = score is not None and (self._best is None or score < self._best.score)
+        if step and better:
+            self._best = Best(step, float(score), self._adapter_tensors())  # pyright: ignore
+        if stopped and not step:
+            raise WorkError(f"nothing was trained: {stopped}")
+        return stopped
+
+    def _ask_watch(self, step: int, streams: Streams | None) -> tuple[float | None, str | None]:
+        """Score and reason to stop, each None where there is none."""
+        section = self._section
+        due = self._due(step, section.guards.every or section.validate_every)
+        if self.watch is None or not (due or streams):
+            return None, None
+        stopped, started = None, time.monotonic()
+        with self._memory_explained(step, self._valid_clips), gathered(self._sharded):
+            try:
+                line = self.watch(step, streams)
+            except StopTraining as stop:
+                line, stopped = stop.line, stop.reason
+        line, stopped = self._ranks.from_first((line, stopped))
+        if line is None:
+            return None, stopped
+        score = line.get("score")
+        usable = score is not None and math.isfinite(score)
+        self._log.note({"kind": "guards", "step": step} | line)
+        self._note_time(step, "guards", [], started)
+        return (score if usable else None), stopped
+
+    def _validate(self, step: int, kind: str, clips: Sequence[Clip]) -> dict[str, Any] | None:
+        """Log the teacher-forced NLL of all `clips`; None without any."""
+        if not clips:
+            return None
         started = time.monotonic()
-        self._model.eval()
-        total: StreamSums | None = None
-        frames = 0
-        size = self._section.batch_size
-        with torch.no_grad():
-            for first in range(0, len(self._valid_clips), size):
-                batch = self._to_device(make_batch(self._valid_clips[first : first + size]))
-                sums = self._forward(batch)[1].detached()
-                total = sums if total is None else total + sums
-                frames += batch.num_frames
-        assert total is not None
+        self._set_training(False)
+        ordered = sorted(clips, key=lambda clip: (clip.num_frames, clip.id))
+        size = self._section.batch_size // self._section.accumulate
+        chunks = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+        found: list[tuple[torch.Tensor, StreamSums]] = []
+        with torch.no_grad(), self._memory_explained(step, clips):
+            for chunk in chunks:
+                mine = chunk[self._ranks.rank :: self._ranks.count]
+                # All ranks must make each pass; one without a clip makes it for nothing.
+                batch = make_batch(mine or chunk[:1], self._user).to(self._ranks.device)
+                weights = self._weights(mine or chunk[:1])
+                sums = self.forward(batch.codes, batch.loss_mask, weights)[1].detached()
+                if not mine:
+                    sums = StreamSums(torch.zeros_like(sums.nll), torch.zeros_like(sums.count))
+                found.append((torch.zeros((), dtype=torch.float64), sums))
+        total = self._add_up(found)[1]
         loss = training_loss(total, self._section.loss).item()
-        self._check_finite("the validation loss", loss, step, self._valid_clips)
-        line = {"kind": "valid", "step": step, "loss": loss, "streams": stream_means(total)}
-        self._note(line, wandb_run)
-        self._note_time(step, "valid", frames, time.monotonic() - started)
+        self._check_finite("the validation loss", loss, step, clips)
+        line = valid_line(kind, step, loss, total)
+        self._log.note(line)
+        ranks = range(self._ranks.count)
+        parts = [chunk[rank :: self._ranks.count] for chunk in chunks for rank in ranks]
+        self._note_time(step, kind, parts, started)
+        return line
 
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, StreamSums]:
-        weights = coefficients(part_counts(batch.codes, batch.loss_mask), self._section.loss)
-        return self._step_forward(batch.codes, batch.loss_mask, weights)
-
-    def _clips_of(self, step: int) -> list[Clip]:
-        return batch_of_step(self._train_clips, self._seed, step, self._section.batch_size)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self._accelerator.device
-        return Batch(batch.codes.to(device), batch.loss_mask.to(device), batch.num_frames)
+    def _due(self, step: int, every: int) -> bool:
+        return step in (0, self._section.steps) or step % every == 0
 
     def _check_finite(self, what: str, value: float, step: int, clips: Sequence[Clip]) -> None:
-        if math.isfinite(value):
-            return
-        names = ", ".join(clip.id for clip in clips[:8])
-        raise WorkError(
-            f"{what} must be finite, found {value} at step {step}, on the clips {names}. "
-            f"The last checkpoint is kept in {self._work / CHECKPOINTS}. "
-            "Lower train.learning_rate, or look at these clips with `duplex inspect`."
-        )
+        names = [clip.id for clip in clips]
+        require_finite(what, value, step, names, self._work / CHECKPOINTS)
+
+    def _memory_explained(self, step: int, clips: Sequence[Clip]) -> Any:
+        longest = max((clip.num_frames for clip in clips), default=0)
+        return out_of_memory_explained(self._section, step, self._work / CHECKPOINTS, longest)
 
     # -- what a kill must not lose
 
-    def _resume(self) -> int:
-        """Go back to the last checkpoint of this run, if there is one; returns its step."""
-        state = latest_checkpoint(self._work / CHECKPOINTS, self._identity)
-        self._log = state.log if state else []
-        write_atomic(self._work / METRICS, "".join(f"{line}\n" for line in self._log).encode())
+    def _resume(self) -> TrainState | None:
+        """Go back to the last checkpoint of this run, if there is one."""
+        folder = self._work / CHECKPOINTS
+        if not self._ranks.first:
+            self._ranks.wait()  # the first one removes what cannot be used
+        state = latest_checkpoint(folder, self._identity)
+        if self._ranks.first:
+            self._ranks.wait()
+        self._log.restart(state.log if state else [])
         if state is None:
-            return 0
-        adam: dict[int, dict[str, torch.Tensor]] = {}
-        with torch.no_grad():
-            for index, (name, parameter) in enumerate(self._parameters.items()):
-                parameter.copy_(state.tensors[f"adapter.{name}"])
-                adam[index] = {key: state.tensors[f"{key}.{name}"] for key in ADAM_STATE}
-        groups = self._adam.state_dict()["param_groups"]
-        self._adam.load_state_dict({"state": adam, "param_groups": groups})
-        return state.step
-
-    def _save(self, step: int) -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self._parameters.items():
-            tensors[f"adapter.{name}"] = parameter.detach().cpu().contiguous()
-            for key in ADAM_STATE:
-                tensors[f"{key}.{name}"] = self._adam.state[parameter][key].cpu().contiguous()
-        state = TrainState(step, tensors, self._log)
-        save_checkpoint(self._work / CHECKPOINTS, state, self._identity)
-
-    # -- what is written down
-
-    def _note(self, line: dict[str, Any], wandb_run: Any) -> None:
-        self._log.append(canonical_json(line))
-        with (self._work / METRICS).open("a") as file:
-            file.write(self._log[-1] + "\n")
-        if wandb_run is not None:
-            values = {name: value for name, value in line["streams"].items() if value is not None}
-            values |= {key: line[key] for key in ("loss", "lr", "grad_norm") if key in line}
-            wandb_run.log({f"{line['kind']}/{key}": v for key, v in values.items()}, line["step"])
-
-    def _note_time(self, step: int, kind: str, frames: int, seconds: float) -> None:
-        line = {"step": step, "kind": kind, "frames": frames, "seconds": round(seconds, 4)}
-        line["frames_per_s"] = round(frames / seconds, 1)
-        with (self._work / TIMING).open("a") as file:
-            file.write(canonical_json(line) + "\n")
-
-    def _start_wandb(self, start: int) -> Any:
-        if not self._section.runtime.wandb:
             return None
-        import wandb
+        self._best = state.best
+        prefix = "adapter."
+        chosen = {
+            k.removeprefix(prefix): t for k, t in state.tensors.items() if k.startswith(prefix)
+        }
+        self.load_adapters(chosen)
+        load_adam(self._adam, state.tensors)
+        return state
 
-        return wandb.init(
-            project="duplex-workbench",
-            name=self._name,
-            id=self._identity[:16],
-            resume="allow" if start else None,
-            dir=str(self._work),
-            config=self._section.model_dump(mode="json", exclude={"runtime"}),
-        )
+    def _adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the adapters, on the CPU."""
+        return {
+            name: parameter.detach().to("cpu", copy=True).contiguous()
+            for name, parameter in self._parameters.items()
+        }
 
+    def _save(self, step: int, stopped: str | None) -> None:
+        tensors = {f"adapter.{name}": tensor for name, tensor in self._adapter_tensors().items()}
+        tensors |= adam_tensors(self._adam, self._parameters)
+        self._ranks.check_equal(tensors, f"adapters and AdamW's state after step {step}")
+        if self._ranks.first:
+            state = TrainState(step, tensors, self._log.lines, self._best, stopped)
+            save_checkpoint(self._work / CHECKPOINTS, state, self._identity)
 
-def learning_rate(step: int, section: TrainSection) -> float:
-    """Rate of update `step` (from 0): linear warm-up to the peak, then a cosine to zero."""
-    if step < section.warmup_steps:
-        return section.learning_rate * (step + 1) / section.warmup_steps
-    progress = (step - section.warmup_steps) / max(1, section.steps - section.warmup_steps)
-    return section.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _wants_cpu(device: str) -> bool:
-    """
-    Raises:
-        RequestError: a GPU is asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RequestError(
-            "train.runtime.device is cuda, but torch finds no GPU here. "
-            "Use auto or cpu, or mend the driver."
-        )
-    return device == "cpu" or not torch.cuda.is_available()
-
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Deterministic kernels while a run lasts; what was set before comes back."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
-    # cuBLAS reads this when its first handle is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # pyright: ignore
+    def _note_time(
+        self, step: int, kind: str, parts: Sequence[Sequence[Clip]], started: float
+    ) -> None:
+        """`parts`: the clips of each forward pass, over all ranks."""
+        lengths = [[clip.num_frames for clip in part] for part in parts if part]
+        memory = memory_bytes(self._ranks.device)
+        self._log.note_time(step, kind, lengths, time.monotonic() - started, memory)

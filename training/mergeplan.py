@@ -43,7 +43,8 @@ class Plan:
     """What is to be written: each tensor of the output, in the base's own naming, and which rows
     of it get a delta. A tensor may be a first part of the base's (a cut), never more.
 
-    config: of the output; linears: (out, in) of each of its Linear layers.
+    config: of the output; linears: (out, in) of each of its Linear layers, (ids, dim) of each
+        embedding.
     specs: in the order of the output's file; targets: by tensor, from the first row down.
     """
 
@@ -105,15 +106,16 @@ def make_plan(
 
 
 def linears_of(source: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(out, in) of each Linear of an architecture, from the meta device."""
+    """Shape of the weight of each layer that an adapter can stand on, from the meta device:
+    (out, in) of a Linear, (ids, dim) of an embedding."""
     changes = {key: value for key, value in config.items() if source.config.get(key) != value}
     # The library makes some Linear layers on the default device before it moves them.
     with torch.device("meta"):
         lm = source.info().get_moshi(device="meta", load_weight=False, lm_kwargs_overrides=changes)
     return {
-        name: (module.out_features, module.in_features)
+        name: (module.weight.shape[0], module.weight.shape[1])
         for name, module in lm.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, nn.Embedding))
     }
 
 
@@ -189,6 +191,16 @@ def check_base(source: Checkpoint, lora: Adapter, base_sha256: str) -> None:
             f"{lora.base_sha256[:12]}…; {source.files()['moshi']} is {base_sha256[:12]}…. "
             "Give that base, or train again on this one; nothing was kept."
         )
+
+
+def check_fit(source: Checkpoint, lora: Adapter) -> None:
+    """
+    Raises:
+        MergeError: an adapter that could not be merged into this base.
+    """
+    with TensorFile(source.files()["moshi"]) as weights:
+        check_plan(source, lora, make_plan(source, weights, list(lora.shapes), None))
+    check_base(source, lora, source.digest("moshi"))
 
 
 def _where(source: Checkpoint, plan: Plan) -> str:

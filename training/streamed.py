@@ -34,8 +34,6 @@ from training.tensorfile import TensorFile
 if TYPE_CHECKING:
     from moshi.models.lm import LMModel
 
-_SIDES = ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
-
 
 @contextmanager
 def streamed_lm(checkpoint: Checkpoint, adapter: Path | None = None) -> Iterator[LMModel]:
@@ -65,36 +63,69 @@ def streamed_lm(checkpoint: Checkpoint, adapter: Path | None = None) -> Iterator
 class Unmerged(nn.Module):
     """y = W x, and + scale · B (A x) on the second half of the batch (dimension 0)."""
 
-    def __init__(self, linear: nn.Linear, name: str, sides: TensorFile, scale: float):
+    sides_names = ("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight")
+
+    def __init__(self, inner: nn.Module, name: str, sides: TensorFile, scale: float):
         super().__init__()
-        self.linear, self.name, self.sides, self.scale = linear, name, sides, scale
+        self.inner: Any = inner
+        self.name, self.sides, self.scale = name, sides, scale
         self.a = self.b = None
         self._register_load_state_dict_pre_hook(self._rename)
 
     def _rename(self, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-        if f"{prefix}weight" in state:
-            state[f"{prefix}linear.weight"] = state.pop(f"{prefix}weight")
+        for key in [key for key in state if key.startswith(prefix)]:
+            state[f"{prefix}inner.{key[len(prefix) :]}"] = state.pop(key)
 
     def take(self) -> None:
-        self.a, self.b = (self.sides.read(side.format(self.name), torch.float32) for side in _SIDES)
+        self.a, self.b = (
+            self.sides.read(side.format(self.name), torch.float32) for side in self.sides_names
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.a is not None and self.b is not None
-        y = self.linear(x)
+        y = self.inner(x)
         half = x.shape[0] // 2
         low = nn.functional.linear(x[half:], self.a)  # [B/2, …, rank]
         y[half:] += self.scale * nn.functional.linear(low, self.b)
         return y
 
 
+class UnmergedEmbedding(Unmerged):
+    """The same for moshi's `ScaledEmbedding`: the row of id i is W[i] + scale · B A[:, i].
+
+    A [rank, ids], B [dim, rank]; -1 is zero, norm and low-rank projection follow the lookup.
+    """
+
+    sides_names = (
+        "base_model.model.{}.lora_embedding_A",
+        "base_model.model.{}.lora_embedding_B",
+    )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.a is not None and self.b is not None
+        y = self.inner(x)
+        second = x[x.shape[0] // 2 :]
+        ids = second.clamp(min=0)
+        rows = nn.functional.embedding(ids, self.inner.weight)
+        rows = rows + self.scale * nn.functional.linear(self.a.T[ids], self.b)
+        if self.inner.norm is not None:
+            rows = self.inner.norm(rows)
+        rows = rows * (second >= 0)[..., None]
+        if self.inner.low_rank is not None:
+            rows = self.inner.low_rank(rows)
+        y[x.shape[0] // 2 :] = rows
+        return y
+
+
 def _put_adapters(lm: nn.Module, sides: TensorFile, scale: float) -> None:
-    before, after = _SIDES[0].split("{}")
-    names = [key[len(before) : -len(after)] for key in sides.specs if key.endswith(after)]
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        linear = lm.get_submodule(name)
-        assert isinstance(linear, nn.Linear), name
-        setattr(lm.get_submodule(parent), last, Unmerged(linear, name, sides, scale))
+    for kind in (Unmerged, UnmergedEmbedding):
+        before, after = kind.sides_names[0].split("{}")
+        names = [key[len(before) : -len(after)] for key in sides.specs if key.endswith(after)]
+        for name in names:
+            parent, _, last = name.rpartition(".")
+            setattr(
+                lm.get_submodule(parent), last, kind(lm.get_submodule(name), name, sides, scale)
+            )
 
 
 def _scale(path: Path) -> float:

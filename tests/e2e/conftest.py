@@ -31,6 +31,7 @@ SMALL = {
         "warmup_steps": 1,
         "validate_every": 3,
         "lora": {"rank": 4},
+        "guards": {"clips": 1, "swaps": 1, "free_seconds": 2, "every": 6},
         "runtime": {"checkpoint_every": 2},
     },
     "evaluate": {"seconds": 2.4},

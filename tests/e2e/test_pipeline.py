@@ -94,6 +94,13 @@ def test_changed_prompts_rewrite_their_persona_s_dialogues_and_all_that_follows(
     assert states["tensors"] == "done" and states["train"] == "stale"
 
 
+def test_a_run_trains_on_a_base_in_4_bits(workplace):
+    """In the stage's own process, which leaves bitsandbytes out wherever it is not asked for."""
+    settings = ("train.quantize=nf4", "train.steps=1", "train.runtime.device=cpu")
+    result = workplace.run("--to", "train", *(part for s in settings for part in ("--set", s)))
+    assert result.returncode == 0, result.stderr
+
+
 def test_more_dialogues_keep_those_that_are_there(workplace):
     result = workplace.run("--to", "dialogues", "--set", "dialogues.per_persona=1")
     assert result.returncode == 0, result.stderr

@@ -30,7 +30,7 @@ SEED = 5
 
 def adapted(checkpoint, groups=GROUPS, section=LORA):
     model = Checkpoint.open(checkpoint).load_lm()
-    targets = target_modules(model, groups)
+    targets = target_modules(model, groups, embeddings=section.embeddings)
     add_adapters(model, section, targets, SEED)
     return model.train(), targets
 
@@ -131,9 +131,26 @@ def test_a_layer_whose_weight_is_read_directly_is_found(tiny_checkpoint, monkeyp
         liveness(model, targets, loss_of(model), SEED)
     message = str(caught.value)
     assert "found 10 that do not" in message, "2 temporal layers and 8 depth steps"
-    assert "transformer.layers.0.gating.linear_in: it was never called" in message
-    assert "depformer.layers.0.gating.7.linear_in: it was never called" in message
+    assert "transformer.layers.0.gating.linear_in: its lora_A got no gradient" in message
+    assert "depformer.layers.0.gating.7.linear_in: its lora_A got no gradient" in message
     assert "linear_out" not in message
+
+
+def test_a_forward_that_reads_the_adapters_parts_keeps_them_alive(tiny_checkpoint, monkeypatch):
+    """What counts is the gradient: nobody has to call the wrapped layer as a module."""
+    model, targets = adapted(tiny_checkpoint)
+
+    def apply(layer, x):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        low = functional.linear(functional.linear(x, a), b)
+        return functional.linear(x, layer.base_layer.weight) + layer.scaling["default"] * low
+
+    def forward(self, x):
+        gate, value = apply(self.linear_in, x).chunk(2, dim=-1)
+        return apply(self.linear_out, self.activation(gate) * value)
+
+    monkeypatch.setattr(ActivationGating, "forward", forward)
+    assert sum(liveness(model, targets, loss_of(model), SEED).values()) == 57
 
 
 def test_a_module_that_runs_without_effect_is_found(tiny_checkpoint, monkeypatch):

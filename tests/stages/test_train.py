@@ -27,9 +27,10 @@ from tests.stages.training_factories import (
     tensor_bytes,
     write_tensors_stage,
 )
-from training.batches import batch_of_step, make_batch
+from training.batches import make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
-from training.loop import learning_rate
+from training.optimizer import learning_rate
+from training.sampler import batch_of_step
 
 LENGTHS = {"train": [50, 70, 40], "valid": [45, 30]}
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,16 +68,19 @@ def test_the_stage_hands_in_adapter_metrics_and_page(trained):
     config = (trained.path / "adapter" / "adapter_config.json").read_text()
     assert "/" not in config, "no machine path"
     page = (trained.path / "index.html").read_text()
-    assert page.count("<svg") == 13 and "http" not in page and "src=" not in page
+    assert page.count("<svg") == 17 and "http" not in page and "src=" not in page
     timing = [json.loads(line) for line in (trained.path / "timing.jsonl").open()]
-    assert all(line["frames_per_s"] > 0 for line in timing)
+    assert all(line["frames_per_s"] > 0 for line in timing if line["kind"] != "guards")
 
 
 def test_the_log_has_each_step_and_each_validation(trained):
     log = log_of(trained)
     assert [line["step"] for line in log if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in log if line["kind"] == "valid"] == [0, 3, 6]
+    assert [line["step"] for line in log if line["kind"] == "guards"] == [0, 3, 6]
     for line in log:
+        if line["kind"] == "guards":
+            continue
         assert len(line["streams"]) == 10 and all(v > 0 for v in line["streams"].values())
 
 
@@ -118,7 +122,7 @@ def test_without_validation_clips_it_trains_and_says_so(tiny_checkpoint, tmp_pat
     config = make_config(tiny_checkpoint)
     folder = run_stage(TrainStage(), config, tmp_path / "train", said.append, tensors=tensors)
     assert "  no clip is held out: there will be no validation" in said
-    assert {line["kind"] for line in log_of(folder)} == {"train"}
+    assert {line["kind"] for line in log_of(folder)} == {"train", "guards"}
     assert "valid_final" not in next(r for r in folder.records() if r.id == "adapter").facts
 
 
@@ -137,8 +141,8 @@ step, moment = int(sys.argv[4]), sys.argv[5]
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 if moment == "in-step":
     original = loop.Trainer._train_step
-    def train_step(self, number, run):
-        report = original(self, number, run)
+    def train_step(self, number):
+        report = original(self, number)
         if report.step == step: kill()
         return report
     loop.Trainer._train_step = train_step

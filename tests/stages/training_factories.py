@@ -112,11 +112,34 @@ def make_config(checkpoint: Path, **train: Any) -> Config:
         "warmup_steps": 1,
         "validate_every": 3,
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "guards": {"clips": 1, "swaps": 1, "free_seconds": 0.8},
         "runtime": {"checkpoint_every": 2, "device": "cpu"},
     }
     return Config.model_validate(
         {"name": "tiny", "model": {"base": str(checkpoint)}, "train": section | train}
     )
+
+
+def make_trainer(
+    checkpoint: Path,
+    work: Path,
+    train_clips: list[Clip],
+    valid_clips: list[Clip],
+    watch: Any = None,
+    **train: Any,
+) -> Any:
+    """A Trainer by itself, without the stage around it."""
+    from training.loop import Trainer
+
+    section = make_config(checkpoint, **train).train
+    model = Checkpoint.open(checkpoint).load_lm()
+    targets = target_modules(model, section.lora.targets)
+    add_adapters(model, section.lora, targets, seed=3)
+    work.mkdir(parents=True, exist_ok=True)
+    return Trainer(
+        model, targets, section, seed=1, train_clips=train_clips, valid_clips=valid_clips,
+        work=work, identity="of this test", watch=watch,
+    )  # fmt: skip
 
 
 def run_stage(
@@ -134,19 +157,23 @@ def run_stage(
 
 
 def make_adapter(
-    folder: Path, base: Path, std: float = 0.05, groups: tuple[str, ...] = GROUPS
+    folder: Path,
+    base: Path,
+    std: float = 0.05,
+    groups: tuple[str, ...] = GROUPS,
+    section: LoraSection = LORA,
 ) -> Path:
-    """An adapter folder whose B is noise, as after training."""
+    """An adapter folder whose sides that start at zero are noise, as after training."""
     checkpoint = Checkpoint.open(base)
     model = checkpoint.load_lm()
-    targets = target_modules(model, groups)
-    add_adapters(model, LORA, targets, seed=3)
+    targets = target_modules(model, groups, embeddings=section.embeddings)
+    add_adapters(model, section, targets, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.normal_(std=std, generator=generator)
-    config = lora_config(LORA, targets).to_dict()
+    config = lora_config(section, targets).to_dict()
     write_adapter(folder, adapter_state(model), config, checkpoint.digest("moshi"))
     return folder
 

@@ -15,6 +15,7 @@ from duplex.metrics import (
     frame_levels_dbfs,
     is_echo,
     longest_common_subsequence,
+    mean_interval,
     proportion_interval,
     repeated_share,
     response_delays_s,
@@ -331,3 +332,13 @@ def test_bounds_hold_the_rate_and_mirror(counts):
     low, high = proportion_interval(hits, trials)
     assert 0 <= low <= hits / trials <= high <= 1
     assert proportion_interval(trials - hits, trials) == pytest.approx((1 - high, 1 - low))
+
+
+def test_the_interval_of_a_mean_against_tables_of_students_t():
+    for n, quantile in ((2, 12.7062), (3, 4.3027), (4, 3.1824), (11, 2.2281), (64, 1.9983)):
+        values = [1.0, -1.0] * (n // 2) + [0.0] * (n % 2)
+        spread = (sum(v * v for v in values) / (n - 1)) ** 0.5
+        low, high = mean_interval(values) or (0, 0)
+        assert low == pytest.approx(-quantile * spread / n**0.5, rel=1e-4) and high == -low
+    assert mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    assert mean_interval([1.0]) is None and mean_interval([]) is None

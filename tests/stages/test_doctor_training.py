@@ -1,0 +1,89 @@
+"""The doctor's look at memory and disk: sums of what the config asks for, and what would help."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from duplex.config import Config
+from duplex.datafiles import CHECKOUT
+from pipeline import doctor
+from training.estimate import MOSHI_7B, estimate_memory, parameter_count
+
+MOSHIKO, PERSONAPLEX = "kyutai/moshiko-pytorch-bf16", "nvidia/personaplex-7b-v1"
+
+
+def config(base=MOSHIKO, merge=None, **train):
+    section = {"dtype": "bfloat16", "batch_size": 4, "crop_frames": 1250} | train
+    return Config.model_validate(
+        {"name": "x", "model": {"base": base}, "train": section, "merge": merge or {}}
+    )
+
+
+def memory_of(config):
+    return estimate_memory(doctor._lm_config(config), config.train)
+
+
+def test_what_fits_and_what_would_help():
+    whole = config()
+    memory = memory_of(whole)
+    assert doctor._memory(whole, "GPU", memory.total + 1)["state"] == "ok"
+    tight = doctor._memory(whole, "GPU", memory.total - 1)
+    assert tight["state"] == "warn" and "checkpointing: full" in tight["found"]
+    small = doctor._memory(whole, "GPU", memory.fixed - 1)
+    assert small["state"] == "fail" and "quantize: nf4" in small["found"]
+    assert "computed, never measured" in small["found"]
+    single = config(dtype="float32")
+    assert "dtype: bfloat16" in doctor._memory(single, "GPU", 1.0)["found"]
+
+
+def test_sizes_come_from_the_model_that_is_named(tiny_checkpoint, tmp_path):
+    assert doctor._lm_config(config())["dep_q"] == 8
+    assert doctor._lm_config(config(PERSONAPLEX))["dep_q"] == 16
+    tiny = doctor._lm_config(config(str(tiny_checkpoint)))
+    assert tiny["dim"] == 64 and parameter_count(tiny) < 1e6
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "personaplex"}))
+    assert doctor._lm_config(config(str(tmp_path)))["dep_q"] == 16
+    (tmp_path / "config.json").write_text("{")
+    assert doctor._lm_config(config(str(tmp_path)))["dim"] == 4096
+    assert memory_of(config("pocket")).total < 2e9
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 6), ("bfloat16", 4)])
+def test_the_disk_holds_base_and_merge(tmp_path, dtype, bytes_each):
+    (check,) = doctor._space(config(merge={"dtype": dtype}), tmp_path / "runs")
+    need = parameter_count(MOSHI_7B) * bytes_each + 5e9
+    assert f"about {need / 1e9:.1f} GB needed" in check["found"]
+
+
+def test_the_package_for_4_bits_is_asked_for(monkeypatch):
+    version = doctor.metadata.version
+
+    def missing(name):
+        if name == "bitsandbytes":
+            raise doctor.metadata.PackageNotFoundError
+        return version(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", missing)
+    assert doctor._packages(config())[0]["state"] == "ok"
+    (check,) = doctor._packages(config(quantize="nf4"))
+    assert check["state"] == "fail" and "pip install -e '.[quantize]'" in check["found"]
+
+
+def test_an_adapter_to_go_on_from_must_be_there(tmp_path):
+    (check,) = doctor._data(config(continue_from=str(tmp_path)))
+    assert check["state"] == "fail" and "train.continue_from" in check["found"]
+
+
+def test_the_estimate_imports_nothing_heavy():
+    code = (
+        "import sys; from duplex.config import Config; from pipeline import doctor;"
+        "c = Config.model_validate({'name': 'x'});"
+        "assert doctor._memory(c, 'GPU', 1e12)['state'] == 'ok';"
+        "print({'torch', 'moshi', 'peft', 'bitsandbytes'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "set()", result.stderr
