@@ -4,9 +4,10 @@
     a thread a core up to float32, + scale · B A, round once, and what became of the update
     the caller      writes in order, and digests what it writes
 
-A block is half a million weights of one module, so that its float32 copies stay in a core's
-cache; 32 blocks are under way at most. Memory hangs on neither model nor tensor. Blocks are cut
-by the plan alone, so the bytes are the same whatever the number of threads.
+A block is a million weights of one module, so that its float32 copies stay in the processor's
+cache; 16 blocks are under way at most, in buffers that are used again: fresh ones would cost a
+page fault for every 4 kB. Memory hangs on neither model nor tensor. Blocks are cut by the plan
+alone, so the bytes are the same whatever the number of threads.
 
 What rounding leaves is measured on what is written, W':
 
@@ -36,8 +37,8 @@ from training.adapter import Adapter
 from training.mergeplan import Plan, Target
 from training.tensorfile import ReadDigest, TensorFile, TensorSpec, tensor_writer
 
-BLOCK_ELEMENTS = 1 << 19
-_AHEAD = 32  # blocks
+BLOCK_ELEMENTS = 1 << 20
+_AHEAD = 16  # blocks
 _BITS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 Tell = Callable[[str, int, int], None]  # (what is done, bytes done, bytes in all)
 
@@ -89,6 +90,24 @@ class _Block:
     update: _Update | None
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Buffers of a block under way, uint8: what was read, and what is to be written."""
+
+    read: torch.Tensor
+    write: torch.Tensor
+
+    @classmethod
+    def for_plan(cls, base: TensorFile, plan: Plan) -> _Slot:
+        widest = max((spec.shape[-1] for spec in plan.specs.values() if spec.shape), default=1)
+        sizes = [
+            max(BLOCK_ELEMENTS, widest)
+            * max(base_or_out[name].dtype.itemsize for name in plan.specs)
+            for base_or_out in (base.specs, plan.specs)
+        ]
+        return cls(*(torch.empty(size, dtype=torch.uint8) for size in sizes))
+
+
 @dataclass
 class _Sums:
     """Over the weights of a module: <W' - W, Δ>, |W|², weights changed, weights."""
@@ -103,6 +122,16 @@ class _Sums:
         self.weight += other.weight
         self.changed += other.changed
         self.count += other.count
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A block whose `result`, flat, is to be written; its buffers are free after that."""
+
+    block: _Block
+    slot: _Slot
+    result: torch.Tensor
+    sums: _Sums | None
 
 
 def scaled_sides(lora: Adapter, module: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,34 +158,39 @@ def apply_plan(
     scratch = threading.local()
     done = 0
 
-    def read(block: _Block) -> torch.Tensor:
-        piece = base.read_elements(block.spec.name, block.first, block.count)
-        size = piece.dtype.itemsize
-        digest.feed(base.starts[block.spec.name] + block.first * size, piece.view(torch.uint8))
-        return piece
+    def read(block: _Block, slot: _Slot) -> torch.Tensor:
+        kind = base.specs[block.spec.name].dtype
+        start = base.start_of(block.spec.name, block.first)
+        piece = base.read_into(slot.read[: block.count * kind.itemsize], start)
+        digest.feed(start, piece)
+        return piece.view(kind)
 
-    def work(block: _Block, piece: Future[torch.Tensor]) -> tuple[_Block, torch.Tensor, _Sums]:
-        if block.update is None:
-            return block, piece.result().to(block.spec.dtype), _Sums()
-        return block, *_merged(piece.result(), block.update, block.spec.dtype, scratch)
+    def work(block: _Block, slot: _Slot, reading: Future[torch.Tensor]) -> _Done:
+        piece, kind = reading.result(), block.spec.dtype
+        result = slot.write[: block.count * kind.itemsize].view(kind)
+        if block.update is not None:
+            return _Done(block, slot, result, _merge(piece, block.update, result, scratch))
+        return _Done(block, slot, piece if piece.dtype == kind else result.copy_(piece), None)
 
-    ordered = list(plan.specs.values())
     with (
+        room_needed(path, plan.num_bytes),
         _one_thread_each() as cores,
-        tensor_writer(path, ordered) as writer,
+        tensor_writer(path, list(plan.specs.values())) as writer,
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(cores, initializer=_lone) as team,
     ):
+        free = [_Slot.for_plan(base, plan) for _ in range(_AHEAD)]
 
-        def submit(block: _Block) -> Future[tuple[_Block, torch.Tensor, _Sums]]:
-            return team.submit(work, block, reader.submit(read, block))
+        def submit(block: _Block) -> Future[_Done]:
+            slot = free.pop()
+            return team.submit(work, block, slot, reader.submit(read, block, slot))
 
-        for block, piece, found in _in_order(_blocks(lora, plan, norms), submit):
-            with room_needed(path, plan.num_bytes):
-                writer.write(piece)
-            if block.update is not None:
-                sums.setdefault(block.update.module, _Sums()).add(found)
-            done += piece.numel() * piece.dtype.itemsize
+        for one in _in_order(_blocks(lora, plan, norms), submit):
+            writer.write(one.result)
+            free.append(one.slot)
+            if one.block.update is not None and one.sums is not None:
+                sums.setdefault(one.block.update.module, _Sums()).add(one.sums)
+            done += one.result.numel() * one.result.dtype.itemsize
             tell("writing", done, plan.num_bytes)
         sha256 = writer.sha256
     changes = [
@@ -193,33 +227,36 @@ def room_needed(path: Path, num_bytes: int) -> Iterator[None]:
 # -- the work on one block
 
 
-def _merged(
-    piece: torch.Tensor, update: _Update, dtype: torch.dtype, scratch: threading.local
-) -> tuple[torch.Tensor, _Sums]:
-    """Base weights, flat, to merged ones in `dtype`, flat; and what became of the update."""
+def _merge(
+    piece: torch.Tensor, update: _Update, result: torch.Tensor, scratch: threading.local
+) -> _Sums:
+    """Merged weights into `result`, from the base's in `piece`, both flat; and what became of the
+    update."""
     base = piece.view(update.b.shape[0], update.a.shape[1])
-    wide, delta, merged = _buffers(scratch, base)
+    wide, delta, merged, differs = _buffers(scratch, base)
     wide.copy_(base)
     torch.mm(update.b, update.a, out=delta)
     torch.add(wide, delta, out=merged)
-    result = merged.to(dtype, copy=True)
-    plain = base if base.dtype == dtype else base.to(dtype)
-    changed = int(np.count_nonzero(_bits(plain) != _bits(result)))
-    moved = merged.copy_(result).sub_(wide).view(-1)  # W' - W
+    result.view(base.shape).copy_(merged)
+    plain = piece if piece.dtype == result.dtype else piece.to(result.dtype)
+    changed = np.count_nonzero(np.not_equal(_bits(plain), _bits(result), out=differs))
+    moved = merged.copy_(result.view(base.shape)).sub_(wide).view(-1)  # W' - W
     flat = wide.view(-1)
-    sums = _Sums(
-        torch.dot(moved, delta.view(-1)).item(), torch.dot(flat, flat).item(), changed, flat.numel()
-    )
-    return result.view(-1), sums
+    along, weight = torch.dot(moved, delta.view(-1)).item(), torch.dot(flat, flat).item()
+    return _Sums(along, weight, int(changed), flat.numel())
 
 
-def _buffers(scratch: threading.local, like: torch.Tensor) -> list[torch.Tensor]:
-    """Three float32 buffers of a thread's own, in the shape of `like`."""
-    kept = getattr(scratch, "buffers", None)
-    if kept is None or kept[0].numel() < like.numel():
-        kept = [torch.empty(max(BLOCK_ELEMENTS, like.numel())) for _ in range(3)]
+def _buffers(
+    scratch: threading.local, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
+    """Buffers of a thread's own: three float32 in the shape of `like`, and a flat bool."""
+    kept, size = getattr(scratch, "buffers", None), like.numel()
+    if kept is None or kept[0].numel() < size:
+        room = max(BLOCK_ELEMENTS, size)
+        kept = (*(torch.empty(room) for _ in range(3)), np.empty(room, dtype=bool))
         scratch.buffers = kept
-    return [buffer[: like.numel()].view(like.shape) for buffer in kept]
+    wide, delta, merged = (buffer[:size].view(like.shape) for buffer in kept[:3])
+    return wide, delta, merged, kept[3][:size]
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
@@ -268,10 +305,10 @@ def _of_module(
 
 
 def _in_order(
-    blocks: Iterator[_Block], submit: Callable[[_Block], Future[tuple[_Block, torch.Tensor, _Sums]]]
-) -> Iterator[tuple[_Block, torch.Tensor, _Sums]]:
+    blocks: Iterator[_Block], submit: Callable[[_Block], Future[_Done]]
+) -> Iterator[_Done]:
     """Results in the order of the blocks, `_AHEAD` of them under way."""
-    pending: deque[Future[tuple[_Block, torch.Tensor, _Sums]]] = deque()
+    pending: deque[Future[_Done]] = deque()
     try:
         for block in blocks:
             pending.append(submit(block))

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from duplex.errors import CorruptFileError
+from training.diskfile import DiskFile
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -105,29 +106,37 @@ class TensorFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read_bytes(self, start: int, num_bytes: int) -> torch.Tensor:
-        """uint8 [num_bytes] from byte `start` of the file.
+    def read_into(self, buffer: torch.Tensor, start: int) -> torch.Tensor:
+        """Fill a uint8 buffer from byte `start` of the file, and return it.
 
         Raises:
             CorruptFileError: the file ends before.
         """
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
         view, done = buffer.numpy().data, 0
-        while done < num_bytes:
+        while done < len(view):
             count = os.preadv(self._descriptor, [view[done:]], start + done)
             if count == 0:
                 raise CorruptFileError(
-                    f"{self.path}: must hold {start + num_bytes} bytes, ends at {start + done}. "
+                    f"{self.path}: must hold {start + len(view)} bytes, ends at {start + done}. "
                     "It was cut off while it was read."
                 )
             done += count
         return buffer
 
+    def read_bytes(self, start: int, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes] from byte `start` of the file; raises as `read_into`."""
+        return self.read_into(torch.empty(num_bytes, dtype=torch.uint8), start)
+
     def read_elements(self, name: str, first: int, count: int) -> torch.Tensor:
         """`count` elements of a tensor from its element `first`, flat, in the file's own type."""
-        spec = self.specs[name]
-        size = spec.dtype.itemsize
-        return self.read_bytes(self.starts[name] + first * size, count * size).view(spec.dtype)
+        size = self.specs[name].dtype.itemsize
+        return self.read_bytes(self.start_of(name, first), count * size).view(
+            self.specs[name].dtype
+        )
+
+    def start_of(self, name: str, first: int) -> int:
+        """The byte of the file at which element `first` of a tensor begins."""
+        return self.starts[name] + first * self.specs[name].dtype.itemsize
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A whole tensor, cast on the way, so that no second copy stands beside it."""
@@ -182,8 +191,9 @@ class TensorWriter:
     def __init__(self, path: Path, ordered: list[TensorSpec], metadata: dict[str, str] | None):
         self._expected = sum(spec.num_bytes for spec in ordered)
         self._sha, self._done = hashlib.sha256(), 0
-        self._file = path.open("wb", buffering=0)
-        self._put(memoryview(_header(ordered, metadata)))
+        header = _header(ordered, metadata)
+        self._file = DiskFile(path, len(header) + self._expected)
+        self._put(memoryview(header))
 
     def write(self, piece: torch.Tensor) -> None:
         """Append the bytes of a contiguous tensor.
@@ -197,10 +207,11 @@ class TensorWriter:
             self._done += len(data)
 
     def _put(self, data: memoryview) -> None:
-        written = 0
-        while written < len(data):
-            written += self._file.write(data[written:])
+        self._file.write(data)
         self._sha.update(data)
+
+    def finish(self) -> None:
+        self._file.finish()
 
     def close(self) -> None:
         self._file.close()
@@ -220,6 +231,7 @@ def tensor_writer(
     writer = TensorWriter(path, ordered, metadata)
     try:
         yield writer
+        writer.finish()
     finally:
         writer.close()
 

@@ -80,7 +80,7 @@ def stage_run(tmp_path, monkeypatch):
 
     checkpoint = SimpleNamespace(folder=base, files=lambda: {"tokenizer": base / "tokenizer.model"})
     monkeypatch.setattr(pipeline.serving.launch, "running_server", running)
-    monkeypatch.setattr(pipeline.evaluate, "resolve_checkpoint", lambda *_: checkpoint)
+    monkeypatch.setattr("training.servable.servable_checkpoint", lambda *_: checkpoint)
     monkeypatch.setattr(pipeline.evaluate.espeak, "EspeakEngine", lambda: _closing(ToneEngine()))
 
     def run(name="out"):
