@@ -11,8 +11,7 @@ anything is timed. A step is forward, backward and AdamW.
 
 Speed: the two in turn in one process; the ratio is the median of the rounds' ratios. Memory: the
 peak of a process that runs one of them alone for two steps, and what that is above the process
-with its weights loaded. Utilisation, on a GPU: 29.4 GFLOP a frame for 7B (forward and input
-gradients, no recomputation; FACTS of its counts in docs/training.md) over the chip's dense peak.
+with its weights loaded.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SHAPES = {"small": (4, 250), "medium": (2, 250), "7b": (16, 1250)}  # clips, frames
 PROMPT_SHARE = 0.15  # of a clip's frames, without loss; as in the coffee set
-GFLOP_PER_FRAME_7B = 29.4
 
 
 def main() -> None:
@@ -58,7 +56,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=120, help="no further round after these")
     parser.add_argument("--checkpointing", default="none")
-    parser.add_argument("--peak-tflops", type=float, help="the chip's dense bf16 peak")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--alone", choices=PATHS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -106,8 +103,7 @@ def build(path: str, args: argparse.Namespace, size: str, dtype: str) -> tuple[A
 
         replace_all_linear_with_lora(lm, args.rank, 2.0, device=args.device, dtype=kind)
         chosen = [p for name, p in lm.named_parameters() if "lora_" in name]
-        forward: Any = LibraryForward(lm)
-        lm.transformer.checkpointing = args.checkpointing == "full"
+        forward: Any = LibraryForward(lm, checkpointing=args.checkpointing == "full")
     else:
         from duplex.config_train import LoraSection
         from training.fast import FastForward
@@ -239,7 +235,8 @@ def _memory_of(args: argparse.Namespace, path: str, size: str, dtype: str) -> di
             command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
     if done.returncode:
-        return {"failed": 1.0}
+        print(done.stderr[-500:], file=sys.stderr)
+        return {}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -277,7 +274,7 @@ def describe(result: dict[str, Any]) -> str:
         ours, library = (run["frames_per_s"][path] for path in ("ours", "library"))
         speed[run["size"], run["dtype"]] = ours
         memory = {path: run["memory"][path].get("peak_gb") for path in PATHS}
-        peaks = [f"{memory[p]:.2f}" if memory[p] else "out of memory" for p in PATHS]
+        peaks = [f"{memory[p]:.2f}" if memory[p] else "failed" for p in PATHS]
         share = f"{memory['ours'] / memory['library']:.2f}" if all(memory.values()) else "-"
         rows.append(
             f"| {run['size']} | {run['dtype']} | {library:.0f} | {ours:.0f} | {run['ratio']:.2f} "

@@ -119,4 +119,17 @@ class TrainSection(StageSection):
                 "batch_size must be a multiple of accumulate * processes, found "
                 f"{self.batch_size} and {self.accumulate} * {self.processes}"
             )
+        if self.quantize == "nf4" and self.processes > 1:
+            raise ValueError(
+                "quantize: nf4 must run in one process, found processes "
+                f"{self.processes}: FSDP cannot shard packed weights"
+            )
+        again = self.runtime.checkpointing
+        if self.forward == "library" and (self.compile or again == "selective"):
+            raise ValueError("compile and checkpointing: selective need forward: fast")
+        if self.forward == "library" and again == "full" and self.lora.dropout:
+            raise ValueError(
+                "checkpointing: full with forward: library must have lora.dropout 0, found "
+                f"{self.lora.dropout}: moshi's own draws other units when it computes again"
+            )
         return self

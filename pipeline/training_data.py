@@ -111,7 +111,7 @@ def check_base_split(own: list[TensorClip], base: list[TensorClip]) -> None:
     def contents(records: list[TensorClip], split: str) -> set[str]:
         return {member_of(record).text for record in records if record.split == split}
 
-    for one, other in ((own, base), (base, own)):
+    for one, other in ((own, base), (base, own), (base, base)):
         shared = contents(one, "train") & contents(other, "valid")
         if shared:
             raise RequestError(

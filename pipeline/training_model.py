@@ -65,12 +65,6 @@ def _quantize_base(
 
     from training.quantized import quantize_linears
 
-    if section.processes > 1:
-        raise RequestError(
-            "train.quantize: nf4 must run in one process, found train.processes "
-            f"{section.processes}: FSDP cannot shard packed weights. Set processes: 1, or "
-            "quantize: none."
-        )
     on_gpu = section.runtime.device != "cpu" and torch.cuda.is_available()
     size = quantize_linears(model, targets, device="cuda" if on_gpu else "cpu")
     report(

@@ -53,7 +53,8 @@ class Adapter:
 
     scale: alpha / rank, or alpha / sqrt(rank) with `rslora`.
     embeddings: those of its modules that are embeddings.
-    targets: `target_modules` of its config, names or suffixes of names; a string is a pattern.
+    targets: `target_modules` of its config, names or suffixes of names. PEFT takes a pattern too;
+        from a file that is a stranger's it is refused.
     base_sha256: of the weights it was trained on, where it says so.
     """
 
@@ -62,7 +63,7 @@ class Adapter:
     rank: int
     alpha: float
     rslora: bool
-    targets: tuple[str, ...] | str
+    targets: tuple[str, ...]
     base_sha256: str | None
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     embeddings: frozenset[str] = frozenset()
@@ -86,7 +87,9 @@ class Adapter:
             config = json.loads((folder / CONFIG).read_text())
             rank, alpha = int(config["r"]), float(config["lora_alpha"])
             targets = config["target_modules"]
-            targets = targets if isinstance(targets, str) else tuple(sorted(targets))
+            if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+                raise ValueError(f"target_modules must be a list of names, found {targets!r:.80}")
+            targets = tuple(sorted(targets))
             with safe_open(path, "pt") as file:
                 found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
@@ -97,6 +100,11 @@ class Adapter:
             ) from None
         faults = _config_faults(config)
         shapes, embeddings, key_faults = _pair_up(found)
+        if rank < 1 or not (math.isfinite(alpha) and alpha != 0):
+            faults.append(f"r must be at least 1 and lora_alpha not 0, found {rank} and {alpha}")
+        foreign = [m for m, (a, _) in shapes.items() if a[0] != rank]
+        if foreign:
+            faults.append(f"each A must have r = {rank} rows, found another number in {foreign[0]}")
         if faults or key_faults:
             listing = "\n".join(f"  - {fault}" for fault in [*faults, *key_faults][:20])
             raise MergeError(f"{folder}: must be a plain LoRA adapter.\n{listing}")
@@ -106,15 +114,11 @@ class Adapter:
 
     def expects(self, module: str) -> bool:
         """Whether its config says that `module` is adapted (PEFT's rule: a whole name or the
-        end of one; a string is a pattern for whole names)."""
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, module) is not None
+        end of one)."""
         return any(_answers(entry, module) for entry in self.targets)
 
     def targets_outside(self, modules: Iterable[str]) -> list[str]:
         """Entries of its config's targets that none of `modules` answers to."""
-        if isinstance(self.targets, str):
-            return [] if any(map(self.expects, modules)) else [self.targets]
         known = list(modules)
         return [e for e in self.targets if not any(_answers(e, module) for module in known)]
 

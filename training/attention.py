@@ -41,7 +41,8 @@ def _band(num_frames: int, context: int, device: torch.device) -> torch.Tensor:
 def step_attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     """Each depth step attends to itself and those before it: [K, N, 3 H d] -> [K, N, H d]."""
     steps, places, width = qkv.shape
-    q, k, v = qkv.view(steps, places, 3, heads, -1).permute(2, 1, 3, 0, 4)  # [N, H, K, d] each
+    parts = qkv.view(steps, places, 3, heads, width // (3 * heads))
+    q, k, v = parts.permute(2, 1, 3, 0, 4)  # [N, H, K, d] each
     y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.permute(2, 0, 1, 3).reshape(steps, places, width // 3)
 

@@ -172,9 +172,14 @@ def gathered(sharded: Sequence[Any]) -> Iterator[None]:
     All ranks must enter it and do the same work inside. Memory: the whole base on each.
     """
     for module in sharded:
+        # Else a forward pass inside would free what it gathers.
+        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
         for module in sharded:
+            module.set_reshard_after_forward(module is not sharded[-1], recurse=False)
+            module.set_reshard_after_backward(True, recurse=False)
             module.reshard()

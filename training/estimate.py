@@ -15,8 +15,9 @@ Q: dep_q; C: card; V: text vocabulary.
 **Memory of one process** of P, in bytes, with a = 4 (float32) or 2 (bfloat16) a value:
 
     weights      a · parameters / P; with nf4 a Linear weight takes 0.5 + 1/64 + 4/(64·256)
-    adapters     16 · adapter parameters / P: value, gradient, two AdamW moments, in float32
-    gathered     2 · a · largest layer, where P > 1: FSDP2 has one in use and one under way
+    adapters     16 · adapter parameters: value, gradient, two AdamW moments, in float32
+    gathered     a · (2 · largest layer + embeddings and heads), where P > 1: FSDP2 has one layer
+                 in use and one under way, and keeps the root's own weights
     activations  N frames at once = batch_size / (accumulate · P) clips of crop_frames = T
                  temporal  N · Σ layers (54d + 16h + 4T + 16r)       bfloat16: 42d + 10h + 2T + 16r
                  depth     N · Q · Σ layers (41e + 16g' + 16r)       bfloat16: 37e + 10g' + 16r
@@ -26,7 +27,8 @@ Q: dep_q; C: card; V: text vocabulary.
 
 The factors of the activations are what autograd keeps in moshi's own forward with PEFT adapters
 (`train.forward: library`), counted by hooks on a CPU and held to by the same test within 3.5 %.
-The fast forward is not counted here. Not in it: CUDA's context, what a kernel needs while it
+The fast forward keeps less: for it these are upper bounds, and of the logits
+one chunk stands at once. Not in it: CUDA's context, what a kernel needs while it
 runs, fragmentation. No figure was compared with a GPU's own.
 """
 
@@ -206,14 +208,16 @@ def estimate_memory(
     per_weight = NF4_BYTES if section.quantize == "nf4" else a
     weights = (parameters - linear) * a + linear * per_weight
     adapters = sum(n for _, n in trainable_counts(lm, section.lora, codebooks).values())
+    in_layers = ("attention", "mlp", "depth")
+    root = sum(k.parameters for k in layer_kinds(lm) if k.group not in in_layers)
     layer = sum(k.rows * k.columns for k in layer_kinds(lm) if k.group in ("attention", "mlp"))
     clips = section.batch_size // (section.accumulate * section.processes)
     frames = clips * section.crop_frames
     logits = (lm["text_card"] + lm["dep_q"] * lm["card"]) * (8 + 2 * a)
     return MemoryEstimate(
         weights=weights / section.processes,
-        adapters=ADAM_BYTES * adapters / section.processes,
-        gathered=2 * a * layer if section.processes > 1 else 0,
+        adapters=ADAM_BYTES * adapters,
+        gathered=a * (2 * layer + root) if section.processes > 1 else 0,
         activations=frames * activation_bytes(lm, section),
         logits=min(frames, logit_frames or frames) * logits,
     )

@@ -87,7 +87,8 @@ class FastForward(nn.Module):
     def __init__(self, lm: Any, *, checkpointing: str = "none", compiled: bool = False):
         super().__init__()
         assert not unsupported(lm), "the caller asks first"
-        self.lm = lm
+        # No child of ours: FSDP2 would reach each layer twice, by its own path and by ours.
+        object.__setattr__(self, "lm", lm)
         self.embedding = InputEmbedding(lm)
         context = lm.context
         self.layers = nn.ModuleList(
@@ -99,6 +100,8 @@ class FastForward(nn.Module):
         if compiled:
             for layer in [*self.layers, *self.depth.layers]:
                 layer.compile()
+
+    lm: Any
 
     def shardable_modules(self) -> list[nn.Module]:
         """What FSDP2 shards, innermost first, the root last."""

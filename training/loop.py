@@ -294,8 +294,7 @@ class Trainer:
 
     def _ask_watch(self, step: int, streams: Streams | None) -> tuple[float | None, str | None]:
         """Score and reason to stop, each None where there is none."""
-        section = self._section
-        due = self._due(step, section.guards.every or section.validate_every)
+        due = self._due(step, self._section.guards.every or self._section.validate_every)
         if self.watch is None or not (due or streams):
             return None, None
         stopped, started = None, time.monotonic()
@@ -307,7 +306,8 @@ class Trainer:
         line, stopped = self._ranks.from_first((line, stopped))
         if line is None:
             return None, stopped
-        score = line.get("score")
+        # Scores compare only where they are of the same clips, all of them.
+        score = line.get("score") if streams or not self._valid_clips else None
         usable = score is not None and math.isfinite(score)
         self._log.note({"kind": "guards", "step": step} | line)
         self._note_time(step, "guards", [], started)

@@ -52,6 +52,14 @@ class Frozen(nn.Module):
         super().__init__()
         self.layer = layer
 
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features  # pyright: ignore[reportReturnType]
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features  # pyright: ignore[reportReturnType]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]."""
         return self.layer(x)

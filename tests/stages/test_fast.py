@@ -115,6 +115,13 @@ def test_it_equals_the_library_in_loss_and_gradients(changes, train, user):
     assert_equal(lm, example(rows=rows))
 
 
+@pytest.mark.parametrize("rows", [slice(1, 9), slice(0, 1)], ids=["no audio", "no text"])
+def test_a_batch_without_one_of_them(rows):
+    codes, mask, _ = example()
+    mask[:, rows] = False
+    assert_equal(build(), (codes, mask, coefficients(part_counts(codes, mask), LossSection())))
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_activations_made_again_change_no_bit(checkpointing):
     lm = build(num_layers=3)

@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 from moshi.utils.compile import no_compile
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
 from duplex.config_train import LoraSection, TrainSection
-from duplex.errors import MissingInputError, RequestError, WorkError
-from pipeline import training_model
+from duplex.errors import MissingInputError, WorkError
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.train import TrainStage
 from tests.stages.conftest import write_tiny_checkpoint
@@ -180,15 +180,14 @@ def test_a_missing_package_is_told(checkpoint, monkeypatch):
 
 
 def test_several_processes_are_refused():
-    section = TrainSection.model_validate({"quantize": "nf4", "processes": 2})
-    with pytest.raises(RequestError, match="must run in one process"):
-        training_model._quantize_base(nn.Module(), {}, section, print)
+    with pytest.raises(ValidationError, match="must run in one process"):
+        TrainSection.model_validate({"quantize": "nf4", "processes": 2})
 
 
 def test_a_run_on_a_packed_base_is_merged_into_the_full_one(checkpoint, tmp_path):
     tensors = write_tensors_stage(tmp_path / "t", checkpoint, {"train": [50, 40], "valid": [45]})
     said = []
-    config = make_config(checkpoint, quantize="nf4", steps=4, forward="library")
+    config = make_config(checkpoint, quantize="nf4", steps=4)
     done = run_stage(TrainStage(), config, tmp_path / "run", said.append, tensors=tensors)
     assert any("4-bit base: 57 Linear layers" in line for line in said)
     adapter, out = done.path / "adapter", tmp_path / "merged"

@@ -183,14 +183,24 @@ def test_a_watch_can_end_training_and_a_resume_keeps_to_it(tiny_checkpoint, tmp_
             raise StopTraining("it only repeats itself", {"score": None, "collapse": "loops"})
         return {"score": float(step)}
 
-    options = {"validate_every": 4, "guards": {"every": 2}}
+    options = {"validate_every": 2}
     result = trainer(tiny_checkpoint, tmp_path, stop, **options).run()
-    assert asked == [(0, True), (2, False), (4, True)]
+    assert asked == [(0, True), (2, True), (4, True)]
     assert result.stopped == "it only repeats itself" and result.final_step == 4
     assert result.best.step == 2 and result.log[-1]["collapse"] == "loops"
     again = trainer(tiny_checkpoint, tmp_path, stop, **options).run()
     assert again.log == result.log and again.stopped == result.stopped and len(asked) == 3
     assert same(again.best.tensors, result.best.tensors)
+
+
+def test_scores_of_other_clips_than_the_validations_choose_nothing(tiny_checkpoint, tmp_path):
+    """A check between validations scores the clips it watches, which are not all."""
+    scores = {2: 0.1, 4: 5.0, 6: 4.0}
+    options = {"validate_every": 4, "guards": {"every": 2}}
+    result = trainer(
+        tiny_checkpoint, tmp_path, lambda step, _: {"score": scores.get(step)}, **options
+    ).run()
+    assert (result.best.step, result.best.score) == (6, 4.0)
 
 
 # -- failures
