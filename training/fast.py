@@ -122,10 +122,7 @@ class FastForward(nn.Module):
         num_frames = x.shape[1]
         turns = turns_of(self.lm.transformer, x.shape[-1], num_frames, x.device)
         for index, layer in enumerate(self.layers):
-            if _again(self._checkpointing, index):
-                x = checkpoint(layer, x, turns, use_reentrant=False, preserve_rng_state=True)
-            else:
-                x = layer(x, turns)
+            x = _call(layer, _again(self._checkpointing, index), x, turns)
         text_weights = coefficients[WORDS] * words + coefficients[PADDING] * padding
         x, loss, text_nll = self.text_head(x, targets[:, TEXT_ROW], text_weights, words | padding)
         nlls = [text_nll[words].sum(), text_nll[padding].sum()]
@@ -167,6 +164,12 @@ def _again(checkpointing: str, index: int) -> bool:
     if not torch.is_grad_enabled():
         return False
     return checkpointing == "full" or (checkpointing == "selective" and index % 2 == 0)
+
+
+def _call(layer: nn.Module, again: bool, *arguments: Any) -> torch.Tensor:
+    """A layer's output; with `again` its activations are made again in the backward pass."""
+    y: Any = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+    return y
 
 
 class InputEmbedding(nn.Module):
@@ -250,7 +253,8 @@ class DepthTransformer(nn.Module):
         self.embeddings = nn.ModuleList([lm.depformer_text_emb, *lm.depformer_emb])
         self.layers = nn.ModuleList(DepthLayer(layer) for layer in lm.depformer.layers)
         self.norms, self.heads = lm.depformer_norms, lm.linears
-        self._schedule: Any = lm.depformer_weights_per_step_schedule
+        schedule = lm.depformer_weights_per_step_schedule
+        self._weights_of_step: list[int] = list(schedule or range(lm.dep_q))
         self._multi_linear = lm.depformer_multi_linear
         self._per_step = bool(lm.depformer.layers[0].weights_per_step)
         self._checkpointing = checkpointing
@@ -271,7 +275,7 @@ class DepthTransformer(nn.Module):
         due = masks.any(0)  # [B, T]
         h, tokens = x[due], targets.movedim(1, 0)[:, due]  # [N, C], [17, N]
         steps = range(len(masks))
-        order: list[int] = [self._schedule[k] if self._schedule else k for k in steps]
+        order = [self._weights_of_step[k] for k in steps]
         if self._multi_linear:
             y = project(h, list(self.inputs), steps=order)
         else:
@@ -279,10 +283,7 @@ class DepthTransformer(nn.Module):
         y = y + torch.stack([self.embeddings[k](tokens[k]) for k in steps])  # [K, N, D]
         layer_order = order if self._per_step else None
         for index, layer in enumerate(self.layers):
-            if _again(self._checkpointing, index):
-                y = checkpoint(layer, y, layer_order, use_reentrant=False)
-            else:
-                y = layer(y, layer_order)
+            y = _call(layer, _again(self._checkpointing, index), y, layer_order)
         total, nlls = h.new_zeros((), dtype=torch.float32), []
         for k in steps:
             mask = masks[k][due]

@@ -10,8 +10,9 @@ from torch import nn
 
 from duplex.config_train import LoraSection, TrainSection
 from duplex.errors import MissingInputError, RequestError, WorkError
+from pipeline import training_model
 from pipeline.engines.checkpoint import Checkpoint
-from pipeline.train import TrainStage, quantize_base
+from pipeline.train import TrainStage
 from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.test_lora import loss_of
 from tests.stages.training_factories import make_config, run_stage, write_tensors_stage
@@ -181,7 +182,7 @@ def test_a_missing_package_is_told(checkpoint, monkeypatch):
 def test_several_processes_are_refused():
     section = TrainSection.model_validate({"quantize": "nf4", "processes": 2})
     with pytest.raises(RequestError, match="must run in one process"):
-        quantize_base(nn.Module(), {}, section, print)
+        training_model._quantize_base(nn.Module(), {}, section, print)
 
 
 def test_a_run_on_a_packed_base_is_merged_into_the_full_one(checkpoint, tmp_path):
