@@ -124,8 +124,8 @@ class TensorFile:
         return buffer
 
     def forget(self, start: int, end: int) -> None:
-        """Tell the system that these bytes are not needed again soon: as long as a file of 15 GB
-        takes new pages for all it reads, others lose theirs, and each new page costs time."""
+        """Tell the system that these bytes are not needed again soon. Else a file of 15 GB takes
+        a new page for all that is read of it: that costs time, and others lose theirs."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
