@@ -39,6 +39,7 @@ from training.tensorfile import ReadDigest, TensorFile, TensorSpec, tensor_write
 
 BLOCK_ELEMENTS = 1 << 20
 _AHEAD = 16  # blocks
+_KEEP_BYTES = 1 << 26  # of the base, in the system's cache
 _BITS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 Tell = Callable[[str, int, int], None]  # (what is done, bytes done, bytes in all)
 
@@ -157,12 +158,16 @@ def apply_plan(
     digest = ReadDigest(base)
     scratch = threading.local()
     done = 0
+    forgotten = [0]  # the base up to this byte
 
     def read(block: _Block, slot: _Slot) -> torch.Tensor:
         kind = base.specs[block.spec.name].dtype
         start = base.start_of(block.spec.name, block.first)
         piece = base.read_into(slot.read[: block.count * kind.itemsize], start)
         digest.feed(start, piece)
+        if start - forgotten[0] > _KEEP_BYTES:
+            base.forget(forgotten[0], start)
+            forgotten[0] = start
         return piece.view(kind)
 
     def work(block: _Block, slot: _Slot, reading: Future[torch.Tensor]) -> _Done:

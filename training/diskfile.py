@@ -1,7 +1,7 @@
 """A large file that is written once, front to back, past the page cache where Linux lets it.
 
 Written through the cache, 15 GB push out of memory what is still to be read, and each page is
-taken, filled and copied out by the kernel: up to 1.8 s of a core for each GB, against 0.05 s past
+taken, filled and copied out by the kernel: 0.2 to 2.9 s of a core for each GB, against 0.05 s past
 it (ext4 on a virtual disk, 2 cores). `O_DIRECT` asks for aligned buffers, so what is written is
 gathered in 8 MB of its own; where a file system will not have it, the same
 bytes go the usual way.

@@ -123,6 +123,12 @@ class TensorFile:
             done += count
         return buffer
 
+    def forget(self, start: int, end: int) -> None:
+        """Tell the system that these bytes are not needed again soon. Else a file of 15 GB takes
+        a new page for all that is read of it: that costs time, and others lose theirs."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+
     def read_bytes(self, start: int, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes] from byte `start` of the file; raises as `read_into`."""
         return self.read_into(torch.empty(num_bytes, dtype=torch.uint8), start)
