@@ -267,8 +267,8 @@ def describe(result: dict[str, Any]) -> str:
             for number, one in enumerate(rounds, 1)
         ),
         "",
-        f"On average {mean(ratios):.2f} times the copy. `load before` says how busy the machine was: "
-        "a merge, unlike a copy, needs its cores. Of the last round's merge: "
+        f"On average {mean(ratios):.2f} times the copy. `load before` says how busy the machine "
+        "was: a merge, unlike a copy, needs its cores. Of the last round's merge: "
         + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in last["of_it"].items())
         + ". Both digests are taken on the way.",
         "",

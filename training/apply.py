@@ -28,6 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -255,7 +256,8 @@ def _buffers(
     scratch: threading.local, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
     """Buffers of a thread's own: three float32 in the shape of `like`, and a flat bool."""
-    kept, size = getattr(scratch, "buffers", None), like.numel()
+    kept: Any = getattr(scratch, "buffers", None)
+    size = like.numel()
     if kept is None or kept[0].numel() < size:
         room = max(BLOCK_ELEMENTS, size)
         kept = (*(torch.empty(room) for _ in range(3)), np.empty(room, dtype=bool))
