@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/duplex run configs/pocket.yaml
 
-# At most 8 minutes on two cores, no network. Two workers; tests/conftest.py keeps what shares
+# About ten minutes on two cores (1 100 CPU seconds), no network. Two workers; tests/conftest.py keeps what shares
 # a fixture together.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu'
