@@ -25,8 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/duplex run configs/pocket.yaml
 
-# About ten minutes on two cores (1 100 CPU seconds), no network. Two workers; tests/conftest.py keeps what shares
-# a fixture together.
+# 1 100 CPU seconds, 15 minutes on two busy cores; no network. Two workers; tests/conftest.py keeps
+# what shares a fixture together.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu'
 
