@@ -6,6 +6,7 @@ Legend: B clips, T frames, H heads, d width of a head, K depth steps, N places.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -39,12 +40,59 @@ def _band(num_frames: int, context: int, device: torch.device) -> torch.Tensor:
 
 
 def step_attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
-    """Each depth step attends to itself and those before it: [K, N, 3 H d] -> [K, N, H d]."""
+    """Each depth step attends to itself and those before it: [K, N, 3 H d] -> [K, N, H d].
+
+    A CPU's fused kernel is made for long sequences; over 8 steps plain products take half its time.
+    """
+    if qkv.device.type == "cpu":
+        return _StepAttention.apply(qkv, heads)  # pyright: ignore[reportReturnType]
     steps, places, width = qkv.shape
-    parts = qkv.view(steps, places, 3, heads, width // (3 * heads))
-    q, k, v = parts.permute(2, 1, 3, 0, 4)  # [N, H, K, d] each
-    y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    q, k, v = (part.unflatten(0, (places, heads)) for part in _by_place(qkv, heads))
+    y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # [N, H, K, d]
     return y.permute(2, 0, 1, 3).reshape(steps, places, width // 3)
+
+
+class _StepAttention(torch.autograd.Function):
+    """Keeps its input alone: the K x K weights are made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, heads: int) -> torch.Tensor:
+        ctx.save_for_backward(qkv)
+        ctx.heads = heads
+        q, k, v = _by_place(qkv, heads)
+        y = torch.bmm(_step_weights(q, k).to(v.dtype), v)  # [N H, K, d]
+        steps, places, width = qkv.shape
+        y = y.unflatten(0, (places, heads)).permute(2, 0, 1, 3)
+        return y.reshape(steps, places, width // 3)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (qkv,) = ctx.saved_tensors
+        steps, places, width = qkv.shape
+        q, k, v = _by_place(qkv, ctx.heads)
+        dy = grads[0].unflatten(-1, (ctx.heads, -1)).permute(1, 2, 0, 3).flatten(0, 1)
+        weights = _step_weights(q, k)
+        d_weights = torch.bmm(dy, v.transpose(1, 2)).float()
+        along = (weights * d_weights).sum(-1, keepdim=True)
+        d_scores = d_weights.sub_(along).mul_(weights).mul_(q.shape[-1] ** -0.5).to(q.dtype)
+        d_v = torch.bmm(weights.to(v.dtype).transpose(1, 2), dy)
+        parts = torch.stack([d_scores @ k, d_scores.transpose(1, 2) @ q, d_v])
+        parts = parts.unflatten(1, (places, ctx.heads))  # [3, N, H, K, d]
+        return parts.permute(3, 1, 0, 2, 4).reshape(steps, places, width), None
+
+
+def _by_place(qkv: torch.Tensor, heads: int) -> Sequence[torch.Tensor]:
+    """q, k, v of the depth steps: [K, N, 3 H d] -> three [N H, K, d]."""
+    parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 1, 3, 0, 4)  # [3, N, H, K, d]
+    return parts.flatten(1, 2).unbind(0)
+
+
+def _step_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Softmax over this step and those before it: float32 [N H, K, K]."""
+    steps = q.shape[1]
+    later = torch.full((steps, steps), -math.inf, device=q.device).triu_(1)
+    scores = torch.bmm(q, k.transpose(1, 2)).float()
+    return torch.softmax(scores.mul_(q.shape[-1] ** -0.5).add_(later), -1)
 
 
 def turns_of(

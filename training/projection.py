@@ -309,6 +309,6 @@ def _gate_backward_(x: torch.Tensor, dz: torch.Tensor, out: torch.Tensor) -> Non
     """dx [N, 2 C] of silu(a) · b, written to `out`."""
     a, b = x.chunk(2, -1)
     d_a, d_b = out.chunk(2, -1)
-    torch.mul(dz, functional.silu(a), out=d_b)
+    d_b.copy_(functional.silu(a).mul_(dz))
     # silu'(a) by torch's own backward kernel, one pass.
     d_a.copy_(torch.ops.aten.silu_backward(dz * b, a))
