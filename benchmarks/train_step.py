@@ -1,7 +1,7 @@
 """One training step: our forward against the library's, with the same weights and batch.
 
     python -m benchmarks.train_step                     # prints; small and medium, fp32 and bf16
-    python -m benchmarks.train_step --write             # and docs/results/train_step.{json,md}
+    python -m benchmarks.train_step --write             # and into docs/results/train_step.{json,md}
     python -m benchmarks.train_step --size 7b --device cuda --batch 16 --frames 1250 --rank 128
 
 The library's path is `LMModel.forward` with moshi's own `LoRALinear` on every Linear layer, and
@@ -9,7 +9,8 @@ the loss over all of its logits. Ours is `training.fast.FastForward` with PEFT's
 train the same adapters (one's A and B are copied to the other), and must agree in loss before
 anything is timed. A step is forward, backward and AdamW.
 
-Speed: the two in turn in one process; the ratio is the median of the rounds' ratios. Memory: the
+Speed: the two in turn in one process; the ratio is the median of the rounds' ratios; and so
+for ours in bfloat16 against ours in float32, where both are asked for. Memory: the
 peak of a process that runs one of them alone for two steps, and what that is above the process
 with its weights loaded.
 """
@@ -31,6 +32,7 @@ from typing import Any
 from duplex.datafiles import CHECKOUT
 
 RESULTS = CHECKOUT / "docs" / "results"
+DATA = RESULTS / "train_step.json"
 PATHS = ("library", "ours")
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"dim": 512, "num_heads": 8, "num_layers": 8, "depformer_dim": 256,
@@ -59,22 +61,38 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--alone", choices=PATHS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    import torch
+
     if args.alone:
         print(json.dumps(measure_memory(args, args.alone, args.size[0], args.dtype[0])))
         return
-    result: dict[str, Any] = {"machine": _machine(args.device), "rank": args.rank, "runs": []}
+    result: dict[str, Any] = {"machine": _machine(args.device), "rank": args.rank, "runs": {},
+                              "bfloat16": {}}  # fmt: skip
+    if args.write and DATA.is_file():
+        before = json.loads(DATA.read_text())
+        if before["machine"] == result["machine"] and before["rank"] == args.rank:
+            result = before
     for size in args.size or ["small", "medium"]:
-        for dtype in args.dtype or ["float32", "bfloat16"]:
-            run = {"size": size, "dtype": dtype} | measure_speed(args, size, dtype)
+        dtypes = args.dtype or ["float32", "bfloat16"]
+        if len(dtypes) == 2:
+            result["bfloat16"][size] = measure_bfloat16(args, size)
+            save(args, result)
+        for dtype in dtypes:
+            run = {"size": size, "dtype": dtype, "threads": torch.get_num_threads()}
+            run |= measure_speed(args, size, dtype)
             run["memory"] = {path: _memory_of(args, path, size, dtype) for path in PATHS}
-            result["runs"].append(run)
-            print(json.dumps(run), file=sys.stderr)
-    text = describe(result)
-    print(text)
+            result["runs"][f"{size} {dtype}"] = run
+            save(args, result)
+    print(describe(result))
+
+
+def save(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """What is known so far: a large size may take long, or not fit."""
+    print(json.dumps(result), file=sys.stderr)
     if args.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "train_step.json").write_text(json.dumps(result, indent=2) + "\n")
-        (RESULTS / "train_step.md").write_text(text)
+        DATA.write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / "train_step.md").write_text(describe(result))
 
 
 # -- the two paths
@@ -194,24 +212,43 @@ def measure_speed(args: argparse.Namespace, size: str, dtype: str) -> dict[str, 
     allowed = 1e-4 if dtype == "float32" else 2e-2
     if not difference < allowed:
         sys.exit(f"the two paths must agree in loss within {allowed:g}, found {losses}")
-    seconds: dict[str, list[float]] = {path: [] for path in PATHS}
-    began = time.perf_counter()
-    for _ in range(args.rounds):
-        if seconds["ours"] and time.perf_counter() - began > args.seconds:
-            break
-        for path in PATHS:
-            started = time.perf_counter()
-            steps[path]()
-            seconds[path].append(time.perf_counter() - started)
+    seconds = in_turn(args, steps)
     frames = batch(size, args)[3]
-    ratios = [a / b for a, b in zip(seconds["library"], seconds["ours"], strict=True)]
     return {
         "frames": frames,
         "losses": losses,
         "frames_per_s": {p: frames / statistics.median(seconds[p]) for p in PATHS},
-        "ratio": statistics.median(ratios),
-        "ratios": sorted(ratios),
+        "ratios": ratios_of(seconds["library"], seconds["ours"]),
     }
+
+
+def measure_bfloat16(args: argparse.Namespace, size: str) -> list[float]:
+    """Ours: how many times as fast in bfloat16 as in float32, one figure a round."""
+    steps = {dtype: stepper("ours", args, size, dtype) for dtype in ("float32", "bfloat16")}
+    for step in steps.values():
+        step()
+    seconds = in_turn(args, steps)
+    return ratios_of(seconds["float32"], seconds["bfloat16"])
+
+
+def in_turn(
+    args: argparse.Namespace, steps: dict[str, Callable[[], float]]
+) -> dict[str, list[float]]:
+    """Seconds of each step, `--rounds` times one after the other, or once past `--seconds`."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    began = time.perf_counter()
+    for number in range(args.rounds):
+        if number and time.perf_counter() - began > args.seconds:
+            break
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratios_of(slow: list[float], fast: list[float]) -> list[float]:
+    return sorted(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def measure_memory(args: argparse.Namespace, path: str, size: str, dtype: str) -> dict[str, float]:
@@ -268,23 +305,20 @@ def _machine(device: str) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    rows, notes = [], []
-    speed: dict[tuple[str, str], float] = {}
-    for run in result["runs"]:
+    rows = []
+    for run in result["runs"].values():
         ours, library = (run["frames_per_s"][path] for path in ("ours", "library"))
-        speed[run["size"], run["dtype"]] = ours
         memory = {path: run["memory"][path].get("peak_gb") for path in PATHS}
         peaks = [f"{memory[p]:.2f}" if memory[p] else "failed" for p in PATHS]
         share = f"{memory['ours'] / memory['library']:.2f}" if all(memory.values()) else "-"
         rows.append(
-            f"| {run['size']} | {run['dtype']} | {library:.0f} | {ours:.0f} | {run['ratio']:.2f} "
-            f"({run['ratios'][0]:.2f} to {run['ratios'][-1]:.2f}) | {peaks[0]} | {peaks[1]} | "
-            f"{share} |"
+            f"| {run['size']} | {run['dtype']} | {run['threads']} | {library:.0f} | {ours:.0f} | "
+            f"{_spread(run['ratios'])} | {peaks[0]} | {peaks[1]} | {share} |"
         )
-    for size in dict.fromkeys(run["size"] for run in result["runs"]):
-        if (size, "bfloat16") in speed and (size, "float32") in speed:
-            gain = speed[size, "bfloat16"] / speed[size, "float32"]
-            notes.append(f"Ours in bfloat16 runs at {gain:.2f} times its float32 at {size} size.")
+    notes = [
+        f"At {size} size ours is {_spread(ratios)} times as fast in bfloat16 as in float32."
+        for size, ratios in result["bfloat16"].items()
+    ]
     table = "\n".join(rows)
     return f"""# One training step
 
@@ -292,8 +326,8 @@ def describe(result: dict[str, Any]) -> str:
 {machine["torch"]}; LoRA of rank {result["rank"]} on every Linear layer, {_shapes(result)}.
 Library: `LMModel.forward` with moshi's LoRA and the same loss.
 
-| size | dtype | library frames/s | ours frames/s | ratio (least to most) | library GB | ours GB | |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| size | dtype | threads | library frames/s | ours frames/s | ratio (least to most) | library GB | ours GB | |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {table}
 
 Ratios are of steps run in turn in one process; GB is the peak of a process that trains one way
@@ -301,8 +335,14 @@ alone, its last column ours against the library's. {" ".join(notes)}
 """
 
 
+def _spread(ratios: list[float]) -> str:
+    """The median, and the least and most."""
+    found = f"{statistics.median(ratios):.2f}"
+    return found if len(ratios) == 1 else f"{found} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
 def _shapes(result: dict[str, Any]) -> str:
-    frames = {run["size"]: run["frames"] for run in result["runs"]}
+    frames = {run["size"]: run["frames"] for run in result["runs"].values()}
     return ", ".join(f"{count} frames a step ({size})" for size, count in frames.items())
 
 

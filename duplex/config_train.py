@@ -112,6 +112,14 @@ class TrainSection(StageSection):
     base_data: BaseDataSection = BaseDataSection()
     runtime: TrainRuntime = TrainRuntime()
 
+    def is_due(self, every: int, step: int) -> bool:
+        """After `step` updates: at the start, at the end, and every `every` steps."""
+        return step in (0, self.steps) or step % every == 0
+
+    def guards_due(self, step: int) -> bool:
+        """Whether there is a check of the guards after `step` updates."""
+        return self.is_due(self.guards.every or self.validate_every, step)
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainSection:
         if self.batch_size % (self.accumulate * self.processes):

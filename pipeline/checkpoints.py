@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from duplex.config import ModelSection
 from duplex.errors import RequestError
+from pipeline.commands import show_json
 
 
 def merge(
@@ -36,7 +36,7 @@ def merge(
             checkpoint.folder, adapter, out, dtype, cut=dep_q is not None, tell=tell
         )
     if as_json:
-        _show_json(certificate)
+        show_json(certificate)
         return
     print(f"{out}: merged; the certificate is {out / 'certificate.json'}")
     for line in summary(certificate):
@@ -55,7 +55,7 @@ def cut(base: str, out: Path, dep_q: int, runs: Path, *, as_json: bool) -> None:
     with _bars() as tell:
         certificate = cut_checkpoint(checkpoint.folder, out, tell=tell)
     if as_json:
-        _show_json(certificate)
+        show_json(certificate)
         return
     steps, tensors = certificate["dep_q"], certificate["tensors"]
     print(
@@ -68,10 +68,6 @@ def cut(base: str, out: Path, dep_q: int, runs: Path, *, as_json: bool) -> None:
 def _require_eight(dep_q: int | None) -> None:
     if dep_q not in (None, 8):
         raise RequestError(f"--dep-q must be 8, the codebooks of the agent, found {dep_q}")
-
-
-def _show_json(certificate: dict) -> None:
-    print(json.dumps(certificate, indent=2, sort_keys=True, ensure_ascii=False))
 
 
 @contextmanager

@@ -246,7 +246,11 @@ def _device(config: Config) -> list[dict[str, str]]:
     is_pocket = config.model.base == "pocket"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return [_memory(config, properties.name, properties.total_memory)]
+        checks = [_memory(config, properties.name, properties.total_memory)]
+        count, asked = torch.cuda.device_count(), config.train.processes
+        if asked != count:
+            checks.append(_gpus(count, asked))
+        return checks
     if is_pocket and config.train.processes == 1:
         threads = torch.get_num_threads()
         return [_check("device", "ok", f"CPU, {threads} threads: enough for pocket")]
@@ -255,6 +259,13 @@ def _device(config: Config) -> list[dict[str, str]]:
     need = _describe_memory(estimate_memory(_lm_config(config), config.train))
     text = f"no CUDA device: a 7B model does not train on a CPU; a GPU would hold {need}"
     return [_check("device", "fail", text)]
+
+
+def _gpus(count: int, asked: int) -> dict[str, str]:
+    text = f"train.processes is {asked}, here {'is' if count == 1 else 'are'} {count}"
+    if asked > count:
+        return _check("gpus", "fail", f"{text}: each process needs one; set it to {count}")
+    return _check("gpus", "warn", f"{text}: the others stay idle")
 
 
 def _memory(config: Config, name: str, held: float) -> dict[str, str]:

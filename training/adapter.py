@@ -152,16 +152,20 @@ def write_adapter(
         base_sha256: None where it is not known.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in state.items()]
-    # The library's writer puts metadata in any order, and the bytes must repeat.
     metadata = {"format": "pt"} | ({BASE_KEY: base_sha256} if base_sha256 else {})
-    with atomic_path(folder / WEIGHTS) as temporary:
-        write_tensors(temporary, specs, lambda spec: state[spec.name], metadata)
+    write_state(folder / WEIGHTS, state, metadata)
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
     plain["base_model_name_or_path"] = None  # a path would be this machine's
     plain.pop("peft_version", None)  # stands in the manifest's provenance
     text = json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"
     write_atomic(folder / CONFIG, text.encode())
+
+
+def write_state(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file whose bytes repeat: the library's writer puts metadata in any order."""
+    specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in state.items()]
+    with atomic_path(path) as temporary:
+        write_tensors(temporary, specs, lambda spec: state[spec.name], metadata)
 
 
 def load_adapter_weights(

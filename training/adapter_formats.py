@@ -29,14 +29,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from duplex.errors import MergeError, MissingInputError
-from duplex.files import atomic_path, new_folder, write_json
+from duplex.files import new_folder, write_json
 from pipeline.engines.checkpoint import Checkpoint
-from training.adapter import BASE_KEY, CONFIG, WEIGHTS, Adapter, write_adapter
+from training.adapter import BASE_KEY, CONFIG, WEIGHTS, Adapter, write_adapter, write_state
 from training.lora import KEY_PREFIX
-from training.mergeplan import check_fit
-from training.tensorfile import TensorSpec, write_tensors
+from training.mergeplan import check_fit, shapes_of
 
 MOSHI_WEIGHTS, MOSHI_CONFIG = "lora.safetensors", "config.json"
 PEFT_KEY = "peft_config"
@@ -73,7 +73,8 @@ def to_moshi(adapter: Path, base: Checkpoint, out: Path) -> Converted:
             "(`duplex merge`): moshi loads the merged checkpoint."
         )
     check_fit(base, lora)
-    linears = _linears(base)
+    # moshi's loader puts adapters on Linear layers, all of them.
+    linears = shapes_of(base, base.config, (nn.Linear,))
     state: dict[str, torch.Tensor] = {}
     with safe_open(lora.path, "pt") as file:
         names = sorted(file.keys())
@@ -97,7 +98,7 @@ def to_moshi(adapter: Path, base: Checkpoint, out: Path) -> Converted:
         "lora_name": MOSHI_WEIGHTS,
     }
     with new_folder(out) as folder:
-        _write_state(folder / MOSHI_WEIGHTS, state, metadata)
+        write_state(folder / MOSHI_WEIGHTS, state, metadata)
         write_json(folder / MOSHI_CONFIG, config)
     return Converted(len(lora.shapes), len(missing), lora.base_sha256)
 
@@ -147,24 +148,6 @@ def attach_base(adapter: Path, base: Checkpoint, out: Path) -> Converted:
 
 def is_peft(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file()
-
-
-def _linears(base: Checkpoint) -> dict[str, tuple[int, int]]:
-    """(out, in) of all Linear layers that moshi's loader puts adapters on."""
-    from torch import nn
-
-    lm = base.info().get_moshi(device="meta", load_weight=False)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in lm.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-
-
-def _write_state(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in state.items()]
-    with atomic_path(path) as temporary:
-        write_tensors(temporary, specs, lambda spec: state[spec.name], metadata)
 
 
 def _read_moshi(
@@ -244,6 +227,8 @@ def _peft_config(
         ).to_dict()
     try:
         config = json.loads(metadata[PEFT_KEY])
+        if not isinstance(config, dict):
+            raise ValueError(f"found a {type(config).__name__}")
         root = math.sqrt(rank) if config.get("use_rslora") else rank
         same = (config["r"], config["lora_alpha"] / root) == (rank, scaling)
     except (ValueError, KeyError, TypeError) as error:

@@ -44,12 +44,16 @@ def step_attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
 
     A CPU's fused kernel is made for long sequences; over 8 steps plain products take half its time.
     """
-    if qkv.device.type == "cpu":
+    if not _is_fused(qkv.device):
         return _StepAttention.apply(qkv, heads)  # pyright: ignore[reportReturnType]
     steps, places, width = qkv.shape
     q, k, v = (part.unflatten(0, (places, heads)) for part in _by_place(qkv, heads))
     y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # [N, H, K, d]
     return y.permute(2, 0, 1, 3).reshape(steps, places, width // 3)
+
+
+def _is_fused(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 class _StepAttention(torch.autograd.Function):

@@ -53,11 +53,6 @@ class Batch:
     loss_mask: torch.Tensor
     num_frames: int
 
-    @property
-    def padded_frames(self) -> int:
-        """Frames that are computed: B x T."""
-        return self.codes.shape[0] * self.codes.shape[2]
-
     def to(self, device: torch.device) -> Batch:
         return Batch(self.codes.to(device), self.loss_mask.to(device), self.num_frames)
 
@@ -104,7 +99,8 @@ def _read_clip(
     name = f"{folder.path / 'blobs' / record.tensor}.pt (clip {record.id})"
     try:
         tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError,
+            LookupError, AttributeError) as error:  # fmt: skip
         raise CorruptFileError(
             f"{name}: must be a tensor file, cannot be read as one: "
             f"{(str(error) or type(error).__name__).splitlines()[0][:200]}. "

@@ -131,10 +131,7 @@ def shard(
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
-    root = modules[-1]
     kept = set(whole)
-    # Packed 4-bit weights lose their class, and with it their scales, as DTensors.
-    kept |= {p for p in root.parameters() if not p.is_floating_point()}
     for parameter in kept:
         parameter.data = parameter.data.to(ranks.device)
     for module in modules:
@@ -148,8 +145,8 @@ def _prepare_class(kind: type[nn.Module]) -> None:
 
     It derives from (FSDPModule, kind). moshi's streaming modules put `abc.ABC` before `nn.Module`,
     after which CPython takes the two for different layouts and refuses to assign `__class__`. With
-    `kind` first the layout is that of `kind`. torch keeps these classes in a table and makes one
-    only where there is none.
+    `kind` first the layout is that of `kind`. torch (2.9, which pyproject.toml pins) keeps these
+    classes in a private table and makes one only where there is none.
     """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp._fully_shard import _fully_shard as internals

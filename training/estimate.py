@@ -25,11 +25,18 @@ Q: dep_q; C: card; V: text vocabulary.
                  A layer that is checkpointed keeps a·d instead; one layer is at work besides.
     logits       frames · (V + Q·C) · (8 + 2a), for the frames whose logits stand at once
 
-The factors of the activations are what autograd keeps in moshi's own forward with PEFT adapters
-(`train.forward: library`), counted by hooks on a CPU and held to by the same test within 3.5 %.
-The fast forward keeps less: for it these are upper bounds, and of the logits
-one chunk stands at once. Not in it: CUDA's context, what a kernel needs while it
-runs, fragmentation. No figure was compared with a GPU's own.
+and with our own forward (`train.forward: fast`, no dropout, no nf4):
+
+    activations  temporal  N · Σ layers a·(6d + 2h + 4r)
+                 depth     N · Q · Σ layers a·(7e + 2g' + 4r)
+    logits       one chunk of at most 2^26 values, a value (8 + 2a)
+
+The factors of the activations are what autograd keeps, counted by hooks on a CPU and held to by
+the same test: moshi's own forward with PEFT adapters within 3.5 %, ours within 5 % (all frames
+count as if they carried loss; on a CPU the depth transformer keeps one e less).
+Dropout and nf4 go through PEFT's modules in ours as well: the library's figures stand for both.
+Not in it: CUDA's context, what a kernel needs while it runs, fragmentation. No figure was compared
+with a GPU's own.
 """
 
 from __future__ import annotations
@@ -50,6 +57,7 @@ MOSHI_7B: dict[str, Any] = {
     "depformer_weights_per_step": True,
 }  # fmt: skip
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, its share of the scales at both levels
+CHUNK_VALUES = 1 << 26  # `training.fused_loss.CHUNK_CUDA`, written out: planning imports no torch
 ADAM_BYTES = 16  # an adapter parameter: value, gradient, two moments
 
 
@@ -192,15 +200,8 @@ def trainable_counts(
     return counts
 
 
-def estimate_memory(
-    lm: Mapping[str, Any], section: TrainSection, logit_frames: int | None = None
-) -> MemoryEstimate:
-    """Bytes of one process while it trains as `section` says.
-
-    Args:
-        logit_frames: frames whose logits stand at once; None: all of a pass, as in the library's
-            forward.
-    """
+def estimate_memory(lm: Mapping[str, Any], section: TrainSection) -> MemoryEstimate:
+    """Bytes of one process while it trains as `section` says."""
     a = 4 if section.dtype == "float32" else 2
     codebooks = CODEBOOKS * (2 if section.loss.user_streams else 1)
     parameters = parameter_count(lm)
@@ -213,14 +214,21 @@ def estimate_memory(
     layer = sum(k.rows * k.columns for k in layer_kinds(lm) if k.group in ("attention", "mlp"))
     clips = section.batch_size // (section.accumulate * section.processes)
     frames = clips * section.crop_frames
-    logits = (lm["text_card"] + lm["dep_q"] * lm["card"]) * (8 + 2 * a)
     return MemoryEstimate(
         weights=weights / section.processes,
         adapters=ADAM_BYTES * adapters,
         gathered=a * (2 * layer + root) if section.processes > 1 else 0,
         activations=frames * activation_bytes(lm, section),
-        logits=min(frames, logit_frames or frames) * logits,
+        logits=_logit_bytes(lm, section, frames),
     )
+
+
+def _logit_bytes(lm: Mapping[str, Any], section: TrainSection, frames: int) -> float:
+    a = 4 if section.dtype == "float32" else 2
+    values = frames * (lm["text_card"] + lm["dep_q"] * lm["card"])
+    if section.forward == "fast":
+        values = min(frames * lm["text_card"], CHUNK_VALUES)
+    return values * (8 + 2 * a)
 
 
 def activation_bytes(lm: Mapping[str, Any], section: TrainSection) -> float:
@@ -232,16 +240,30 @@ def activation_bytes(lm: Mapping[str, Any], section: TrainSection) -> float:
     h = hidden_size(d, int(lm["hidden_scale"] * d))
     widths = _depth_feed_forward(lm, 1)
     g = hidden_size(e, sum(widths) // len(widths))
+    plain = not section.lora.dropout and section.quantize == "none"
+    if section.forward == "fast" and plain:
+        steps = min(q, CODEBOOKS * (2 if section.loss.user_streams else 1))
+        temporal, depth = a * (6 * d + 2 * h + 4 * rank), a * (7 * e + 2 * g + 4 * rank)
+        # The last norm's input, heads' inputs or gradients, and the depth transformer's input.
+        return _kept(lm, section, temporal, depth, steps) + a * (3 * d + 2 * steps * e)
     temporal = (42 if half else 54) * d + (10 if half else 16) * h + a * length + 16 * rank
     temporal += drop * (3 * d + h)
     depth = (37 if half else 41) * e + (10 if half else 16) * g + 16 * rank + drop * (3 * e + g)
-    layers, depth_layers = lm["num_layers"], lm["depformer_num_layers"]
-    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[section.runtime.checkpointing]
-    total = layers * ((1 - again) * temporal + again * a * d)
-    total += q * depth_layers * ((1 - again) * depth + again * a * e)
-    if again:
-        total += max(temporal, q * depth)
     # The last norm, the projections into the depth transformer, the inputs of the heads. The
     # projections share one input, unless each makes a float32 copy of it or drops some.
     inputs = 8 if drop else 4 if half else 0
+    total = _kept(lm, section, temporal, depth, q)
     return total + (12 + drop + inputs * q) * d + (8 + drop) * q * e
+
+
+def _kept(
+    lm: Mapping[str, Any], section: TrainSection, temporal: float, depth: float, steps: int
+) -> float:
+    """Of all layers, from what one keeps a frame, and a frame and step of the depth transformer."""
+    a = 4 if section.dtype == "float32" else 2
+    d, e = lm["dim"], lm["depformer_dim"]
+    layers, depth_layers = lm["num_layers"], lm["depformer_num_layers"]
+    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[section.runtime.checkpointing]
+    total = layers * ((1 - again) * temporal + again * a * d)
+    total += steps * depth_layers * ((1 - again) * depth + again * a * e)
+    return total + max(temporal, steps * depth) if again else total

@@ -62,15 +62,8 @@ BUDGET_CLIPS = 2  # each is passed through four times, forward and back
 TRANSCRIPT_CHARACTERS = 200
 
 
-def check_due(step: int, section: TrainSection) -> bool:
-    """Whether there is a check after `step` updates: before the first, after the last, and every
-    `guards.every` steps (at each validation, where that is not set)."""
-    every = section.guards.every or section.validate_every
-    return step in (0, section.steps) or step % every == 0
-
-
 class Guards:
-    """Called with the number of updates done, returns what is to be logged, or None.
+    """Called with the number of updates done, returns what is to be logged.
 
     Args:
         lm: the `LMModel` that trains, with its adapters.
@@ -110,8 +103,8 @@ class Guards:
 
     def __call__(
         self, step: int, streams: Mapping[str, float | None] | None = None
-    ) -> dict[str, Any] | None:
-        """The check after `step` updates; None when none is due.
+    ) -> dict[str, Any]:
+        """The check after `step` updates.
 
         Args:
             streams: `stream_means` of the validation at this step over all of its clips, where
@@ -124,8 +117,6 @@ class Guards:
         Raises:
             StopTraining: collapsed after training began, and `guards.on_collapse` is stop.
         """
-        if not check_due(step, self._section):
-            return None
         swaps, runs, budget = self._measure()
         references = [self._reference(run) for run in runs]
         measures = [_measures(run.clip, run.text, run.codes) for run in runs]

@@ -42,7 +42,7 @@ class StopTraining(Exception):
     """
 
     def __init__(self, reason: str, line: dict[str, Any] | None = None):
-        self.reason, self.line = reason, line
+        self.reason, self.line = reason, line or {}
         super().__init__(reason)
 
 

@@ -49,9 +49,9 @@ from training.sampler import Sampler, parts_of
 
 CHECKPOINTS = "checkpoints"
 Streams = Mapping[str, float | None]
-# (updates done, streams of the validation just made or None) -> a line for the log, or None
-# where nothing is due. Its `score` (lower is better, None: not to be chosen) picks the best.
-Watch = Callable[[int, Streams | None], dict[str, Any] | None]
+# (updates done, streams of the validation just made or None) -> a line for the log. Its `score`
+# (lower is better, None: not to be chosen) picks the best.
+Watch = Callable[[int, Streams | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,8 @@ class Trainer:
         targets: the adapted modules by group.
         identity: digest of all that decides the run; checkpoints of another are not used.
         base_train, base_valid: clips of `base_data`; its share is in `section`.
-        watch: called before the first step, at each validation, every `guards.every` steps and
-            at the end, on every rank (the first one's answer counts); may raise `StopTraining`
-            and may be set later.
+        watch: called where `TrainSection.guards_due`, on every rank (the first one's answer
+            counts); may raise `StopTraining` and may be set later.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class Trainer:
                     on_step(self._train_step(done))
                     done += 1
                     stopped = self._check(done)
-                    if self._due(done, section.runtime.checkpoint_every) or stopped:
+                    if section.is_due(section.runtime.checkpoint_every, done) or stopped:
                         self._save(done, stopped)
                 failed = False
             finally:
@@ -279,7 +278,7 @@ class Trainer:
     def _check(self, step: int) -> str | None:
         """Validate and watch after `step` updates; returns why training must end, if it must."""
         line, score, stopped = None, None, None
-        if self._due(step, self._section.validate_every):
+        if self._section.is_due(self._section.validate_every, step):
             line = self._validate(step, "valid", self._valid_clips)
             self._validate(step, "valid_base", self._base_valid)
             score = line["loss"] if line else None
@@ -294,8 +293,7 @@ class Trainer:
 
     def _ask_watch(self, step: int, streams: Streams | None) -> tuple[float | None, str | None]:
         """Score and reason to stop, each None where there is none."""
-        due = self._due(step, self._section.guards.every or self._section.validate_every)
-        if self.watch is None or not (due or streams):
+        if self.watch is None or not self._section.guards_due(step):
             return None, None
         stopped, started = None, time.monotonic()
         with self._memory_explained(step, self._valid_clips), gathered(self._sharded):
@@ -304,8 +302,6 @@ class Trainer:
             except StopTraining as stop:
                 line, stopped = stop.line, stop.reason
         line, stopped = self._ranks.from_first((line, stopped))
-        if line is None:
-            return None, stopped
         # Scores compare only where they are of the same clips, all of them.
         score = line.get("score") if streams or not self._valid_clips else None
         usable = score is not None and math.isfinite(score)
@@ -342,9 +338,6 @@ class Trainer:
         parts = [chunk[rank :: self._ranks.count] for chunk in chunks for rank in ranks]
         self._note_time(step, kind, parts, started)
         return line
-
-    def _due(self, step: int, every: int) -> bool:
-        return step in (0, self._section.steps) or step % every == 0
 
     def _check_finite(self, what: str, value: float, step: int, clips: Sequence[Clip]) -> None:
         names = [clip.id for clip in clips]

@@ -83,7 +83,7 @@ def make_plan(
     config = cut_config(source.config) if cut else source.config
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     shapes = cut_shapes(shapes, source.config) if cut else shapes
-    linears = linears_of(source, config)
+    linears = shapes_of(source, config)
     targets: dict[str, list[Target]] = {}
     for module in modules:
         if module in linears:
@@ -105,18 +105,21 @@ def make_plan(
     )
 
 
-def linears_of(source: Checkpoint, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Shape of the weight of each layer that an adapter can stand on, from the meta device:
-    (out, in) of a Linear, (ids, dim) of an embedding."""
+def shapes_of(
+    source: Checkpoint,
+    config: dict[str, Any],
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding),
+) -> dict[str, tuple[int, int]]:
+    """Shape of the weight of each layer of `kinds`, from the meta device: (out, in) of a Linear,
+    (ids, dim) of an embedding."""
     changes = {key: value for key, value in config.items() if source.config.get(key) != value}
     # The library makes some Linear layers on the default device before it moves them.
     with torch.device("meta"):
         lm = source.info().get_moshi(device="meta", load_weight=False, lm_kwargs_overrides=changes)
-    return {
-        name: (module.weight.shape[0], module.weight.shape[1])
-        for name, module in lm.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding))
-    }
+    layers: list[tuple[str, Any]] = [
+        (name, module) for name, module in lm.named_modules() if isinstance(module, kinds)
+    ]
+    return {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers}
 
 
 def _place(module: str, rows: int, shapes: dict[str, tuple[int, ...]]) -> Target | None:

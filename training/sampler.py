@@ -119,13 +119,6 @@ def parts_of(
     return [list(clips[i * size : (i + 1) * size][rank::processes]) for i in range(accumulate)]
 
 
-def batch_of_step(
-    clips: Sequence[Clip], seed: int, step: int, batch_size: int, bucket_batches: int = 1
-) -> list[Clip]:
-    """The clips of step `step` (from 0): the same whenever and however often it is asked."""
-    return Sampler(clips, seed, batch_size, bucket_batches=bucket_batches).batch(step)
-
-
 def epoch_order(clips: Sequence[Clip], seed: int, epoch: int) -> list[Clip]:
     """Each clip once, in an order that no library version can change."""
     return sorted(clips, key=lambda clip: _digest(seed, epoch, clip.id))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +37,19 @@ def test_what_fits_and_what_would_help():
     assert "computed, never measured" in small["found"]
     single = config(dtype="float32")
     assert "dtype: bfloat16" in doctor._memory(single, "GPU", 1.0)["found"]
+
+
+@pytest.mark.parametrize(("asked", "state"), [(1, "warn"), (2, None), (4, "fail")])
+def test_each_process_needs_a_gpu(monkeypatch, asked, state):
+    import torch
+
+    gpu = SimpleNamespace(name="GPU", total_memory=10**12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    checks = {check["check"]: check for check in doctor._device(config(processes=asked))}
+    assert checks["device"]["state"] == "ok"
+    assert checks.get("gpus", {}).get("state") == state
 
 
 def test_sizes_come_from_the_model_that_is_named(tiny_checkpoint, tmp_path):

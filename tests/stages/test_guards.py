@@ -14,7 +14,7 @@ from pipeline.engines.checkpoint import Checkpoint
 from tests.stages.training_factories import LORA, PROMPT_FRAMES, make_codes, write_tensors_stage
 from training.batches import Clip, make_batch, read_clips
 from training.forward import LibraryForward
-from training.guards import Guards, StopTraining, check_due, due_frame, score
+from training.guards import Guards, StopTraining, due_frame, score
 from training.lora import adapter_parameters, add_adapters, target_modules
 from training.loss import coefficients, part_counts
 
@@ -145,14 +145,10 @@ def test_prompts_of_training_clips_fill_up_and_a_lack_is_said(model):
 def test_checks_are_due_where_the_section_says():
     def due(**guards):
         section = TrainSection(steps=10, validate_every=4, guards=guards)
-        return [step for step in range(11) if check_due(step, section)]
+        return [step for step in range(11) if section.guards_due(step)]
 
     assert due() == [0, 4, 8, 10]
     assert due(every=3) == [0, 3, 6, 9, 10]
-
-
-def test_no_check_between(model):
-    assert guards_of(model)(5) is None
 
 
 def test_the_score_takes_words_and_semantic_codes_alone():

@@ -14,6 +14,7 @@ from tests.stages.training_factories import (
     make_adapter,
 )
 from training import apply
+from training.adapter import Adapter
 from training.merge import merge_checkpoint
 
 
@@ -100,6 +101,23 @@ def test_what_is_no_plain_lora_is_refused(tiny_checkpoint, adapter, tmp_path, co
     with pytest.raises(MergeError, match="plain LoRA") as caught:
         merge_checkpoint(tiny_checkpoint, bad, tmp_path / "out", "float32")
     assert next(iter(config)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({"target_modules": "(a+)+$"}, "target_modules must be a list of names"),
+        ({"target_modules": [1]}, "target_modules must be a list of names"),
+        ({"r": 8}, "each A must have r = 8 rows"),
+        ({"r": 0}, "r must be at least 1"),
+        ({"lora_alpha": float("inf")}, "lora_alpha not 0, found 4 and inf"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(adapter, tmp_path, config, fault):
+    """A pattern from a stranger could run for ever; a rank of its own would scale otherwise."""
+    bad = changed_adapter(adapter, tmp_path / "bad", lambda state: None, config)
+    with pytest.raises(MergeError, match=fault):
+        Adapter.open(bad)
 
 
 def test_another_base_is_refused(adapter, tmp_path):

@@ -9,16 +9,20 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
-from duplex.config_train import LoraSection, TrainSection
+from duplex.config_train import LoraSection, LossSection, TrainSection
 from duplex.errors import MissingInputError, WorkError
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.train import TrainStage
 from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.test_lora import loss_of
-from tests.stages.training_factories import make_config, run_stage, write_tensors_stage
+from tests.stages.training_factories import make_clip, make_config, run_stage, write_tensors_stage
 from training.adapter import load_adapter_weights
+from training.batches import make_batch
 from training.estimate import NF4_BYTES
+from training.fast import FastForward
+from training.forward import LibraryForward
 from training.lora import GROUPS, adapter_parameters, add_adapters, liveness, target_modules
+from training.loss import coefficients, part_counts
 from training.merge import merge_checkpoint
 from training.quantized import Frozen, check_wrapped, packed_bytes, quantize_linears, unpacked
 from training.verify import all_logits, seeded_codes
@@ -106,6 +110,35 @@ def test_layers_that_are_no_targets_are_packed_too(checkpoint, group):
     assert len(frozen) == 57 - len(targets[group])
     assert isinstance(model.transformer.layers[0].gating.linear_in, Frozen)
     assert liveness(model, targets, loss_of(model), SEED) == {group: len(targets[group])}
+
+
+@pytest.mark.parametrize("groups", [["attention", "depth"], GROUPS], ids=["some", "all"])
+def test_the_fast_forward_takes_a_packed_base(tmp_path, groups):
+    """With the user's depth steps too (packed and never run), and layers without an adapter."""
+    wide = write_tiny_checkpoint(
+        tmp_path / "wide", dep_q=16, hidden_scale=1.5, depformer_dim=64,
+        depformer_dim_feedforward=96,
+    )  # fmt: skip
+    model, _, _ = quantized(wide, groups)
+    assert groups == GROUPS or any(isinstance(m, Frozen) for m in model.modules())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_(std=0.05, generator=generator)
+    batch = make_batch([make_clip("a", 20, 1), make_clip("b", 15, 2)])
+    weights = coefficients(part_counts(batch.codes, batch.loss_mask), LossSection())
+    found = {}
+    for forward in (LibraryForward(model), FastForward(model)):
+        model.zero_grad(set_to_none=True)
+        with no_compile():
+            loss, _ = forward(batch.codes, batch.loss_mask, weights)
+            loss.backward()
+        grads = {name: p.grad for name, p in adapter_parameters(model).items()}
+        found[type(forward)] = loss.item(), grads
+    (expected, wanted), (loss, grads) = found.values()
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, grad in wanted.items():
+        assert rms(grads[name] - grad) < 1e-4 * rms(grad) + 1e-9, name
 
 
 def test_the_gradients_are_those_of_the_unpacked_weights(checkpoint):

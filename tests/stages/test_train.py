@@ -30,7 +30,7 @@ from tests.stages.training_factories import (
 from training.batches import make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
 from training.optimizer import learning_rate
-from training.sampler import batch_of_step
+from training.sampler import Sampler
 
 LENGTHS = {"train": [50, 70, 40], "valid": [45, 30]}
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,12 +332,13 @@ def test_a_padded_batch_has_the_loss_of_its_clips(tiny_checkpoint):
 
 def test_the_order_is_a_function_of_seed_and_step():
     clips = [make_clip(f"c{i}", 20) for i in range(5)]
-    row = [clip.id for step in range(10) for clip in batch_of_step(clips, 3, step, 2)]
+    sampler, other = Sampler(clips, 3, 2), Sampler(clips, 4, 2)
+    row = [clip.id for step in range(10) for clip in sampler.batch(step)]
     for epoch in range(4):
         assert sorted(row[5 * epoch : 5 * epoch + 5]) == [f"c{i}" for i in range(5)]
     assert row[:5] != row[5:10] or row[5:10] != row[10:15], "epochs differ"
-    assert [clip.id for clip in batch_of_step(clips, 3, 7, 2)] == row[14:16]
-    assert [c.id for s in range(10) for c in batch_of_step(clips, 4, s, 2)] != row
+    assert [clip.id for clip in Sampler(clips, 3, 2).batch(7)] == row[14:16]
+    assert [clip.id for step in range(10) for clip in other.batch(step)] != row
 
 
 def test_the_rate_rises_and_falls():

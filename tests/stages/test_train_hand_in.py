@@ -50,7 +50,7 @@ def with_watch(monkeypatch, watch):
 def test_the_best_adapter_is_handed_in_and_the_last_beside_it(
     tiny_checkpoint, tensors, tmp_path, monkeypatch
 ):
-    with_watch(monkeypatch, lambda step, streams: {"score": abs(step - 3) + 0.5} if step else None)
+    with_watch(monkeypatch, lambda step, streams: {"score": abs(step - 3) + 0.5})
     said = []
     config = make_config(tiny_checkpoint)
     folder = run_stage(TrainStage(), config, tmp_path / "train", said.append, tensors=tensors)

@@ -9,6 +9,7 @@ from duplex.errors import CorruptFileError, RequestError
 from duplex.records import TensorClip
 from duplex.streams import TEXT_PAD, ZERO_TOKEN
 from pipeline.train import TrainStage, check_split, with_steps
+from pipeline.training_data import check_base_split
 from tests.stages.training_factories import (
     PROMPT_FRAMES,
     make_codes,
@@ -120,3 +121,18 @@ def test_nothing_is_trained_on_that_is_validated_on(change, refused):
             check_split(records)
     else:
         check_split(records)
+
+
+@pytest.mark.parametrize("own", [[], [("a", "train"), ("b", "valid")]])
+def test_base_data_does_not_validate_what_it_trains_on(own):
+    """Two base folders may have cut the same dialogues another way."""
+    clips = [clip_record(*one) for one in own]
+    base = [clip_record("c", "train"), clip_record("d", "valid")]
+    check_base_split(clips, base)
+    for split, name in (("train", "d"), ("valid", "c")):
+        again = clip_record(name, split, id="other", speech_id="other")
+        with pytest.raises(RequestError, match="1 text"):
+            check_base_split(clips, [*base, again])
+        if clips:
+            with pytest.raises(RequestError, match="base data included"):
+                check_base_split([again], base)

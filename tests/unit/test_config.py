@@ -173,6 +173,29 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, section, said
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"forward": "library", "compile": True}, "need forward: fast"),
+        ({"forward": "library", "runtime": {"checkpointing": "selective"}}, "need forward: fast"),
+        (
+            {
+                "forward": "library",
+                "runtime": {"checkpointing": "full"},
+                "lora": {"dropout": 0.1},
+            },
+            "must have lora.dropout 0, found 0.1",
+        ),
+        ({"quantize": "nf4", "processes": 2, "batch_size": 2}, "found processes 2"),
+        ({"batch_size": 6, "accumulate": 2, "processes": 2}, "multiple of accumulate"),
+    ],
+)
+def test_training_settings_that_exclude_each_other_are_refused(tmp_path, section, said):
+    path = write_yaml(tmp_path / "c.yaml", {"name": "c", "train": section})
+    with pytest.raises(ConfigError, match=said):
+        load_config(path)
+
+
 @pytest.mark.parametrize("name", ["no", "on", "off", "yes", "y", "n", "No"])
 def test_a_key_that_old_yaml_reads_as_a_truth_value_stays_a_name(tmp_path, name):
     path = tmp_path / "toy.yaml"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from duplex.streams import NUM_ROWS
 from training.batches import Clip
-from training.sampler import Sampler, batch_of_step, parts_of
+from training.sampler import Sampler, parts_of
 
 
 def clips_of(lengths, name="c"):
@@ -56,7 +56,8 @@ def test_batches_of_a_window_come_in_an_order_that_is_not_of_length():
     clips = clips_of(range(10, 410))
     firsts = []
     for seed in range(8):
-        batches = [batch_of_step(clips, seed, step, 4, 25) for step in range(25)]
+        sampler = Sampler(clips, seed, 4, bucket_batches=25)
+        batches = [sampler.batch(step) for step in range(25)]
         firsts.append(sorted(batches, key=padded).index(batches[0]))
     assert len(set(firsts)) > 3, "the shortest always came first"
 
