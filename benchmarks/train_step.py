@@ -326,7 +326,7 @@ def describe(result: dict[str, Any]) -> str:
 {machine["torch"]}; LoRA of rank {result["rank"]} on every Linear layer, {_shapes(result)}.
 Library: `LMModel.forward` with moshi's LoRA and the same loss.
 
-| size | dtype | threads | library frames/s | ours frames/s | ratio (least to most) | library GB | ours GB | |
+| size | dtype | threads | library, frames/s | ours | ratio (least to most) | library, GB | ours | |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {table}
 
