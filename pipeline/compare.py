@@ -162,7 +162,7 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
         (name, [_shown(value) for value in values]) for name, values in result["differ"].items()
     ]
     rows += [
-        ("steps", [_shown(run["steps"]) for run in runs]),
+        ("steps done", [_shown(run["steps"]) for run in runs]),
         ("best step", [_shown(run["best_step"]) for run in runs]),
     ]
     if any(run["stopped"] for run in runs):

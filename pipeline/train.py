@@ -88,6 +88,12 @@ class TrainStage(WholeStage):
         return _hand_in(context, writer, result)
 
 
+def _handed_in(facts: dict[str, Any]) -> str:
+    if facts["best_step"] is None:
+        return f"the last adapter, of step {facts['final_step']}: no check chose one"
+    return f"the adapter of step {facts['best_step']}"
+
+
 def _hand_in(context: StageContext, writer: FileWriter, result: dict[str, Any]) -> list[Record]:
     """Write the page into `work`, and move all files to their places."""
     from training.adapter import CONFIG, WEIGHTS
@@ -100,7 +106,7 @@ def _hand_in(context: StageContext, writer: FileWriter, result: dict[str, Any]) 
         "adapters": ", ".join(f"{n} {group}" for group, n in facts["adapted_modules"].items()),
         "trainable parameters": f"{facts['trainable_parameters']:,d}",
         "steps": f"{facts['final_step']} of {facts['steps']}",
-        "handed in": f"the adapter of step {facts['best_step']}",
+        "handed in": _handed_in(facts),
         "training speed": f"{result['frames_per_s']:.0f} frames/s",
     }
     if "stopped" in facts:

@@ -151,7 +151,7 @@ def run_job(job: Job, report: Report, rank: int = 0) -> dict[str, Any]:
         "alive_modules": result.live,
         "base_sha256": base_sha256,
         "steps": section.steps,
-        "best_step": result.best.step if result.best else result.final_step,
+        "best_step": result.best.step if result.best else None,
         "final_step": result.final_step,
         **({"stopped": result.stopped} if result.stopped else {}),
         **validation_facts(result.log, result.best.step if result.best else None),
@@ -288,7 +288,11 @@ def _write_adapters(
 
 def _say_best(report: Report, facts: dict[str, Any]) -> None:
     best, final = facts["best_step"], facts["final_step"]
-    if best != final:
+    if best is None:
+        checked = "valid_initial" in facts
+        why = "no check found one to choose" if checked else "nothing was held out to choose by"
+        report(f"warning: {why}: the last adapter is handed in, of step {final}")
+    elif best != final:
         report(f"the adapter of step {best} is handed in, the best one; of {final}: {LAST}/")
     first, chosen = facts.get("valid_initial"), facts.get("valid_best")
     if first and chosen and chosen["loss"] >= first["loss"]:

@@ -71,6 +71,24 @@ def test_the_best_adapter_is_handed_in_and_the_last_beside_it(
     assert facts["settings"]["learning_rate"] == 5e-3 and facts["settings"]["seed"] == 42
 
 
+def test_where_no_check_chooses_one_the_last_is_handed_in_and_said_so(
+    tiny_checkpoint, tensors, tmp_path, monkeypatch
+):
+    with_watch(monkeypatch, lambda step, streams: {"score": None, "collapse": "silence"})
+    said = []
+    config = make_config(tiny_checkpoint)
+    folder = run_stage(TrainStage(), config, tmp_path / "train", said.append, tensors=tensors)
+    records = {record.id: record for record in folder.records()}
+    facts = records["adapter"].facts
+    assert (facts["best_step"], facts["final_step"]) == (None, 6) and "valid_best" not in facts
+    assert "adapter-last" not in records
+    assert any("no check found one to choose: the last adapter" in line for line in said)
+    assert (
+        "the last adapter, of step 6: no check chose one"
+        in (folder.path / "index.html").read_text()
+    )
+
+
 def test_a_watch_that_stops_it_ends_with_the_best_and_the_reason(
     tiny_checkpoint, tensors, tmp_path, monkeypatch
 ):
