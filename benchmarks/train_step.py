@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step                     # prints; small and medium, fp32 and bf16
     python -m benchmarks.train_step --write             # and into docs/results/train_step.{json,md}
-    python -m benchmarks.train_step --size 7b --device cuda --batch 16 --frames 1250 --rank 128
+    python -m benchmarks.train_step --size 7b --device cuda --rank 128 --checkpointing full
 
 The library's path is `LMModel.forward` with moshi's own `LoRALinear` on every Linear layer, and
 the loss over all of its logits. Ours is `training.fast.FastForward` with PEFT's adapters. Both
@@ -12,7 +12,7 @@ anything is timed. A step is forward, backward and AdamW.
 Speed: the two in turn in one process; the ratio is the median of the rounds' ratios; and so
 for ours in bfloat16 against ours in float32, where both are asked for. Memory: the
 peak of a process that runs one of them alone for two steps, and what that is above the process
-with its weights loaded.
+with its weights loaded. Utilisation: the operations that a step needs (`flops`) against `--peak`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=120, help="no further round after these")
     parser.add_argument("--checkpointing", default="none")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device in this dtype, dense")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--alone", choices=PATHS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -73,13 +74,15 @@ def main() -> None:
         if before["machine"] == result["machine"] and before["rank"] == args.rank:
             result = before
     for size in args.size or ["small", "medium"]:
-        dtypes = args.dtype or ["float32", "bfloat16"]
+        dtypes = args.dtype or default_dtypes(size)
         if len(dtypes) == 2:
             result["bfloat16"][size] = measure_bfloat16(args, size)
             save(args, result)
         for dtype in dtypes:
             run = {"size": size, "dtype": dtype, "threads": torch.get_num_threads()}
             run |= measure_speed(args, size, dtype)
+            run["tflops"] = run["frames_per_s"]["ours"] * flops(args, size) / 1e12
+            run["utilisation"] = run["tflops"] / args.peak if args.peak else None
             run["memory"] = {path: _memory_of(args, path, size, dtype) for path in PATHS}
             result["runs"][f"{size} {dtype}"] = run
             save(args, result)
@@ -101,18 +104,14 @@ def save(args: argparse.Namespace, result: dict[str, Any]) -> None:
 def build(path: str, args: argparse.Namespace, size: str, dtype: str) -> tuple[Any, list[Any]]:
     """(forward, its trainable parameters in the order of the model's names)."""
     import torch
-    from moshi.models import loaders
 
     from pipeline.engines import pocket
 
     kind = getattr(torch, dtype)
     if size == "7b":
-        config = dict(loaders._lm_kwargs)
-        lm = _random_lm(config, args.device, kind)
+        lm = _random_lm(config_of(size), args.device, kind)
     else:
-        vocabularies = {"card": 2048, "text_card": 32000, "context": 3000}
-        lm = pocket.build_lm({**pocket.LM_CONFIG, **vocabularies, **SIZES[size]}, 7)
-        lm = lm.to(device=args.device, dtype=kind)
+        lm = pocket.build_lm(config_of(size), 7).to(device=args.device, dtype=kind)
     lm.requires_grad_(False)
     if path == "library":
         from moshi.modules.lora import replace_all_linear_with_lora
@@ -135,6 +134,36 @@ def build(path: str, args: argparse.Namespace, size: str, dtype: str) -> tuple[A
         parameter.requires_grad_(True)
     _fill(chosen)
     return forward, chosen
+
+
+def config_of(size: str) -> dict[str, Any]:
+    from moshi.models import loaders
+
+    from pipeline.engines.pocket import LM_CONFIG
+
+    if size == "7b":
+        return dict(loaders._lm_kwargs)
+    return {**LM_CONFIG, "card": 2048, "text_card": 32000, "context": 3000, **SIZES[size]}
+
+
+def flops(args: argparse.Namespace, size: str) -> float:
+    """Operations of a step, a frame, nothing computed twice.
+
+    A frozen weight takes 4 (forward, and back to its input), an adapter's 6, an attention layer
+    6 · T · dim; the depth transformer's own attention, norms and gates are left out.
+    """
+    from training.estimate import layer_kinds
+
+    config = config_of(size)
+    due = {"depth", "heads", "text"}  # on frames with loss alone
+    total = 0.0
+    for kind in layer_kinds(config):
+        if kind.group != "embeddings":
+            adapters = kind.count * args.rank * (kind.rows + kind.columns)
+            share = 1 - PROMPT_SHARE if kind.group in due else 1
+            total += share * (4 * kind.parameters + 6 * adapters)
+    frames = args.frames or SHAPES[size][1]
+    return total + config["num_layers"] * 6 * frames * config["dim"]
 
 
 def _random_lm(config: dict[str, Any], device: str, dtype: Any) -> Any:
@@ -300,6 +329,11 @@ def _machine(device: str) -> dict[str, Any]:
     return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__}
 
 
+def default_dtypes(size: str) -> list[str]:
+    """7B: float32 is 31 GB for each of two models."""
+    return ["bfloat16"] if size == "7b" else ["float32", "bfloat16"]
+
+
 # -- the page
 
 
@@ -319,6 +353,10 @@ def describe(result: dict[str, Any]) -> str:
         f"At {size} size ours is {_spread(ratios)} times as fast in bfloat16 as in float32."
         for size, ratios in result["bfloat16"].items()
     ]
+    for run in result["runs"].values():
+        if run.get("utilisation"):
+            speed = f"{run['tflops']:.0f} TFLOP/s, {run['utilisation']:.0%} of the peak"
+            notes.append(f"{run['size']}, {run['dtype']}: {speed}, recomputation not counted.")
     table = "\n".join(rows)
     return f"""# One training step
 

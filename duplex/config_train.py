@@ -132,6 +132,14 @@ class TrainSection(StageSection):
                 "quantize: nf4 must run in one process, found processes "
                 f"{self.processes}: FSDP cannot shard packed weights"
             )
+        if self.compile and self.processes > 1:
+            raise ValueError(f"compile must be of one process, found processes {self.processes}")
+        every, validate = self.guards.every or self.validate_every, self.validate_every
+        if every % validate and validate % every:
+            raise ValueError(
+                "guards.every and validate_every: one must be a multiple of the other, found "
+                f"{every} and {validate}: the best adapter is chosen where both are due"
+            )
         again = self.runtime.checkpointing
         if self.forward == "library" and (self.compile or again == "selective"):
             raise ValueError("compile and checkpointing: selective need forward: fast")

@@ -28,6 +28,8 @@ from pipeline.run import STAGE_NAMES, plan
 TRAIN = 6
 STREAMS = ("loss", "text", "text_nonpad", "semantic", "acoustic_1", "acoustic_7")
 COLOURS = ("#4b7bec", "#d6522c", "#2a9d6f", "#9b59b6", "#c29200", "#1aa5b8", "#d6336c", "#6c757d")
+# Of further rounds through the colours: stroke-dasharray and the sign in the legend.
+DASHES = (("none", "—"), ("6 3", "╌"), ("2 3", "┈"))
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,16 @@ def show(targets: list[str], runs_root: Path, *, page: Path | None, as_json: boo
         print(f"Page:  {page}")
 
 
+def _styles(count: int) -> list[tuple[str, str, str]]:
+    """Colour, dashes and sign of each run's lines."""
+    found = []
+    for index in range(count):
+        round_, place = divmod(index, len(COLOURS))
+        dashes, sign = DASHES[round_ % len(DASHES)]
+        found.append((COLOURS[place], dashes, sign))
+    return found
+
+
 def compare_page(runs: Sequence[TrainRun], result: dict[str, Any]) -> str:
     """One HTML file: the table, and each curve of all runs in one panel; nothing is fetched."""
     from training.curves import STYLE, Line, panels, plot
@@ -227,19 +239,20 @@ def compare_page(runs: Sequence[TrainRun], result: dict[str, Any]) -> str:
             if title in found:
                 panel = found[title]
                 valid = panel.valid or panel.base
-                css = f"run{index % len(COLOURS)}"
+                css = f"run{index}"
                 lines.append(Line(css, valid or panel.train, dots=bool(valid)))
         figures.append(
             f"<figure style='margin:0'><h2>{html.escape(title)}</h2>{plot(title, lines)}</figure>"
         )
     colours = "".join(
-        f".run{i} {{ stroke: {colour}; fill: none; stroke-width: 2; }}\n"
-        f"circle.run{i}-dot {{ fill: {colour}; }}\n.key.of-run{i}::before {{ color: {colour}; }}\n"
-        for i, colour in enumerate(COLOURS)
+        f".run{i} {{ stroke: {colour}; fill: none; stroke-width: 2; "
+        f"stroke-dasharray: {dashes}; }}\n"
+        f"circle.run{i}-dot {{ fill: {colour}; }}\n"
+        f".key.of-run{i}::before {{ color: {colour}; content: '{sign}'; }}\n"
+        for i, (colour, dashes, sign) in enumerate(_styles(len(runs)))
     )
     labels = [
-        f"<span class='key of-run{i % len(COLOURS)}'>{html.escape(run.label)}</span>"
-        for i, run in enumerate(runs)
+        f"<span class='key of-run{i}'>{html.escape(run.label)}</span>" for i, run in enumerate(runs)
     ]
     head = "".join(f"<th>{label}</th>" for label in labels)
     rows = "".join(

@@ -280,9 +280,12 @@ def _memory(config: Config, name: str, held: float) -> dict[str, str]:
             "train.crop_frames"
         )
         return _check("device", "warn", f"{text}; the activations may not fit: {advice}")
-    advice = "set train.dtype: bfloat16" if config.train.dtype == "float32" else (
-        "set train.quantize: nf4, or train.processes to the number of GPUs"
-    )  # fmt: skip
+    if config.train.dtype == "float32":
+        advice = "set train.dtype: bfloat16"
+    elif memory.free_run > memory.gathered:
+        advice = "set train.guards.free_seconds: 0, since a free run needs the whole base"
+    else:
+        advice = "set train.quantize: nf4, or train.processes to the number of GPUs"
     return _check("device", "fail", f"{text}; the weights do not fit: {advice}")
 
 
@@ -293,6 +296,7 @@ def _describe_memory(memory: MemoryEstimate) -> str:
         "gathered layers": memory.gathered,
         "activations": memory.activations,
         "logits": memory.logits,
+        "or, in a free run, the whole base": memory.free_run,
     }
     listing = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items() if size)
     return f"about {memory.total / GB:.1f} GB a process ({listing}; computed, never measured)"

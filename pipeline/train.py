@@ -98,20 +98,20 @@ def _hand_in(context: StageContext, writer: FileWriter, result: dict[str, Any]) 
     """Write the page into `work`, and move all files to their places."""
     from training.adapter import CONFIG, WEIGHTS
     from training.curves import curves_page
-    from training.log import METRICS, TIMING
+    from training.log import METRICS, TIMING, training_speed
 
-    facts = result["facts"]
+    facts, timing = result["facts"], list(read_lines(writer.work / TIMING))
+    speed = training_speed(timing)  # of attempts before a kill too
     summary = {
         "model": context.config.model.base,
         "adapters": ", ".join(f"{n} {group}" for group, n in facts["adapted_modules"].items()),
         "trainable parameters": f"{facts['trainable_parameters']:,d}",
         "steps": f"{facts['final_step']} of {facts['steps']}",
         "handed in": _handed_in(facts),
-        "training speed": f"{result['frames_per_s']:.0f} frames/s",
+        "training speed": f"{speed:.0f} frames/s" if speed else "not measured",
     }
     if "stopped" in facts:
         summary["stopped"] = facts["stopped"]
-    timing = list(read_lines(writer.work / TIMING))
     page = curves_page(f"{context.config.name}: training", summary, result["log"], timing)
     write_atomic(writer.work / PAGE, page.encode())
     records: list[Record] = []

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,29 +107,38 @@ def run_job(job: Job, report: Report, rank: int = 0) -> dict[str, Any]:
     for folder, found in zip(folders, base_records, strict=True):
         for split, chosen in _read_clips(folder, found, config.train, checkpoint).items():
             base[split] += chosen
+    if folders and not base["train"]:
+        raise RequestError(
+            "train.base_data.folders must hold clips of the train split, found none in "
+            f"{', '.join(str(folder.path) for folder in folders)}. Leave them out, or give others."
+        )
 
+    from training.failures import base_message, out_of_memory_explained
     from training.guards import Guards
     from training.loop import Trainer
     from training.lora import count_trainable
 
     section = with_steps(config.train, len(clips["train"]))
     base_sha256 = checkpoint.digest("moshi")
-    model, targets = adapted_model(config, checkpoint, base_sha256, report)
+    explained = partial(base_message, section)
+    with out_of_memory_explained(explained):
+        model, targets = adapted_model(config, checkpoint, base_sha256, report)
     counts = count_trainable(model, targets)
     _describe(report, model, counts, clips, base)
-    trainer = Trainer(
-        model,
-        targets,
-        section,
-        seed=config.seed,
-        train_clips=clips["train"],
-        valid_clips=clips["valid"],
-        base_train=base["train"],
-        base_valid=base["valid"],
-        work=job.work,
-        identity=_identity(job, records, folders, base_sha256),
-        name=config.name,
-    )
+    with out_of_memory_explained(explained):
+        trainer = Trainer(
+            model,
+            targets,
+            section,
+            seed=config.seed,
+            train_clips=clips["train"],
+            valid_clips=clips["valid"],
+            base_train=base["train"],
+            base_valid=base["valid"],
+            work=job.work,
+            identity=_identity(job, records, folders, base_sha256),
+            name=config.name,
+        )
     trainer.watch = Guards(
         model,
         trainer.forward,
@@ -138,6 +148,7 @@ def run_job(job: Job, report: Report, rank: int = 0) -> dict[str, Any]:
         train_clips=clips["train"],
         report=report,
         decode=checkpoint.load_tokenizer().decode,
+        whole=trainer.whole_weights,
     )
     with _progress(section.steps, shown=rank == 0) as on_step:
         result = trainer.run(on_step, report)
@@ -248,10 +259,12 @@ def _describe(
     base: dict[str, list[Clip]],
 ) -> None:
     """Say what trains, and on what."""
+    from training.quantized import num_weights
+
     for group, count in counts.items():
         report(f"  {group:<9} {count.modules:4d} modules {count.parameters:12,d} parameters")
     trained = sum(count.parameters for count in counts.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(num_weights(parameter) for parameter in model.parameters())
     modules = sum(count.modules for count in counts.values())
     report(
         f"  training  {modules:4d} modules {trained:12,d} parameters "

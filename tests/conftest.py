@@ -3,6 +3,7 @@
 import os
 import sys
 
+import hypothesis
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
@@ -18,6 +19,10 @@ os.environ |= {
 # compiles torch and what else it imports anew; a server started in 10.2 s instead of 3.7.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Examples are timed by the wall clock, and machines that run tests are busy.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 
 # Handed out first, in this order, so that no worker is left with a long group at the end: what

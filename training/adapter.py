@@ -85,7 +85,11 @@ class Adapter:
         path = folder / WEIGHTS
         try:
             config = json.loads((folder / CONFIG).read_text())
-            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            rank, alpha = config["r"], config["lora_alpha"]
+            if type(rank) is not int or type(alpha) not in (int, float):
+                raise ValueError(f"r and lora_alpha must be numbers, found {rank!r:.40} and "
+                                 f"{alpha!r:.40}")  # fmt: skip
+            alpha = float(alpha)
             targets = config["target_modules"]
             if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
                 raise ValueError(f"target_modules must be a list of names, found {targets!r:.80}")
@@ -93,7 +97,8 @@ class Adapter:
             with safe_open(path, "pt") as file:
                 found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, ArithmeticError,
+                RecursionError) as error:  # fmt: skip
             raise MergeError(
                 f"{folder}: must hold a LoRA adapter as PEFT writes it, cannot be read as one: "
                 f"{type(error).__name__}: {error}"
@@ -277,6 +282,9 @@ def _pair_up(
                 f"keys must read {KEY_PREFIX}<module>.lora_A.weight or lora_B, or "
                 f"<module>.lora_embedding_A or lora_embedding_B, found {key}"
             )
+            continue
+        if len(shape) != 2:
+            faults.append(f"{key}: must be a matrix, found the shape {list(shape)}")
             continue
         if match[3]:
             embeddings.add(match[1])

@@ -40,6 +40,7 @@ from training.mergeplan import check_fit, shapes_of
 
 MOSHI_WEIGHTS, MOSHI_CONFIG = "lora.safetensors", "config.json"
 PEFT_KEY = "peft_config"
+MAX_RANK = 1 << 16
 _KEY = re.compile(r"(.+)\.(lora_[AB])\.weight")
 _FUSED = re.compile(r"(.+)\.(in_proj|out_proj)")  # older files: the Linears of all depth steps
 
@@ -162,11 +163,16 @@ def _read_moshi(
     try:
         config = json.loads((source / MOSHI_CONFIG).read_text())
         # What moshi's loader takes where they are left out.
-        rank, scaling = int(config.get("lora_rank", 128)), float(config.get("lora_scaling", 2.0))
+        rank, scaling = config.get("lora_rank", 128), config.get("lora_scaling", 2.0)
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK or type(scaling) not in (int, float):
+            raise ValueError(f"lora_rank must be 1 to {MAX_RANK} and lora_scaling a number, found "
+                             f"{rank!r:.40} and {scaling!r:.40}")  # fmt: skip
+        scaling = float(scaling)
         with safe_open(source / MOSHI_WEIGHTS, "pt") as file:
             raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError, ArithmeticError,
+            RecursionError) as error:  # fmt: skip
         raise MergeError(f"{source}: must hold moshi's form of an adapter: {error}") from None
     foreign = [key for key in raw if _KEY.fullmatch(key) is None]
     if foreign or not config.get("lora", False):
@@ -174,6 +180,11 @@ def _read_moshi(
         raise MergeError(
             f"{source}: keys must read <module>.lora_A.weight or lora_B, and config.json must say "
             f"lora: true; found {found}."
+        )
+    flat = [key for key, tensor in raw.items() if tensor.dim() != 2]
+    if flat:
+        raise MergeError(
+            f"{source}: {flat[0]} must be a matrix, found the shape {list(raw[flat[0]].shape)}"
         )
     state = {}
     for key, tensor in raw.items():

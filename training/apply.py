@@ -101,7 +101,8 @@ class _Slot:
 
     @classmethod
     def for_plan(cls, base: TensorFile, plan: Plan) -> _Slot:
-        widest = max((spec.shape[-1] for spec in plan.specs.values() if spec.shape), default=1)
+        # Blocks of a targeted tensor are of whole rows; others are cut anywhere.
+        widest = max((plan.specs[key].shape[-1] for key in plan.targets), default=1)
         sizes = [
             max(BLOCK_ELEMENTS, widest)
             * max(base_or_out[name].dtype.itemsize for name in plan.specs)

@@ -123,11 +123,14 @@ def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: i
         return [f"it must hold one bare tensor, found {type(tensor).__name__}"]
     if tensor.dtype not in (torch.int64, torch.int16):
         return [f"its dtype must be int64 or int16, found {tensor.dtype}"]
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+        return [f"it must be a dense tensor with data, found a {tensor.layout} one on the "
+                f"{tensor.device.type} device"]  # fmt: skip
+    # Before its values: a small file may claim any number of frames.
+    if tensor.dim() == 2 and tensor.shape[1] not in (0, record.num_frames):
+        return [f"its record says {record.num_frames} frames, found {tensor.shape[1]}"]
     zero_text = record.padding == "zero"
-    faults = check_codes(tensor.numpy(), card=card, text_card=text_card, zero_text=zero_text)
-    if not faults and tensor.shape[1] != record.num_frames:
-        faults = [f"its record says {record.num_frames} frames, found {tensor.shape[1]}"]
-    return faults
+    return check_codes(tensor.numpy(), card=card, text_card=text_card, zero_text=zero_text)
 
 
 def make_batch(clips: Sequence[Clip], user_streams: bool = False) -> Batch:

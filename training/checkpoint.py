@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from duplex.errors import WorkError
 from duplex.files import atomic_path, sha256_file, write_json
 from training.failures import full_disk_explained
 
@@ -108,8 +110,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
-        raise OSError(code, str(error), str(path)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 def latest_checkpoint(folder: Path, identity: str) -> TrainState | None:
@@ -117,6 +119,9 @@ def latest_checkpoint(folder: Path, identity: str) -> TrainState | None:
 
     Args:
         identity: digest of all that decides the run; a checkpoint with another is foreign.
+
+    Raises:
+        WorkError: a file that is there cannot be read now; nothing of that checkpoint is removed.
     """
     for leftover in folder.glob("*.tmp"):  # of a save that was killed
         leftover.unlink()
@@ -131,6 +136,7 @@ def latest_checkpoint(folder: Path, identity: str) -> TrainState | None:
 
 
 def _read(folder: Path, step: int, identity: str) -> TrainState | None:
+    """None where it is incomplete, damaged or foreign: its digests say so, before it is loaded."""
     tensor_path, json_path = _paths(folder, step)
     try:
         value = json.loads(json_path.read_text())
@@ -146,8 +152,13 @@ def _read(folder: Path, step: int, identity: str) -> TrainState | None:
             best = Best(value["best"]["step"], value["best"]["score"], load_file(path))
         log = [str(line) for line in value["log"]]
         return TrainState(step, load_file(tensor_path), log, best, value["stopped"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+    except (OSError, SafetensorError) as error:  # of the machine: the file is as it was written
+        raise WorkError(
+            f"{tensor_path}: a checkpoint must be readable, found {error}. It was left in place: "
+            "mend the disk or mount, and run again to go on from it."
+        ) from error
 
 
 def _steps(folder: Path) -> Iterator[int]:
@@ -178,7 +189,7 @@ def _remove_unused_bests(folder: Path) -> None:
         try:
             best = json.loads(path.read_text())["best"]
             used |= {best["step"]} if best else set()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
     kept = {_best_path(folder, step) for step in used}
     for path in folder.glob("best-*.safetensors"):

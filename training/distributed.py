@@ -70,8 +70,7 @@ class Ranks:
         offset = 0
         for parameter in chosen:
             size = parameter.numel()
-            part = flat[offset : offset + size].view_as(parameter).to(parameter.dtype)
-            parameter.grad = part.clone()
+            parameter.grad = flat[offset : offset + size].view_as(parameter).to(parameter.dtype)
             offset += size
 
     def from_first(self, value: Any) -> Any:

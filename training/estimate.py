@@ -18,6 +18,8 @@ Q: dep_q; C: card; V: text vocabulary.
     adapters     16 · adapter parameters: value, gradient, two AdamW moments, in float32
     gathered     a · (2 · largest layer + embeddings and heads), where P > 1: FSDP2 has one layer
                  in use and one under way, and keeps the root's own weights
+    free run     a · parameters · (1 - 1 / P), where P > 1 and the guards let the model speak: the
+                 base is whole then; it does not train meanwhile
     activations  N frames at once = batch_size / (accumulate · P) clips of crop_frames = T
                  temporal  N · Σ layers (54d + 16h + 4T + 16r)       bfloat16: 42d + 10h + 2T + 16r
                  depth     N · Q · Σ layers (41e + 16g' + 16r)       bfloat16: 37e + 10g' + 16r
@@ -86,15 +88,17 @@ class MemoryEstimate:
     gathered: float
     activations: float
     logits: float
+    free_run: float = 0.0
 
     @property
     def fixed(self) -> float:
         """What no smaller batch makes less."""
-        return self.weights + self.adapters + self.gathered
+        return self.weights + self.adapters + max(self.gathered, self.free_run)
 
     @property
     def total(self) -> float:
-        return self.fixed + self.activations + self.logits
+        training = self.gathered + self.activations + self.logits
+        return self.weights + self.adapters + max(training, self.free_run)
 
 
 def layer_kinds(lm: Mapping[str, Any], codebooks: int = CODEBOOKS) -> list[LayerKind]:
@@ -220,7 +224,12 @@ def estimate_memory(lm: Mapping[str, Any], section: TrainSection) -> MemoryEstim
         gathered=a * (2 * layer + root) if section.processes > 1 else 0,
         activations=frames * activation_bytes(lm, section),
         logits=_logit_bytes(lm, section, frames),
+        free_run=weights * (1 - 1 / section.processes) if _speaks_freely(section) else 0,
     )
+
+
+def _speaks_freely(section: TrainSection) -> bool:
+    return bool(section.guards.clips and section.guards.free_seconds)
 
 
 def _logit_bytes(lm: Mapping[str, Any], section: TrainSection, frames: int) -> float:

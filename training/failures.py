@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,15 +14,21 @@ import torch
 from duplex.config_train import TrainSection
 from duplex.errors import WorkError
 
-_CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory",
+    "CUDA error: out of memory", "ALLOC_FAILED",  # the driver's, and cuBLAS's and cuDNN's own
+)  # fmt: skip
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def out_of_memory_explained(
-    section: TrainSection, step: int, checkpoints: Path, longest_frames: int
+    message: Callable[[str], str],
 ) -> Iterator[None]:
     """
+    Args:
+        message: what to say, given the first line of what torch says.
+
     Raises:
         WorkError: there was too little memory for what is done inside; any other error passes.
     """
@@ -32,17 +38,48 @@ def out_of_memory_explained(
         if not is_out_of_memory(error):
             raise
         first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise WorkError(
-            memory_message(section, step, checkpoints, longest_frames, first_line)
-        ) from (error)
+        raise WorkError(message(first_line)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU, or of the machine."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        word in str(error) for word in _CPU_OUT_OF_MEMORY
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _OUT_OF_MEMORY)
+
+
+def base_message(section: TrainSection, found: str) -> str:
+    """What to do where not even the base fits."""
+    advice = []
+    if section.dtype == "float32":
+        advice.append("train.dtype=bfloat16 (half of it)")
+    if section.quantize == "none" and section.processes == 1:
+        advice.append("train.quantize=nf4 (a quarter of bfloat16)")
+    if section.quantize == "none":
+        advice.append(f"more train.processes, a GPU each (now {section.processes})")
+    advice.append("a GPU or machine with more memory (`duplex doctor CONFIG` sums up the need)")
+    return (
+        f"the base and its adapters must fit into memory, found too little: {found}. Nothing was "
+        f"trained. Try, in this order: {'; '.join(advice)}."
+    )
+
+
+def guards_message(section: TrainSection, step: int, checkpoints: Path, found: str) -> str:
+    """What to do where training fits and its checks do not."""
+    guards, advice = section.guards, []
+    if guards.free_seconds and section.processes > 1:
+        advice.append(
+            "train.guards.free_seconds=0 (a free run needs the whole base on each process)"
+        )
+    elif guards.free_seconds:
+        advice.append(f"fewer train.guards.free_seconds (now {guards.free_seconds:g})")
+    if guards.clips > 1:
+        advice.append(f"fewer train.guards.clips (now {guards.clips}), which speak side by side")
+    if guards.budget:
+        advice.append("train.guards.budget=false")
+    return (
+        f"a check of the guards must fit into memory, found too little at step {step}: {found}. "
+        f"The last checkpoint is kept in {checkpoints}. Try, in this order: {'; '.join(advice)}."
     )
 
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ from duplex.config_train import TrainSection
 from duplex.frames import FRAME_S, frames_covering_seconds
 from duplex.stage import record_seed
 from duplex.streams import AGENT_ROWS, TEXT_ROW
-from training.batches import Batch, Clip, make_batch
+from training.batches import Clip, make_batch
 from training.budget import Budget, loss_budget
 from training.collapse import SpeechMeasures, Verdict, is_word, judge, measure_speech
 from training.free_running import FreeRun, run_freely, untouched
@@ -73,6 +74,8 @@ class Guards:
             few, and the clips of the budget.
         report: is told one line a check, and each warning.
         decode: token ids to text, for what the model said; None: left out.
+        whole: entered around free runs, which are not done by `forward`: sharded weights must be
+            gathered there.
     """
 
     def __init__(
@@ -86,10 +89,11 @@ class Guards:
         train_clips: Sequence[Clip] = (),
         report: Callable[[str], None] = lambda message: None,
         decode: Callable[[list[int]], str] | None = None,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         guards = section.guards
         self._lm, self._forward, self._section = lm, forward, section
-        self._seed, self._report, self._decode = seed, report, decode
+        self._seed, self._report, self._decode, self._whole = seed, report, decode, whole
         self._clips = held_out_clips(valid_clips, guards.clips, seed)
         pools = [valid_clips, train_clips]
         self._tasks = plan_swaps(self._clips, pools, guards.swaps, seed)
@@ -155,15 +159,18 @@ class Guards:
                 swaps = score_swaps(self._forward, self._tasks, device)
             if self._clips and self._free_frames:
                 seed = record_seed(self._seed, "guards", "free run")
-                runs = run_freely(self._lm, self._clips, self._free_frames, SamplingSection(), seed)
+                with self._whole():
+                    runs = run_freely(
+                        self._lm, self._clips, self._free_frames, SamplingSection(), seed
+                    )
             if self._budget_clips:
                 self._set_training(True)
                 user_streams = self._section.loss.user_streams
-                batch = make_batch(self._budget_clips, user_streams=user_streams)
-                codes, loss_mask = batch.codes.to(device), batch.loss_mask.to(device)
+                # A clip at a time: no more at once than the smallest step has.
+                clips = [make_batch([clip], user_streams) for clip in self._budget_clips]
                 budget = loss_budget(
                     self._forward,
-                    [Batch(codes, loss_mask, batch.num_frames)],
+                    [clip.to(device) for clip in clips],
                     self._section.loss,
                     [p for p in self._lm.parameters() if p.requires_grad],
                     record_seed(self._seed, "guards", "budget"),

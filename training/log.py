@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,20 @@ import torch
 
 from duplex.base import canonical_json
 from duplex.config_train import TrainSection
-from duplex.files import write_atomic
+from duplex.files import append_line, write_atomic
 from training.loss import StreamSums, stream_means
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 PERPLEXITY_STREAMS = ("text", "text_nonpad")
 _LARGEST_EXPONENT = 700  # exp of more is no float64
 _PATHS = {"continue_from": True, "base_data": {"folders"}, "runtime": True}
+
+
+def training_speed(timing: Iterable[Mapping[str, Any]]) -> float | None:
+    """Frames a second over all training steps of a timing.jsonl; None without one."""
+    steps = [line for line in timing if line["kind"] == "train"]
+    seconds = sum(line["seconds"] for line in steps)
+    return sum(line["frames"] for line in steps) / seconds if seconds else None
 
 
 class StopTraining(Exception):
@@ -101,8 +108,7 @@ class TrainLog:
     def note(self, line: dict[str, Any]) -> None:
         self.lines.append(canonical_json(line))
         if self._writes:
-            with (self._work / METRICS).open("a") as file:
-                file.write(self.lines[-1] + "\n")
+            append_line(self._work / METRICS, self.lines[-1], durable=False)
         if self._wandb is not None:
             self._wandb.log(_flat(line), line["step"])
 
@@ -126,8 +132,7 @@ class TrainLog:
             "memory_bytes": memory,
         }
         if self._writes:
-            with (self._work / TIMING).open("a") as file:
-                file.write(canonical_json(line) + "\n")
+            append_line(self._work / TIMING, canonical_json(line), durable=False)
         if self._wandb is not None:
             values = {f"{kind}/{key}": line[key] for key in ("frames_per_s", "memory_bytes")}
             self._wandb.log(values, step)

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +40,21 @@ from training.batches import Clip, make_batch
 from training.checkpoint import Best, TrainState, latest_checkpoint, save_checkpoint
 from training.device import deterministic, wants_cpu
 from training.distributed import Ranks, gathered, shard
-from training.failures import out_of_memory_explained, require_finite
+from training.failures import (
+    guards_message,
+    memory_message,
+    out_of_memory_explained,
+    require_finite,
+)
 from training.forward import make_forward
 from training.log import StepReport, StopTraining, TrainLog, memory_bytes, valid_line
 from training.lora import adapter_parameters, liveness
 from training.loss import StreamSums, coefficients, part_counts, stream_means, training_loss
 from training.optimizer import adam_tensors, load_adam, make_adam, set_rates
+from training.result import Streams, TrainResult, Watch
 from training.sampler import Sampler, parts_of
 
 CHECKPOINTS = "checkpoints"
-Streams = Mapping[str, float | None]
-# (updates done, streams of the validation just made or None) -> a line for the log. Its `score`
-# (lower is better, None: not to be chosen) picks the best.
-Watch = Callable[[int, Streams | None], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """log: the lines of metrics.jsonl; live: live adapters of each group; best: the adapter to
-    hand in, None: the last; stopped: why it ended before its last step."""
-
-    log: list[dict[str, Any]]
-    live: dict[str, int]
-    resumed_from: int
-    frames_per_s: float
-    final_step: int
-    best: Best | None = None
-    stopped: str | None = None
 
 
 class Trainer:
@@ -177,6 +166,10 @@ class Trainer:
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[name])
 
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """The base whole on each process, for work that is not done by `forward`."""
+        return gathered(self._sharded)
+
     # -- a step
 
     def _preflight(self) -> dict[str, int]:
@@ -218,8 +211,11 @@ class Trainer:
                 found.append((loss.detach().double().cpu(), sums.detached()))
         value, total = self._add_up(found)
         self._check_finite("the loss", value, step + 1, clips)
-        self._ranks.sum_gradients(self._parameters.values())
-        norm = self._accelerator.clip_grad_norm_(self._parameters.values(), self._section.clip_norm)
+        with self._memory_explained(step + 1, clips):
+            self._ranks.sum_gradients(self._parameters.values())
+            norm = self._accelerator.clip_grad_norm_(
+                self._parameters.values(), self._section.clip_norm
+            )
         assert norm is not None, "plain parameters always have a norm"
         self._check_finite("the gradient norm", float(norm), step + 1, clips)
         with self._memory_explained(step + 1, clips):
@@ -296,7 +292,8 @@ class Trainer:
         if self.watch is None or not self._section.guards_due(step):
             return None, None
         stopped, started = None, time.monotonic()
-        with self._memory_explained(step, self._valid_clips), gathered(self._sharded):
+        explained = partial(guards_message, self._section, step, self._work / CHECKPOINTS)
+        with out_of_memory_explained(explained):
             try:
                 line = self.watch(step, streams)
             except StopTraining as stop:
@@ -345,7 +342,10 @@ class Trainer:
 
     def _memory_explained(self, step: int, clips: Sequence[Clip]) -> Any:
         longest = max((clip.num_frames for clip in clips), default=0)
-        return out_of_memory_explained(self._section, step, self._work / CHECKPOINTS, longest)
+        folder = self._work / CHECKPOINTS
+        return out_of_memory_explained(
+            partial(memory_message, self._section, step, folder, longest)
+        )
 
     # -- what a kill must not lose
 

@@ -260,7 +260,9 @@ def _differs(base: TensorFile, new: TensorFile, name: str, first: int, end: int)
     while start < end:
         count = min(step, end - start)
         after = new.read_elements(name, start, count)
-        if not torch.equal(base.read_elements(name, start, count).to(after.dtype), after):
+        before = base.read_elements(name, start, count).to(after.dtype)
+        # Bits, not values: a NaN equals itself here, and -0 is not +0.
+        if not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
             return True
         start, step = start + count, _CHECK_ELEMENTS
     return False

@@ -156,9 +156,8 @@ def check_plan(source: Checkpoint, lora: Adapter, plan: Plan) -> None:
             )
         elif module not in placed:
             faults.append(f"{module}: the base's file holds no weight of it")
-        elif plan.specs[placed[module].key].shape[1:] != (columns,):
-            found = list(plan.specs[placed[module].key].shape)
-            faults.append(f"{module}: its weight must have {columns} columns, found {found}")
+        elif fault := _weight_fault(placed[module], plan.specs[placed[module].key], columns):
+            faults.append(f"{module}: {fault}")
         else:
             a, b = lora.sides(module)
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
@@ -181,6 +180,19 @@ def check_plan(source: Checkpoint, lora: Adapter, plan: Plan) -> None:
             f"{lora.path} must fit {source.files()['moshi']}; {len(faults)} fault(s), nothing was "
             f"written.\n{listing}{more}"
         )
+
+
+def _weight_fault(target: Target, spec: TensorSpec, columns: int) -> str | None:
+    """What is wrong with the tensor of the base that holds a module's weight."""
+    rows = target.row + target.rows
+    whole = target.row == 0 and spec.name == f"{target.module}.weight"
+    if spec.shape[1:] != (columns,) or (spec.shape[0] != rows if whole else spec.shape[0] < rows):
+        return (
+            f"its weight must be [{target.rows}, {columns}], found {list(spec.shape)} in the base"
+        )
+    if not spec.dtype.is_floating_point:
+        return f"its weight must be of a floating type, found {spec.dtype} in the base"
+    return None
 
 
 def check_base(source: Checkpoint, lora: Adapter, base_sha256: str) -> None:

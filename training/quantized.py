@@ -136,6 +136,11 @@ def packed_bytes(layer: Any) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
+def num_weights(parameter: torch.Tensor) -> int:
+    """How many numbers a parameter stands for: a byte of a packed one holds two."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
 def unpacked(layer: Any) -> torch.Tensor:
     """The weight that a 4-bit layer multiplies by: [out, in]."""
     import bitsandbytes.functional as functional

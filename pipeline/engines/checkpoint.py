@@ -112,10 +112,14 @@ class Checkpoint:
         import torch
         from safetensors import SafetensorError
 
+        from training.failures import is_out_of_memory
+
         try:
             with _without_first_draw():
                 return self.info().get_moshi(device=device, dtype=dtype or torch.float32)
         except (SafetensorError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise CorruptFileError(
                 f"{self.files()['moshi']}: must hold the weights that config.json describes; "
                 f"moshi refused them: {_first_line(error)}"

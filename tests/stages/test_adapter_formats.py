@@ -184,6 +184,20 @@ def test_what_is_refused(base, adapter, tiny_checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rank", [None, 0, -4, float("inf"), "4", 10**400])
+def test_a_rank_that_is_none_is_refused(base, adapter, tmp_path, rank):
+    source = foreign(adapter, base, tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"lora_rank": rank}))
+    with pytest.raises(MergeError):
+        to_peft(source, tmp_path / "out")
+    (source / "config.json").write_text(json.dumps(config))
+    save_file({"text_linear.lora_A.weight": torch.tensor(1.0)}, source / "lora.safetensors")
+    with pytest.raises(MergeError, match="must be a matrix"):
+        to_peft(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_config_that_is_not_its_own_is_refused(base, adapter, tmp_path):
     to_moshi(adapter, base, tmp_path / "moshi")
     path = tmp_path / "moshi" / "config.json"

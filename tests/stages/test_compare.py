@@ -5,7 +5,7 @@ import json
 import pytest
 
 from duplex.errors import MissingInputError, RequestError
-from pipeline.compare import compare, find_runs, rows_of, show
+from pipeline.compare import _styles, compare, find_runs, rows_of, show
 from pipeline.train import TrainStage
 from tests.stages.training_factories import make_config, run_stage, write_tensors_stage
 
@@ -57,6 +57,11 @@ def test_the_page_is_one_file_with_the_runs_over_each_other(run_folder, tmp_path
     assert page.count("<svg") == 17 and "http" not in page and "src=" not in page
     first = page[page.index("<svg") : page.index("</svg>")]
     assert first.count("<polyline") == 2 and "class='run0'" in first and "class='run1'" in first
+
+
+def test_no_two_of_many_runs_look_the_same():
+    styles = _styles(24)
+    assert len(set(styles)) == 24 and len({(colour, sign) for colour, _, sign in styles}) == 24
 
 
 def test_what_is_no_run_is_refused_by_name(run_folder, tmp_path):

@@ -148,7 +148,8 @@ def test_checks_are_due_where_the_section_says():
         return [step for step in range(11) if section.guards_due(step)]
 
     assert due() == [0, 4, 8, 10]
-    assert due(every=3) == [0, 3, 6, 9, 10]
+    assert due(every=2) == [0, 2, 4, 6, 8, 10]
+    assert due(every=8) == [0, 8, 10]
 
 
 def test_the_score_takes_words_and_semantic_codes_alone():

@@ -1,9 +1,11 @@
 """What a merge refuses before it writes, and what its own checks catch after writing."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from duplex.errors import MergeError, MissingInputError, RequestError
 from tests.stages.conftest import write_tiny_checkpoint
@@ -61,6 +63,10 @@ def poison(state):
     state[f"{PREFIX}linears.7.lora_A.weight"][0, 0] = float("nan")
 
 
+def flatten(state):
+    state[f"{PREFIX}linears.7.lora_A.weight"] = torch.tensor(1.0)
+
+
 def add_bias(state):
     state[f"{PREFIX}linears.7.lora_B.bias"] = torch.zeros(3)
 
@@ -76,6 +82,7 @@ def add_bias(state):
         (reshape, r"linears.7: A must be \[4, 32\] and B \[64, 4\], found \[4, 32\] and \[63, 4\]"),
         (poison, "linears.7: A and B must be finite"),
         (add_bias, "keys must read"),
+        (flatten, r"linears\.7\.lora_A\.weight: must be a matrix, found the shape \[\]"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(tiny_checkpoint, adapter, tmp_path, change, fault):
@@ -111,12 +118,43 @@ def test_what_is_no_plain_lora_is_refused(tiny_checkpoint, adapter, tmp_path, co
         ({"r": 8}, "each A must have r = 8 rows"),
         ({"r": 0}, "r must be at least 1"),
         ({"lora_alpha": float("inf")}, "lora_alpha not 0, found 4 and inf"),
+        ({"r": "4"}, "r and lora_alpha must be numbers, found '4'"),
+        ({"r": True}, "must be numbers, found True"),
+        ({"r": float("inf")}, "must be numbers, found inf"),
+        ({"lora_alpha": 10**400}, "OverflowError"),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused(adapter, tmp_path, config, fault):
     """A pattern from a stranger could run for ever; a rank of its own would scale otherwise."""
     bad = changed_adapter(adapter, tmp_path / "bad", lambda state: None, config)
     with pytest.raises(MergeError, match=fault):
+        Adapter.open(bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda w: w[:300].clone(), r"must be \[340, 64\], found \[300, 64\] in the base"),
+        (lambda w: w.to(torch.int8), "must be of a floating type, found torch.int8"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_before_writing(
+    tiny_checkpoint, adapter, tmp_path, change, fault
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint, base)
+    weights = load_file(base / "model.safetensors")
+    weights["text_linear.weight"] = change(weights["text_linear.weight"])
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(MergeError, match=f"text_linear: its weight {fault}"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert_nothing_left(tmp_path / "out")
+
+
+def test_a_config_nested_without_end_is_refused(adapter, tmp_path):
+    bad = changed_adapter(adapter, tmp_path / "bad", lambda state: None)
+    (bad / "adapter_config.json").write_text('{"r":' + "[" * 100_000)
+    with pytest.raises(MergeError, match="cannot be read as one"):
         Adapter.open(bad)
 
 

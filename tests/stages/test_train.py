@@ -235,8 +235,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_too(tmp_path):
         (tensor_bytes(make_codes(0, 40)[:16]), r"shape must be \[17, T\]"),
         (tensor_bytes(make_codes(0, 39)), "says 40 frames, found 39"),
         (tensor_bytes(make_codes(0, 40) + 60), r"audio codes must be in \[0, 64\)"),
+        (tensor_bytes(torch.eye(17).long().to_sparse()), "a dense tensor with data.*sparse_coo"),
+        (tensor_bytes(torch.zeros(17, 40).long().to("meta")), "on the meta device"),
+        (tensor_bytes(torch.zeros(1, 1).long().expand(17, 1 << 32)), "found 4294967296"),
     ],
-    ids=["rubbish", "code", "dict", "float", "rows", "length", "range"],
+    ids=["rubbish", "code", "dict", "float", "rows", "length", "range", "sparse", "meta", "huge"],
 )
 def test_a_bad_tensor_file_stops_the_run_by_name(tiny_checkpoint, tmp_path, content, fault):
     tensors = write_tensors_stage(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from duplex.errors import MissingInputError, RequestError
+from duplex.errors import MissingInputError, RequestError, WorkError
 from duplex.store import StageFolder
 from pipeline.train import TrainStage
 from tests.stages.training_factories import (
@@ -190,3 +190,25 @@ def test_wandb_works_offline_and_learns_no_secret(tiny_checkpoint, tensors, tmp_
     assert [p for p in written if secret[:40].encode() in p.read_bytes()] == []
     kinds = [line["kind"] for line in log_of(folder)]
     assert kinds == ["valid", "guards", "train", "valid", "guards"], "plain JSONL all the same"
+
+
+@pytest.mark.parametrize("place", ["training.lora.add_adapters", "training.loop.make_adam"])
+def test_a_base_that_does_not_fit_says_what_to_change(
+    tiny_checkpoint, tensors, tmp_path, monkeypatch, place
+):
+    def fail(*arguments):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(WorkError, match="the base and its adapters must fit") as caught:
+        run_stage(TrainStage(), make_config(tiny_checkpoint), tmp_path / "t", tensors=tensors)
+    for setting in ("train.dtype=bfloat16", "train.quantize=nf4", "train.processes"):
+        assert setting in str(caught.value)
+
+
+def test_base_data_must_hold_something_to_train_on(tiny_checkpoint, tensors, tmp_path):
+    contents = {"valid-0": tensor_bytes(make_codes(23, 40))}
+    held_out = write_tensors_stage(tmp_path / "b", tiny_checkpoint, {"valid": [40]}, contents)
+    config = make_config(tiny_checkpoint, base_data={"folders": [str(held_out.path)]})
+    with pytest.raises(RequestError, match="must hold clips of the train split"):
+        run_stage(TrainStage(), config, tmp_path / "t", tensors=tensors)

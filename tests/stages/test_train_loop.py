@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from duplex.errors import WorkError
 from tests.stages.training_factories import make_clip, make_trainer
@@ -244,6 +245,23 @@ def test_too_little_memory_says_what_to_change(tiny_checkpoint, tmp_path, fail):
     assert trainer(tiny_checkpoint, tmp_path, validate_every=50).run().resumed_from == 2
 
 
+@pytest.mark.parametrize(
+    ("guards", "advice"),
+    [
+        ({"budget": False}, "fewer train.guards.free_seconds (now 12)"),
+        ({"free_seconds": 0, "clips": 1}, "Try, in this order: train.guards.budget=false."),
+    ],
+)
+def test_a_check_that_does_not_fit_says_what_to_change(tiny_checkpoint, tmp_path, guards, advice):
+    def fail(step, streams):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run = trainer(tiny_checkpoint, tmp_path, fail, guards=guards)
+    with pytest.raises(WorkError, match="a check of the guards must fit into memory") as caught:
+        run.run()
+    assert advice in str(caught.value) and "accumulate" not in str(caught.value)
+
+
 def test_other_errors_are_not_taken_for_too_little_memory():
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
@@ -276,6 +294,36 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(
     result = trainer(tiny_checkpoint, tmp_path, watch, validate_every=2).run()
     assert result.resumed_from == 2 and result.log == undisturbed[0].log
     assert same(result.best.tensors, undisturbed[0].best.tensors)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "Input/output error"), SafetensorError("x")])
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, fault):
+    state = checkpoint.TrainState(1, {"a": torch.ones(2)}, ["{}"])
+    checkpoint.save_checkpoint(tmp_path, state, "mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def broken(path):
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_file", broken)
+        with pytest.raises(WorkError, match="left in place"):
+            checkpoint.latest_checkpoint(tmp_path, "mine")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert torch.equal(checkpoint.latest_checkpoint(tmp_path, "mine").tensors["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize(("number", "code"), [(28, errno.ENOSPC), (122, errno.EDQUOT)])
+def test_what_the_tensor_library_says_of_the_disk_keeps_its_number(
+    tmp_path, monkeypatch, number, code
+):
+    def broken(tensors, path):
+        raise SafetensorError(f"I/O error: no room (os error {number})")
+
+    monkeypatch.setattr(checkpoint, "save_file", broken)
+    with pytest.raises(OSError) as caught:
+        checkpoint.save_tensors({"a": torch.zeros(1)}, tmp_path / "x")
+    assert caught.value.errno == code
 
 
 def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, monkeypatch):

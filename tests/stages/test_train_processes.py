@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from duplex.errors import CorruptFileError, WorkError
 from pipeline import train
 from pipeline.train import TrainStage
+from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.training_factories import make_config, run_stage, write_tensors_stage
 from training.distributed import Ranks
 from training.launch import run_workers
@@ -66,6 +67,28 @@ def test_two_processes_train_as_one_and_go_on_after_one_died(
     assert (flat[1] - flat[0]).norm() < 1e-2 * flat[0].norm()
     facts = next(record for record in two.records() if record.id == "adapter").facts
     assert facts["settings"]["processes"] == 2 and facts["alive_modules"]["depth"] == 40
+
+
+FULL = {"runtime": {"checkpointing": "full"}}
+CASES = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "made again": FULL,
+    "made again, with dropout": {
+        "lora": {"dropout": 0.2}, "runtime": {"checkpointing": "selective"},
+    },
+    "the library's forward": {"forward": "library"},
+    "the library's, made again": {"forward": "library", **FULL},
+    "some targets": {"lora": {"targets": ["attention"]}},
+    "embeddings": {"lora": {"embeddings": True}},
+    "the user's streams": {"loss": {"user_streams": True}},
+}  # fmt: skip
+
+
+def test_sharded_and_gathered_weights_compute_what_whole_ones_do(tmp_path):
+    wide = write_tiny_checkpoint(tmp_path / "wide", dep_q=16)
+    job = {"checkpoint": str(wide), "cases": list(CASES.values())}
+    found = run_workers("tests.stages.sharded_worker", job, 2)
+    assert {name: d for name, d in zip(CASES, found, strict=True) if not d < 1e-6} == {}
 
 
 @pytest.mark.slow

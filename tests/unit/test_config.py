@@ -188,6 +188,8 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, section, said
         ),
         ({"quantize": "nf4", "processes": 2, "batch_size": 2}, "found processes 2"),
         ({"batch_size": 6, "accumulate": 2, "processes": 2}, "multiple of accumulate"),
+        ({"compile": True, "processes": 2, "batch_size": 2}, "compile must be of one process"),
+        ({"validate_every": 20, "guards": {"every": 15}}, "found 15 and 20: the best adapter"),
     ],
 )
 def test_training_settings_that_exclude_each_other_are_refused(tmp_path, section, said):

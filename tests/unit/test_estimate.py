@@ -9,7 +9,7 @@ import torch
 from moshi.models.lm import LMModel
 from moshi.models.loaders import _lm_kwargs
 
-from duplex.config_train import LoraSection, TrainSection
+from duplex.config_train import GuardsSection, LoraSection, TrainSection
 from pipeline.engines.pocket import LM_CONFIG
 from training import attention
 from training.estimate import (
@@ -169,6 +169,10 @@ def test_memory_falls_with_what_is_done_for_it():
     assert 0.25 < packed.weights / full.weights < 0.32 and NF4_BYTES < 0.52
     spread = estimate_memory(MOSHI_7B, plain.model_copy(update={"processes": 4}))
     assert spread.weights == full.weights / 4 and spread.gathered > 0
+    assert full.free_run == 0 and spread.free_run == full.weights * 3 / 4
+    assert spread.fixed > full.weights, "the whole base, while the model speaks"
+    silent = plain.model_copy(update={"processes": 4, "guards": GuardsSection(free_seconds=0)})
+    assert estimate_memory(MOSHI_7B, silent).fixed < 0.5 * spread.fixed
     assert spread.activations == full.activations / 4
     parts = estimate_memory(MOSHI_7B, plain.model_copy(update={"accumulate": 4}))
     assert parts.activations == full.activations / 4 and parts.fixed == full.fixed
