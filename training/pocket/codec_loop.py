@@ -42,20 +42,21 @@ from training.pocket.quantizer import counters, set_counters, steer, stop_leak
 from training.pocket.speech_pool import Tape, record_tape
 
 COUNTERS = "unused_checks"
-VALID_CROPS, VALID_FRAMES = 24, 25
 
 
 @dataclass(frozen=True)
 class CodecRecipe:
     """All that decides a codec, besides the code and espeak's version.
 
-    crops: (crops, frames) of a step, in turn; weights: of the losses; minutes: of speech.
+    crops: (crops, frames) of a step, in turn; valid: those of a validation; weights: of the
+    losses; minutes: of speech.
     """
 
     steps: int
     seed: int
     minutes: float = 120.0
     crops: tuple[tuple[int, int], ...] = ((8, 8), (4, 16), (8, 8), (4, 16), (2, 32), (1, 64))
+    valid: tuple[int, int] = (24, 25)
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     clip_norm: float = 2.0
@@ -90,7 +91,7 @@ class CodecTrainer:
         self.recipe, self._tape, self._work = recipe, tape, work
         self._beds: Beds = make_beds(recipe.seed)
         self._valid = draw_crops(
-            valid, self._beds, np.random.default_rng([recipe.seed, 1]), VALID_CROPS, VALID_FRAMES
+            valid, self._beds, np.random.default_rng([recipe.seed, 1]), *recipe.valid
         )
         self.mimi, self.head = build(recipe, len(tape.phones.names))
         self._semantic: list[torch.Tensor] = []
@@ -102,7 +103,7 @@ class CodecTrainer:
         }
         groups = [{"params": [*self._parameters.values()], "names": [*self._parameters]}]
         self._adam = torch.optim.AdamW(
-            groups, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=1e-3, fused=True
+            groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
         )
         self.log: list[dict[str, Any]] = []
 

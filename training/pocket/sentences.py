@@ -36,21 +36,23 @@ FRAMES = (
     "The reference is {digits}, under {name}.",
     "From {month} to {month} it is {number} a month.",
 )
-NAMES = (
-    "Anna Ben Carla David Emma Frank Grace Henry Irene Jack Karen Liam Maya Noah Olivia Paul "
-    "Quentin Rachel Steven Tina Ursula Victor Wendy Xavier Yvonne Zoe Brown Clark Jones Gonzalez "
-    "Murphy Schmidt Tanaka Okafor Petrov Singh"
-).split()
-WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = "first second third fourth fifth sixth ninth tenth twelfth twentieth thirtieth".split()
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+LISTS = {
+    "name": (
+        "Anna Ben Carla David Emma Frank Grace Henry Irene Jack Karen Liam Maya Noah Olivia Paul "
+        "Quentin Rachel Steven Tina Ursula Victor Wendy Xavier Yvonne Zoe Brown Clark Jones "
+        "Gonzalez Murphy Schmidt Tanaka Okafor Petrov Singh"
+    ),
+    "weekday": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "month": (
+        "January February March April May June July August September October November December"
+    ),
+    "ordinal": "first second third fourth fifth sixth ninth tenth twelfth twentieth thirtieth",
+}
 
 
 @dataclass(frozen=True)
@@ -109,30 +111,23 @@ def _numbers(rng: random.Random) -> str:
 
 
 def _filling(slot: str, rng: random.Random) -> str:
-    match slot:
-        case "price":
-            cents = rng.choice(("", f" and {_number(rng)} cents"))
-            return f"{_number(rng)} dollars{cents}"
-        case "time":
-            minutes = rng.choice(("", " thirty", " fifteen", " o'clock"))
-            return f"{rng.choice(ONES[1:13])}{minutes}"
-        case "digits":
-            return " ".join(rng.choice(ONES[:10]) for _ in range(rng.randint(4, 8)))
-        case "number":
-            return _number(rng)
-        case "name":
-            return rng.choice(NAMES)
-        case "weekday":
-            return rng.choice(WEEKDAYS)
-        case "month":
-            return rng.choice(MONTHS)
-        case "ordinal":
-            return rng.choice(ORDINALS)
-    raise AssertionError(slot)
+    if slot in LISTS:
+        return rng.choice(LISTS[slot].split())
+    if slot == "number":
+        return _number(rng)
+    if slot == "digits":
+        return " ".join(rng.choice(ONES.split()[:10]) for _ in range(rng.randint(4, 8)))
+    if slot == "time":
+        minutes = rng.choice(("", " thirty", " fifteen", " o'clock"))
+        return f"{rng.choice(ONES.split()[1:13])}{minutes}"
+    assert slot == "price"
+    cents = rng.choice(("", f" and {_number(rng)} cents"))
+    return f"{_number(rng)} dollars{cents}"
 
 
 def _number(rng: random.Random) -> str:
+    ones = ONES.split()
     if rng.random() < 0.4:
-        return rng.choice(ONES)
-    hundreds = f"{rng.choice(ONES[1:10])} hundred and " if rng.random() < 0.2 else ""
-    return f"{hundreds}{rng.choice(TENS)} {rng.choice(('', *ONES[1:10]))}".strip()
+        return rng.choice(ones)
+    hundreds = f"{rng.choice(ones[1:10])} hundred and " if rng.random() < 0.2 else ""
+    return f"{hundreds}{rng.choice(TENS.split())} {rng.choice(('', *ones[1:10]))}".strip()

@@ -1,7 +1,7 @@
 """Pocket weights as files: safetensors, matrices as float16, what counts bits as float32.
 
-    codec.safetensors   a `MimiModel`; its codebooks stay float32, as running sums over counts
-    codec.json          its configuration, as `moshi.models.loaders.get_mimi` takes it
+codec.safetensors   a `MimiModel`; its codebooks stay float32, as running sums over counts
+codec.json          its configuration, as `moshi.models.loaders.get_mimi` takes it
 """
 
 from __future__ import annotations
