@@ -193,8 +193,12 @@ def _semantic(mimi: Any, spoken: Sequence[Spoken], codes: list[torch.Tensor]) ->
         "classes": len(tape.phones.names),
         "majority": float((labels == most)[known].float().mean()),
         "accuracy": [
-            float((_most_frequent(*pair, mimi.cardinality)[new] == labels)[known].float().mean())
-            for *pair, new in zip(seen, [seen_labels] * len(seen), given, strict=True)
+            float(
+                (_most_frequent(old, seen_labels, mimi.cardinality)[new] == labels)[known]
+                .float()
+                .mean()
+            )
+            for old, new in zip(seen, given, strict=True)
         ],
     }
 

@@ -55,14 +55,14 @@ class CodecRecipe:
     steps: int
     seed: int
     minutes: float = 120.0
-    crops: tuple[tuple[int, int], ...] = ((8, 8), (4, 16), (8, 8), (4, 16), (2, 32), (1, 64))
+    crops: tuple[tuple[int, int], ...] = ((6, 8), (3, 16), (6, 8), (3, 16), (2, 32), (1, 64))
     valid: tuple[int, int] = (24, 25)
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     clip_norm: float = 2.0
     weights: dict[str, float] = field(
         default_factory=lambda: {
-            "mel": 1.0, "magnitude": 0.5, "wave": 0.1, "commitment": 0.5, "phone": 0.15,
+            "mel": 2.0, "magnitude": 0.3, "wave": 0.02, "commitment": 0.5, "phone": 0.3,
         }
     )  # fmt: skip
     config: dict[str, Any] = field(default_factory=lambda: MIMI_CONFIG)
@@ -120,15 +120,12 @@ class CodecTrainer:
             every: steps between checkpoints, each with a validation and a line for `report`.
         """
         resumed = step = self._resume()
-        while step < (until or self.recipe.steps):
-            started, sums = time.monotonic(), {}
-            last = min(step + every, until or self.recipe.steps)
-            for step in range(step, last):  # noqa: B020 - goes on from where it is
-                for name, value in self.train_step(step).items():
-                    sums[name] = sums.get(name, 0.0) + value
-            count, step = every if last % every == 0 else last % every, last
-            line = {"step": step} | {k: round(v / count, 4) for k, v in sums.items()}
-            self.log.append(line | self.validate())
+        end = until or self.recipe.steps
+        while step < end:
+            started, first = time.monotonic(), step
+            step = min(first - first % every + every, end)
+            losses = [self.train_step(one) for one in range(first, step)]
+            self.log.append({"step": step} | _means(losses) | self.validate())
             self._save(step)
             report(self.log[-1] | {"seconds": round(time.monotonic() - started, 1)})
         return resumed
@@ -200,6 +197,10 @@ class CodecTrainer:
         set_counters(self.mimi, state.tensors[COUNTERS])
         self.log = [json.loads(line) for line in state.log]
         return state.step
+
+
+def _means(lines: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(sum(line[name] for line in lines) / len(lines), 4) for name in lines[0]}
 
 
 def build(recipe: CodecRecipe, classes: int) -> tuple[Any, PhoneHead]:

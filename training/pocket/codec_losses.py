@@ -4,8 +4,11 @@ B sounds of S samples, N bands, T columns. A codec of 900 bits a second cannot k
 spectra count and the waveform hardly does.
 
     mel        L1 of log mel magnitudes, mean over windows of 256 … 2048 samples
-    magnitude  L1 of linear magnitudes over the sum of the original's: peaks, loud formants
-    wave       L1 of samples over the sum of the original's
+    magnitude  L1 of linear magnitudes over the original's: peaks, loud formants
+    wave       L1 of samples over the original's
+
+The last two are shares of the original, or of a sound of -40 dBFS where that is louder, since
+what silence is divided by must not be nothing.
 
 Source: multi-scale mel losses as of SoundStream (arXiv 2107.03312) and Encodec (2210.13438).
 """
@@ -22,6 +25,7 @@ from duplex.frames import SAMPLE_RATE
 # window in samples -> mel bands; short windows have no bins for more
 SCALES = {256: 20, 512: 40, 1024: 64, 2048: 80}
 FLOOR = 1e-4  # mean magnitude of a band that counts as silence: -80 dB under a full-scale tone
+QUIET = 0.01  # -40 dBFS; noise of that RMS has about QUIET / sqrt(window) in a bin
 LOWEST_HZ = 40.0
 
 
@@ -37,8 +41,9 @@ def spectral_losses(decoded: torch.Tensor, original: torch.Tensor) -> dict[str, 
         found = magnitude_spectrum(decoded, window)
         wanted = magnitude_spectrum(original, window).detach()
         mels.append((log_mel(found, window) - log_mel(wanted, window)).abs().mean())
-        magnitudes.append((found - wanted).abs().sum() / wanted.sum().clamp(min=1e-3))
-    wave = (decoded - original).abs().sum() / original.abs().sum().clamp(min=1e-3)
+        faintest = QUIET / math.sqrt(window)
+        magnitudes.append((found - wanted).abs().mean() / wanted.mean().clamp(min=faintest))
+    wave = (decoded - original).abs().mean() / original.abs().mean().clamp(min=QUIET)
     return {
         "mel": torch.stack(mels).mean(),
         "magnitude": torch.stack(magnitudes).mean(),

@@ -86,17 +86,19 @@ def _levelled(utterance: Utterance) -> np.ndarray:
     return samples * min(RMS / rms, PEAK / float(np.abs(samples).max()))
 
 
-def record_tape(seed: int, minutes: float, phones: PhoneSet | None = None, **kwargs: bool) -> Tape:
+def record_tape(
+    seed: int, minutes: float, phones: PhoneSet | None = None, *, held_out: bool = False
+) -> Tape:
     """`minutes` of utterances with pauses between them.
 
     Args:
         phones: the classes; taken from the tape itself if not given.
-        kwargs: as `speak`.
+        held_out: whether its texts are the held-out ones.
     """
     rng = random.Random(f"gaps {seed}")
     wanted, reached = round(minutes * 60 * SAMPLE_RATE), 0
     samples, steps = [], []
-    for spoken in speak(seed, **kwargs):
+    for spoken in speak(seed, held_out=held_out):
         gap = round(rng.choice(GAPS_S) * SAMPLE_RATE)
         length = -(-(len(spoken.samples) + gap) // STEP_SAMPLES) * STEP_SAMPLES
         padded = np.zeros(length, dtype=np.float32)
