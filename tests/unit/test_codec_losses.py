@@ -90,3 +90,9 @@ def test_rare_phones_have_no_class():
     phones = PhoneSet.of([steps])
     assert phones.names == ("_", "a")
     assert set(phones.indices(np.array(["a", "_", "x"])).tolist()) == {1, 0, IGNORED}
+
+
+def test_sound_where_there_should_be_silence_costs_no_more_than_its_level():
+    faint = 0.01 * torch.randn(1, 1, 9600, generator=torch.Generator().manual_seed(1))
+    losses = spectral_losses(faint, torch.zeros(1, 1, 9600))
+    assert losses["wave"] < 1 and losses["magnitude"] < 2

@@ -21,7 +21,7 @@ from training.pocket.codec_card import CARD, card
 from training.pocket.codec_loop import CodecRecipe, CodecTrainer, record_tapes
 from training.pocket.weights import WEIGHTS, save_codec
 
-STEPS, SEED, EVERY = 4_800, 1234, 250
+STEPS, SEED, EVERY = 3_000, 1234, 200
 TIMING = "timing.jsonl"
 
 

@@ -16,7 +16,6 @@ Cost: docs/results/codec.md.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -38,10 +37,13 @@ from training.optimizer import adam_tensors, load_adam
 from training.pocket.codec_labels import HALVES, IGNORED
 from training.pocket.codec_losses import spectral_losses
 from training.pocket.crops import Beds, Crops, draw_crops, make_beds
+from training.pocket.initial import scale_by_speech
 from training.pocket.quantizer import counters, set_counters, steer, stop_leak
 from training.pocket.speech_pool import Tape, record_tape
 
 COUNTERS = "unused_checks"
+STEADY = 0.6  # of a run's steps
+SCALED_BY = (8, 12)  # crops and frames for the first weights
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ class CodecRecipe:
     minutes: float = 120.0
     crops: tuple[tuple[int, int], ...] = ((6, 8), (3, 16), (6, 8), (3, 16), (2, 32), (1, 64))
     valid: tuple[int, int] = (24, 25)
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warmup_steps: int = 100
     clip_norm: float = 2.0
     weights: dict[str, float] = field(
         default_factory=lambda: {
-            "mel": 2.0, "magnitude": 0.3, "wave": 0.02, "commitment": 0.5, "phone": 0.3,
+            "mel": 2.0, "magnitude": 0.3, "wave": 0.02, "commitment": 0.1, "phone": 0.3,
         }
     )  # fmt: skip
     config: dict[str, Any] = field(default_factory=lambda: MIMI_CONFIG)
@@ -94,6 +96,8 @@ class CodecTrainer:
             valid, self._beds, np.random.default_rng([recipe.seed, 1]), *recipe.valid
         )
         self.mimi, self.head = build(recipe, len(tape.phones.names))
+        rng = np.random.default_rng([recipe.seed, 2])
+        scale_by_speech(self.mimi, draw_crops(tape, self._beds, rng, *SCALED_BY).audio)
         self._semantic: list[torch.Tensor] = []
         self.mimi.quantizer.rvq_first.register_forward_hook(self._keep_semantic)
         self._parameters = {
@@ -135,7 +139,7 @@ class CodecTrainer:
         recipe = self.recipe
         words = np.random.SeedSequence([recipe.seed, step]).generate_state(2)
         torch.manual_seed(int(words[0]))
-        steer(self.mimi, step / recipe.steps, int(words[1]))
+        steer(self.mimi, settled(step, recipe), int(words[1]))
         for group in self._adam.param_groups:
             group["lr"] = learning_rate(step, recipe)
         num_crops, num_frames = recipe.crops[step % len(recipe.crops)]
@@ -216,12 +220,19 @@ def build(recipe: CodecRecipe, classes: int) -> tuple[Any, PhoneHead]:
     return mimi, head
 
 
+def settled(step: int, recipe: CodecRecipe) -> float:
+    """0 while the schedules stand still, then rising in a line to 1 at the last step.
+
+    Up to there a run of more steps is the same run: what it has learnt is not lost to it.
+    """
+    steady = round(STEADY * recipe.steps)
+    return max(0.0, (step - steady) / max(1, recipe.steps - steady))
+
+
 def learning_rate(step: int, recipe: CodecRecipe) -> float:
-    """Of update `step` (from 0): linear warm-up, then a cosine to a hundredth of the peak."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    """Of update `step` (from 0): linear warm-up, steady, then in a line to a hundredth."""
+    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    return recipe.learning_rate * warm * (1 - 0.99 * settled(step, recipe))
 
 
 def record_tapes(recipe: CodecRecipe) -> tuple[Tape, Tape]:

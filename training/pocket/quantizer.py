@@ -22,8 +22,8 @@ import torch
 
 START_UNQUANTIZED, END_UNQUANTIZED = 0.5, 0.1
 START_DECAY, END_DECAY = 0.99, 0.997
+START_EXPIRY, END_EXPIRY = 0.3, 0.1  # of a code's fair share, below which it is replaced
 DROPOUT_SHARE = 0.5
-STEADY = 0.3  # of the run, before which the schedules stand still
 
 
 def codebooks(mimi: Any) -> Iterator[Any]:
@@ -47,18 +47,18 @@ def _without_graph(method: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return replace
 
 
-def steer(mimi: Any, progress: float, seed: int) -> None:
+def steer(mimi: Any, settled: float, seed: int) -> None:
     """Set the quantizer up for a step.
 
     Args:
-        progress: in [0, 1], of the whole run.
+        settled: in [0, 1]: 0 for as long as the run explores, 1 at its end.
         seed: of the step; decides which codebooks are left out.
     """
-    later = max(0.0, (progress - STEADY) / (1 - STEADY))
     for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
-        part.no_quantization_rate = _mix(START_UNQUANTIZED, END_UNQUANTIZED, later)
+        part.no_quantization_rate = _mix(START_UNQUANTIZED, END_UNQUANTIZED, settled)
     for codebook in codebooks(mimi):
-        codebook.decay = _mix(START_DECAY, END_DECAY, later)
+        codebook.decay = _mix(START_DECAY, END_DECAY, settled)
+        codebook.threshold_usage_ratio = _mix(START_EXPIRY, END_EXPIRY, settled)
     rng = random.Random(seed)
     mimi.quantizer.rvq_rest.q_dropout = rng.random() < DROPOUT_SHARE
     mimi.quantizer.rvq_rest.rng_dropout = rng
