@@ -40,7 +40,7 @@ def tiny_config():
 
 def tiny_recipe(**changes):
     return CodecRecipe(
-        **{"steps": 12, "seed": 3, "crops": ((3, 3), (2, 4)), "valid": (2, 4),
+        **{"steps": 6, "decoder_steps": 6, "seed": 3, "crops": ((3, 3), (2, 4)), "valid": (2, 4),
            "config": tiny_config()} | changes
     )  # fmt: skip
 

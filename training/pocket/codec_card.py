@@ -19,7 +19,7 @@ def card(facts: dict[str, Any]) -> str:
     recipe, last, seconds = facts["recipe"], facts["log"][-1], facts["seconds"]
     weights = ", ".join(f"{name} {weight:g}" for name, weight in recipe.weights.items())
     frames = sum(crops * frames for crops, frames in recipe.crops) / len(recipe.crops)
-    heard_h = recipe.steps * frames * 0.08 / 3600
+    heard_h = recipe.all_steps * frames * 0.08 / 3600
     return f"""# The pocket codec
 
 Moshi's `MimiModel` at a size that a laptop trains: 24 kHz, 12.5 frames a second, 8 codebooks of \
@@ -35,7 +35,8 @@ measured by `python -m benchmarks.codec` ([results](../../docs/results/codec.md)
 texts |
 | mixed in | a second voice, room tone, noise of a place, silence, a 440 Hz tone, levels over \
 26 dB |
-| training | {recipe.steps} steps of {frames:.0f} frames: {heard_h:.1f} hours heard; seed \
+| training | {recipe.steps} steps of {frames:.0f} frames, then {recipe.decoder_steps} for the \
+decoder alone: {heard_h:.1f} hours heard; seed \
 {recipe.seed}; AdamW, peak rate {recipe.learning_rate:g} |
 | losses | {weights}; mel and magnitude at windows of {min(SCALES)} to {max(SCALES)} samples |
 | first codebook | taught by a linear head that names the phone in each half of a frame, \

@@ -21,7 +21,7 @@ from training.pocket.codec_card import CARD, card
 from training.pocket.codec_loop import CodecRecipe, CodecTrainer, record_tapes
 from training.pocket.weights import WEIGHTS, save_codec
 
-STEPS, SEED, EVERY = 3_000, 1234, 200
+STEPS, DECODER_STEPS, SEED, EVERY = 3_200, 4_400, 1234, 200
 TIMING = "timing.jsonl"
 
 
@@ -33,13 +33,16 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the codec's files")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="in which all of it learns")
+    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS, help="after those")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--minutes", type=float, default=CodecRecipe.minutes, help="of speech")
     options = parser.parse_args(argv)
-    if options.steps < 1 or options.minutes <= 0:
-        parser.error("--steps and --minutes must be above 0")
-    recipe = CodecRecipe(steps=options.steps, seed=options.seed, minutes=options.minutes)
+    if options.steps < 1 or options.decoder_steps < 0 or options.minutes <= 0:
+        parser.error("--steps and --minutes must be above 0, --decoder-steps not below")
+    recipe = CodecRecipe(
+        options.steps, options.decoder_steps, options.seed, minutes=options.minutes
+    )
     train(recipe, options.out, options.work)
     return 0
 

@@ -10,7 +10,10 @@ model for that (Moshi, arXiv 2410.00037, section 3.3); here the synthesiser know
 Crops of 8 to 64 frames take turns, so that the transformers meet the distances that they
 will see, at the same number of frames a step.
 
-Cost: docs/results/codec.md.
+Two parts: first all of it learns, then the decoder alone. From the end of the first part on the
+codes of a sound stay what they are, so that a language model can already be trained on them.
+
+Cost: data/pocket/CODEC.md.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from training.pocket.quantizer import counters, set_counters, steer, stop_leak
 from training.pocket.speech_pool import Tape, record_tape
 
 COUNTERS = "unused_checks"
-STEADY = 0.6  # of a run's steps
+STEADY = 0.6  # of the first part's steps
 SCALED_BY = (8, 12)  # crops and frames for the first weights
 
 
@@ -50,13 +53,15 @@ SCALED_BY = (8, 12)  # crops and frames for the first weights
 class CodecRecipe:
     """All that decides a codec, besides the code and espeak's version.
 
+    steps: in which all of it learns; decoder_steps: in which the decoder does, after those;
     crops: (crops, frames) of a step, in turn; valid: those of a validation; weights: of the
     losses; minutes: of speech.
     """
 
     steps: int
+    decoder_steps: int
     seed: int
-    minutes: float = 120.0
+    minutes: float = 60.0
     crops: tuple[tuple[int, int], ...] = ((6, 8), (3, 16), (6, 8), (3, 16), (2, 32), (1, 64))
     valid: tuple[int, int] = (24, 25)
     learning_rate: float = 1e-3
@@ -68,6 +73,10 @@ class CodecRecipe:
         }
     )  # fmt: skip
     config: dict[str, Any] = field(default_factory=lambda: MIMI_CONFIG)
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps + self.decoder_steps
 
     def identity(self) -> str:
         return sha256_bytes(canonical_json([asdict(self), espeak.revision()]).encode())
@@ -124,10 +133,11 @@ class CodecTrainer:
             every: steps between checkpoints, each with a validation and a line for `report`.
         """
         resumed = step = self._resume()
-        end = until or self.recipe.steps
+        end = until or self.recipe.all_steps
         while step < end:
             started, first = time.monotonic(), step
-            step = min(first - first % every + every, end)
+            part_end = self.recipe.steps if first < self.recipe.steps else end
+            step = min(first - first % every + every, part_end, end)
             losses = [self.train_step(one) for one in range(first, step)]
             self.log.append({"step": step} | _means(losses) | self.validate())
             self._save(step)
@@ -147,7 +157,8 @@ class CodecTrainer:
             self._tape, self._beds, np.random.default_rng([recipe.seed, 0, step]),
             num_crops, num_frames,
         )  # fmt: skip
-        losses = self._losses(crops)
+        learns_all = step < recipe.steps
+        losses = self._losses(crops) if learns_all else self._decoder_losses(crops)
         total = torch.stack([recipe.weights[name] * loss for name, loss in losses.items()]).sum()
         self._adam.zero_grad()
         total.backward()
@@ -163,6 +174,12 @@ class CodecTrainer:
             "commitment": result.penalty,
             "phone": F.cross_entropy(logits, crops.labels, ignore_index=IGNORED),
         }
+
+    def _decoder_losses(self, crops: Crops) -> dict[str, torch.Tensor]:
+        self.mimi.eval()
+        with torch.no_grad():
+            codes = self.mimi.encode(crops.audio)
+        return spectral_losses(self.mimi.decode(codes), crops.audio)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -221,17 +238,18 @@ def build(recipe: CodecRecipe, classes: int) -> tuple[Any, PhoneHead]:
 
 
 def settled(step: int, recipe: CodecRecipe) -> float:
-    """0 while the schedules stand still, then rising in a line to 1 at the last step.
-
-    Up to there a run of more steps is the same run: what it has learnt is not lost to it.
-    """
+    """How far a step's schedules have come, in [0, 1]: they stand still for the first `STEADY` of
+    the first part, then rise in a line to 1 at its end; in the second they rise all along."""
+    if step >= recipe.steps:
+        return (step - recipe.steps) / recipe.decoder_steps
     steady = round(STEADY * recipe.steps)
     return max(0.0, (step - steady) / max(1, recipe.steps - steady))
 
 
 def learning_rate(step: int, recipe: CodecRecipe) -> float:
-    """Of update `step` (from 0): linear warm-up, steady, then in a line to a hundredth."""
-    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    """Of update `step` (from 0): in each part a linear warm-up, the peak, a line to 1 % of it."""
+    part_step = step if step < recipe.steps else step - recipe.steps
+    warm = min(1.0, (part_step + 1) / recipe.warmup_steps)
     return recipe.learning_rate * warm * (1 - 0.99 * settled(step, recipe))
 
 
