@@ -5,14 +5,17 @@
 
 Two sets of 200 utterances of held-out texts: voices heard in training (their pitch and rate drawn
 anew), and variants that were left out. For each: mel distance (nats of magnitude), STOI and
-extended STOI (pystoi), word error rate of pocketsphinx on the original and on what was decoded,
+extended STOI (pystoi), pitch (of 80 ms that are voiced in the original, the share within 5 % of its
+pitch afterwards), word error rate of pocketsphinx on the original and on what was decoded,
 with one language model of the set's texts for both, and the difference with its interval. Words
 that the recogniser's dictionary lacks do not count.
 
 Code use: perplexity of each codebook (of 512). Semantic: how often the most frequent phone of a
 code is the one that sounds in a half frame, per codebook by itself. The table is made on other
 speech, and no head on that code alone could do better on it. Streaming: codes frame by frame
-against the whole file. Position: mel distance along 30 s, longer than any training crop.
+against the whole file. Apart from speech: how loud decoded silence is, and where the strongest
+frequency of the decoded 440 Hz tone lies. Position: mel distance along 30 s, longer than any
+training crop.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ UTTERANCES, SEED = 200, 20_001
 TABLE_MINUTES, CHUNK_FRAMES = 15.0, 125
 LONG_S, PART_S = 30, 5
 PADDING_S = 0.2
+PITCH_HZ, VOICED = (60.0, 400.0), 0.6
 RESULTS = CHECKOUT / "docs/results"
 
 
@@ -84,6 +88,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
         "codes": _code_use(mimi, torch.cat(codes["heard"], dim=2)[0]),
         "semantic": _semantic(mimi, sets["heard"], codes["heard"]),
         "streaming": _streaming(mimi, sets["heard"][:20], codes["heard"][:20]),
+        "apart": _apart_from_speech(mimi),
         "position": _by_position(mimi),
         "speed": _speed(mimi),
     }
@@ -118,6 +123,7 @@ def _kept(mimi: Any, spoken: Sequence[Spoken], codes: list[torch.Tensor]) -> dic
         "mel": _mean([_mel(*pair) for pair in pairs]),
         "stoi": _mean([float(pystoi.stoi(*pair, SAMPLE_RATE)) for pair in pairs]),
         "estoi": _mean([float(pystoi.stoi(*pair, SAMPLE_RATE, extended=True)) for pair in pairs]),
+        "pitch": _mean([share for pair in pairs if (share := _pitch_kept(*pair)) is not None]),
         "words": words,
         "wer_original": sum(errors for errors, _ in original) / words,
         "wer_decoded": sum(errors for errors, _ in after) / words,
@@ -132,6 +138,25 @@ def _mel(original: np.ndarray, decoded: np.ndarray) -> float:
 def _mean(values: Sequence[float]) -> dict[str, float]:
     low, high = mean_interval(values) or (float("nan"), float("nan"))
     return {"mean": float(np.mean(values)), "low": low, "high": high}
+
+
+def _pitch_kept(original: np.ndarray, decoded: np.ndarray) -> float | None:
+    """Share of voiced frames whose pitch is kept; None without a voiced frame."""
+    count = len(original) // FRAME_SAMPLES
+    wanted, strength = _pitches(original[: count * FRAME_SAMPLES].reshape(count, -1))
+    found, _ = _pitches(decoded[: count * FRAME_SAMPLES].reshape(count, -1))
+    voiced = strength > VOICED
+    return float((abs(found / wanted - 1) < 0.05)[voiced].mean()) if voiced.any() else None
+
+
+def _pitches(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hz and strength (1: periodic) of the best period of each frame [N, S], by autocorrelation."""
+    power = np.abs(np.fft.rfft(frames, 2 * frames.shape[1])) ** 2
+    correlation = np.fft.irfft(power)[:, : frames.shape[1]]
+    correlation /= (1 - np.arange(frames.shape[1]) / frames.shape[1]) * (correlation[:, :1] + 1e-9)
+    shortest, longest = (round(SAMPLE_RATE / hertz) for hertz in reversed(PITCH_HZ))
+    periods = correlation[:, shortest:longest].argmax(axis=1) + shortest
+    return SAMPLE_RATE / periods, correlation[np.arange(len(frames)), periods]
 
 
 class Told(ToldPocketSphinx):
@@ -240,6 +265,21 @@ def _streaming(mimi: Any, spoken: Sequence[Spoken], codes: list[torch.Tensor]) -
     return {"codes": total, "differing": differing}
 
 
+def _apart_from_speech(mimi: Any) -> dict[str, float]:
+    """RMS of decoded silence in dBFS, and the strongest frequency of a decoded 440 Hz tone."""
+    time_s = np.arange(5 * SAMPLE_RATE) / SAMPLE_RATE
+    decoded = [
+        mimi.decode(mimi.encode(_whole_frames(sound)))[0, 0].numpy()[SAMPLE_RATE:]
+        for sound in (0 * time_s, 0.5 * np.sin(2 * np.pi * 440 * time_s))
+    ]
+    spectrum = np.abs(np.fft.rfft(decoded[1] * np.hanning(len(decoded[1]))))
+    return {
+        "silence_dbfs": float(10 * np.log10(np.mean(np.square(decoded[0])) + 1e-12)),
+        "tone_hz": float(spectrum.argmax() * SAMPLE_RATE / len(decoded[1])),
+        "tone_dbfs": float(10 * np.log10(np.mean(np.square(decoded[1])) + 1e-12)),
+    }
+
+
 def _by_position(mimi: Any) -> list[float]:
     """Mel distance of each `PART_S` seconds of ten stretches of `LONG_S` seconds."""
     tape = record_tape(SEED + 2, 10 * LONG_S / 60, held_out=True)
@@ -280,7 +320,12 @@ def describe(result: dict[str, Any]) -> str:
     semantic, streaming = result["semantic"], result["streaming"]
     rows = [
         f"| {name} | {_interval(heard[key])} | {_interval(unseen[key])} |"
-        for name, key in (("mel distance", "mel"), ("STOI", "stoi"), ("extended STOI", "estoi"))
+        for name, key in (
+            ("mel distance", "mel"),
+            ("STOI", "stoi"),
+            ("extended STOI", "estoi"),
+            ("pitch kept", "pitch"),
+        )
     ]
     rows += [
         f"| {name} | {heard[key]:.3f} | {unseen[key]:.3f} |"
@@ -294,6 +339,7 @@ def describe(result: dict[str, Any]) -> str:
             zip(result["codes"], semantic["accuracy"], strict=True), start=1
         )
     ]
+    apart = result["apart"]
     positions = ", ".join(f"{value:.2f}" for value in result["position"])
     return "\n".join([
         "# The pocket codec",
@@ -318,7 +364,9 @@ def describe(result: dict[str, Any]) -> str:
         f"Streaming against whole file: {streaming['differing']} of {streaming['codes']} codes "
         f"differ. Mel distance along {LONG_S} s, by {PART_S} s: {positions}. CPU time a frame: "
         f"{result['speed']['encode_ms']:.1f} ms to encode, {result['speed']['decode_ms']:.1f} ms "
-        "to decode (of 80).",
+        f"to decode (of 80). Silence comes back at {apart['silence_dbfs']:.0f} dBFS, a tone of 440 "
+        f"Hz and -9 dBFS with its strongest frequency at {apart['tone_hz']:.0f} Hz and "
+        f"{apart['tone_dbfs']:.0f} dBFS.",
         "",
     ])  # fmt: skip
 

@@ -17,6 +17,7 @@ def card(facts: dict[str, Any]) -> str:
         facts: of `codec_command.train`.
     """
     recipe, last, seconds = facts["recipe"], facts["log"][-1], facts["seconds"]
+    head = next(line for line in facts["log"] if line["step"] == recipe.steps)
     weights = ", ".join(f"{name} {weight:g}" for name, weight in recipe.weights.items())
     frames = sum(crops * frames for crops, frames in recipe.crops) / len(recipe.crops)
     heard_h = recipe.all_steps * frames * 0.08 / 3600
@@ -44,15 +45,15 @@ decoder alone: {heard_h:.1f} hours heard; seed \
 | time | {seconds["wall_s"] / 60:.0f} minutes ({seconds["cpu_s"] / 60:.0f} of CPU time) on \
 {facts["machine"]} |
 | last losses | mel {last["mel"]:.3f}, magnitude {last["magnitude"]:.3f}; on held-out texts, all \
-quantized: mel {last["valid_mel"]:.3f}, phone named right {last["valid_phone_accuracy"]:.1%} |
+quantized: mel {last["valid_mel"]:.3f}; the head named {head["valid_phone_accuracy"]:.1%} of \
+their phones right |
 | sha256 | `{facts["digest"]}` |
 
-**Can**: code and decode synthetic English speech so that its words are heard; stream; code
-silence, room tone and a tone as such.
+**Can**: code and decode synthetic English speech so that a recogniser hears its words; stream.
 
-**Cannot**: keep the voice of a person (it has heard none), music, or other languages; keep the
-phase, so waveforms differ where spectra agree. It was trained without a discriminator and sounds
-rougher than what goes in.
+**Cannot**: keep the voice of a person (it has heard none), music, or other languages. It was
+trained without a discriminator and sounds rougher than what goes in. How well it keeps pitch,
+words, silence and a tone stands in the results.
 
 **Licence**: Apache-2.0, as this repository. It was trained on the output of espeak-ng (GPLv3),
 which holds no part of that program.

@@ -21,7 +21,7 @@ from training.pocket.codec_card import CARD, card
 from training.pocket.codec_loop import CodecRecipe, CodecTrainer, record_tapes
 from training.pocket.weights import WEIGHTS, save_codec
 
-STEPS, DECODER_STEPS, SEED, EVERY = 3_200, 4_400, 1234, 200
+STEPS, DECODER_STEPS, SEED, EVERY = 3_200, 2_000, 1234, 200
 TIMING = "timing.jsonl"
 
 

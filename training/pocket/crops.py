@@ -10,6 +10,7 @@ B crops of F frames, S = F * 1920 samples. Every batch is a function of its gene
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class Crops:
     labels: torch.Tensor
 
 
+@lru_cache(maxsize=1)
 def make_beds(seed: int) -> Beds:
     silence = np.zeros(round(BED_S * SAMPLE_RATE), dtype=np.float32)
     tone = room_of(silence, TimelineSection(room_tone_dbfs=BED_DBFS), seed)
