@@ -18,6 +18,7 @@ def card(facts: dict[str, Any]) -> str:
     """
     recipe, last, seconds = facts["recipe"], facts["log"][-1], facts["seconds"]
     head = next(line for line in facts["log"] if line["step"] == recipe.steps)
+    changed = facts["codes_changed"]
     weights = ", ".join(f"{name} {weight:g}" for name, weight in recipe.weights.items())
     frames = sum(crops * frames for crops, frames in recipe.crops) / len(recipe.crops)
     heard_h = recipe.all_steps * frames * 0.08 / 3600
@@ -47,6 +48,8 @@ decoder alone: {heard_h:.1f} hours heard; seed \
 | last losses | mel {last["mel"]:.3f}, magnitude {last["magnitude"]:.3f}; on held-out texts, all \
 quantized: mel {last["valid_mel"]:.3f}; the head named {head["valid_phone_accuracy"]:.1%} of \
 their phones right |
+| float16 | of the codes of held-out texts {sum(changed) / len(changed):.1%} are others than with \
+the weights as trained; of the first codebook {changed[0]:.1%}, of the last {changed[-1]:.1%} |
 | sha256 | `{facts["digest"]}` |
 
 **Can**: code and decode synthetic English speech so that a recogniser hears its words; stream.

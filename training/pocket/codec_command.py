@@ -19,7 +19,7 @@ from moshi.utils.compile import no_compile
 from duplex.files import append_line, read_lines, sha256_file, write_atomic
 from training.pocket.codec_card import CARD, card
 from training.pocket.codec_loop import CodecRecipe, CodecTrainer, record_tapes
-from training.pocket.weights import WEIGHTS, save_codec
+from training.pocket.weights import WEIGHTS, load_codec, save_codec
 
 STEPS, DECODER_STEPS, SEED, EVERY = 3_200, 2_000, 1234, 200
 TIMING = "timing.jsonl"
@@ -66,6 +66,7 @@ def train(recipe: CodecRecipe, out: Path, work: Path) -> None:
     with no_compile():
         trainer.run(every=EVERY, report=report)
     save_codec(trainer.mimi, recipe.config, out)
+    rounded = trainer.valid_codes(load_codec(out)) != trainer.valid_codes(trainer.mimi)
     facts = {
         "recipe": recipe,
         "phones": len(tape.phones.names),
@@ -73,6 +74,7 @@ def train(recipe: CodecRecipe, out: Path, work: Path) -> None:
         "seconds": _seconds(work),
         "parameters": sum(p.numel() for p in trainer.mimi.parameters()),
         "bytes": (out / WEIGHTS).stat().st_size,
+        "codes_changed": rounded.float().mean((0, 2)).tolist(),
         "digest": sha256_file(out / WEIGHTS),
         "machine": f"{_cpu_name()}, one thread, torch {torch.__version__}",
     }

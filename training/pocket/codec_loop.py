@@ -184,8 +184,7 @@ class CodecTrainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """On crops of held-out texts: mel distance, and accuracy of the phone head."""
-        self.mimi.eval()
-        codes = self.mimi.encode(self._valid.audio)
+        codes = self.valid_codes(self.mimi)
         decoded = self.mimi.decode(codes)
         logits = self.head(self.mimi.quantizer.rvq_first.decode(codes[:, :1]))
         known = self._valid.labels != IGNORED
@@ -194,6 +193,11 @@ class CodecTrainer:
             "valid_mel": round(float(spectral_losses(decoded, self._valid.audio)["mel"]), 4),
             "valid_phone_accuracy": round(float(right), 4),
         }
+
+    @torch.no_grad()
+    def valid_codes(self, mimi: Any) -> torch.Tensor:
+        """int64 [B, K, F]: what a `MimiModel` makes of the validation's crops."""
+        return mimi.eval().encode(self._valid.audio)
 
     def _state(self) -> dict[str, torch.Tensor]:
         modules = {f"mimi.{name}": tensor for name, tensor in self.mimi.state_dict().items()}

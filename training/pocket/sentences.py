@@ -87,8 +87,11 @@ def _is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % HELD_OUT_OF == 0
 
 
-def sentence(vocabulary: Vocabulary, rng: random.Random) -> str:
+def sentence(vocabulary: Vocabulary, rng: random.Random, *, everyday: bool = False) -> str:
+    """One sentence; `everyday`: of the corpus or with numbers, no strings of words."""
     kind = rng.random()
+    if everyday:
+        return rng.choice(vocabulary.lines) if kind < 0.6 else _numbers(rng)
     if kind < 0.4:
         return rng.choice(vocabulary.lines)
     return _numbers(rng) if kind < 0.6 else _words(vocabulary, rng)

@@ -67,14 +67,24 @@ def draw_voice(rng: random.Random, variants: tuple[str, ...]) -> dict[str, str |
 
 
 def speak(
-    seed: int, variants: tuple[str, ...] = VARIANTS, *, held_out: bool = False
+    seed: int,
+    variants: tuple[str, ...] = VARIANTS,
+    *,
+    held_out: bool = False,
+    everyday: bool = False,
 ) -> Iterator[Spoken]:
-    """Utterances without end, of texts held out or not, each in a voice of its own."""
+    """Utterances without end, each in a voice of its own.
+
+    Args:
+        held_out: of texts that are held out, or of the others.
+        everyday: as `sentences.sentence`.
+    """
     rng = random.Random(f"{seed} {held_out} {variants}")
     vocabulary: Vocabulary = load_vocabulary(held_out)
     with EspeakEngine() as engine:
         while True:
-            text, params = sentence(vocabulary, rng), draw_voice(rng, variants)
+            text = sentence(vocabulary, rng, everyday=everyday)
+            params = draw_voice(rng, variants)
             utterance, phones = engine.synthesize_with_phones(text, params)
             samples = _levelled(utterance)
             yield Spoken(text, params, samples, phones_on_grid(phones, len(samples)))
