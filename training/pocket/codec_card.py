@@ -54,9 +54,9 @@ the weights as trained; of the first codebook {changed[0]:.1%}, of the last {cha
 
 **Can**: code and decode synthetic English speech so that a recogniser hears its words; stream.
 
-**Cannot**: keep the voice of a person (it has heard none), music, or other languages. It was
-trained without a discriminator and sounds rougher than what goes in. How well it keeps pitch,
-words, silence and a tone stands in the results.
+**Cannot**: keep the pitch: the decoder makes formants over a buzz or a whisper of its own, so
+voices sound alike and rough, and a tone is lost. Nor the voice of a person (it has heard none),
+music, or other languages. How far each goes stands in the results.
 
 **Licence**: Apache-2.0, as this repository. It was trained on the output of espeak-ng (GPLv3),
 which holds no part of that program.
