@@ -26,7 +26,8 @@ def scale_by_speech(mimi: Any, audio: torch.Tensor) -> None:
     Args:
         audio: float32 [B, 1, S], S a multiple of 1 920.
     """
-    convolutions = [m for m in mimi.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
+    kinds = (nn.Conv1d, nn.ConvTranspose1d)
+    convolutions = [module for module in mimi.modules() if isinstance(module, kinds)]
     for convolution in convolutions:
         if convolution.bias is not None:
             convolution.bias.zero_()
@@ -40,7 +41,7 @@ def scale_by_speech(mimi: Any, audio: torch.Tensor) -> None:
     last.weight.mul_(SPEECH_LEVEL / loudness)
 
 
-def _to_unit_variance(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+def _to_unit_variance(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     scale = 1 / output.std()
     module.weight.data.mul_(scale)
     return output * scale
