@@ -61,6 +61,15 @@ class Utterance:
     words: tuple[Word, ...]
 
 
+@dataclass(frozen=True)
+class Phone:
+    """espeak's mnemonic of a sound, stress marks included ("'oU"), and when it starts; a pause
+    starts with "_". It lasts until the next one."""
+
+    name: str
+    start_s: float
+
+
 def revision() -> str:
     """Id and version of the engine, for keys; "missing" where it is not installed."""
     try:
@@ -116,14 +125,28 @@ class EspeakEngine:
             RecordError: the text gives no speech.
             TransientError: the worker died or hung; the next call starts a new one.
         """
-        request = _request(text, params)
+        return self._spoken(_request(text, params))[0]
+
+    def synthesize_with_phones(
+        self, text: str, params: Mapping[str, str | int | float]
+    ) -> tuple[Utterance, tuple[Phone, ...]]:
+        """As `synthesize`, and the phones in the order in which they sound."""
+        utterance, header = self._spoken(_request(text, params) | {"names": True})
+        rate: int = header["rate"]
+        return utterance, tuple(
+            Phone(name, sample / rate)
+            for name, (sample, _) in zip(header["names"], header["phonemes"], strict=True)
+        )
+
+    def _spoken(self, request: dict[str, Any]) -> tuple[Utterance, dict[str, Any]]:
+        text: str = request["text"]
         if not script_words(text):
             raise RecordError(f"a text must have a word to say, found {text!r}")
         header, samples = self._exchange(request)
         if "error" in header:
             raise _error_of(header, text)
         pcm = np.frombuffer(samples, dtype="<i2").astype(np.float32) / 32768
-        return _utterance(request["text"], pcm, header)
+        return _utterance(text, pcm, header), header
 
     def close(self) -> None:
         """End the worker. The engine may be used again: it starts another."""

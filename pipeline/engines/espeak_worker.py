@@ -12,6 +12,7 @@ Reply: one JSON line, then `bytes` bytes of int16 mono at `rate` Hz.
         "rate_wpm": 175}
     <- {"bytes": 41510, "rate": 22050, "words": [[0, 0], [3, 5271]],
         "phonemes": [[264, false], …, [14118, true]]}
+    <- with "names": true in the request also "names": ["h", …, "_"], one a phoneme
     <- {"bytes": 0, "error": "voice" | "crash" | "stopped", "message": "…"}
 
 `words` are [offset in characters, sample], `phonemes` are [sample, is a pause]. The process
@@ -105,6 +106,7 @@ class Espeak:
         chunks: list[bytes] = []
         words: list[tuple[int, int]] = []
         phonemes: list[tuple[int, bool]] = []
+        names: list[str] = []
 
         def collect(samples: Any, count: int, events: Any) -> int:
             if samples and count > 0:
@@ -116,6 +118,7 @@ class Espeak:
                     words.append((max(event.text_position - 1, 0), event.sample))
                 elif event.type == EVENT_PHONEME:
                     phonemes.append((event.sample, event.phoneme.startswith(b"_")))
+                    names.append(event.phoneme.decode(errors="replace"))
                 index += 1
             return 0
 
@@ -127,7 +130,10 @@ class Espeak:
         )
         if failed:
             return {"error": "crash", "message": f"espeak_Synth returned {failed}"}, b""
-        return {"rate": self.rate, "words": words, "phonemes": phonemes}, b"".join(chunks)
+        header: dict[str, Any] = {"rate": self.rate, "words": words, "phonemes": phonemes}
+        if request.get("names"):
+            header["names"] = names
+        return header, b"".join(chunks)
 
 
 def speak_in_fork(espeak: Espeak, request: dict[str, Any], replies: int) -> bytes:

@@ -209,6 +209,18 @@ def test_the_data_may_lie_deeper_than_espeak_can_spell(tmp_path, monkeypatch):
     assert np.array_equal(spoken.samples, reference.samples)
 
 
+def test_phones_come_with_the_same_speech_in_the_order_in_which_they_sound(engine):
+    spoken, phones = engine.synthesize_with_phones("Ten cats.", VOICE)
+    plain = engine.synthesize("Ten cats.", VOICE)
+    assert np.array_equal(spoken.samples, plain.samples) and spoken.words == plain.words
+    sounds = [phone.name.strip("',0123456789") for phone in phones if phone.name[0] != "_"]
+    assert sounds == ["t", "E", "n", "k", "a", "t", "s"]
+    starts = [phone.start_s for phone in phones]
+    assert starts == sorted(starts)
+    cats = next(phone.start_s for phone in phones if phone.name == "k")
+    assert abs(cats - spoken.words[1].start_s) < 0.06  # measured: 0.048, the closure of the k
+
+
 def test_closing_ends_the_worker_and_a_closed_engine_starts_another():
     engine = EspeakEngine()
     engine.synthesize("One.", VOICE)
