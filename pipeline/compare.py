@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,19 @@ def find_runs(targets: Sequence[str], runs_root: Path) -> list[TrainRun]:
         CorruptFileError: a stage that does not hold what its manifest says.
     """
     folders: list[StageFolder] = []
-    for target in targets:
+    chosen = [target for target in targets if not _is_unfinished(Path(target))]
+    if skipped := sorted(set(targets) - set(chosen)):
+        print(f"left out, not finished: {', '.join(skipped)}", file=sys.stderr)
+    for target in chosen or targets:
         found = _folders_of_target(Path(target), runs_root)
         folders += [f for f in found if f.path.resolve() not in {o.path.resolve() for o in folders}]
     same_run = len({folder.path.resolve().parent for folder in folders}) == 1
     return [_read(folder, same_run) for folder in folders]
+
+
+def _is_unfinished(path: Path) -> bool:
+    """A train stage folder of a run that failed or is under way, as `06-train-*` names it too."""
+    return path.name.startswith(f"{TRAIN:02d}-train-") and not (path / "manifest.json").exists()
 
 
 def _folders_of_target(path: Path, runs_root: Path) -> list[StageFolder]:
@@ -266,8 +275,8 @@ def compare_page(runs: Sequence[TrainRun], result: dict[str, Any]) -> str:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>Training runs compared</title><style>{STYLE}{colours}</style></head><body>"
         f"<h1>Training runs compared</h1><p>{' &nbsp; '.join(labels)}</p>"
-        "<p>Validation where there is one, else each training step. Likelihoods are negative, in "
-        f"nats: lower is better.</p><div class='panels'>{''.join(figures)}</div>"
+        "<p>Validation where there is one, else each training step. Negative log-likelihoods are "
+        f"in nats: lower is better.</p><div class='panels'>{''.join(figures)}</div>"
         f"<h2>Settings that differ, and what came of them</h2>"
         f"<table><tr><th></th>{head}</tr>{rows}</table></body></html>\n"
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 from duplex.base import Record
 from duplex.config import Config
+from duplex.config_train import TrainSection
 from duplex.files import read_lines, write_atomic
 from duplex.sinks import FileWriter
 from duplex.stage import StageContext, WholeStage
@@ -94,6 +95,12 @@ def _handed_in(facts: dict[str, Any]) -> str:
     return f"the adapter of step {facts['best_step']}"
 
 
+def _base_kind(section: TrainSection) -> str:
+    if section.quantize == "none":
+        return section.dtype
+    return f"{section.quantize}; merged into the full base, which is another: evaluate the merge"
+
+
 def _hand_in(context: StageContext, writer: FileWriter, result: dict[str, Any]) -> list[Record]:
     """Write the page into `work`, and move all files to their places."""
     from training.adapter import CONFIG, WEIGHTS
@@ -101,15 +108,21 @@ def _hand_in(context: StageContext, writer: FileWriter, result: dict[str, Any]) 
     from training.log import METRICS, TIMING, training_speed
 
     facts, timing = result["facts"], list(read_lines(writer.work / TIMING))
+    section = context.config.train
     speed = training_speed(timing)  # of attempts before a kill too
     summary = {
         "model": context.config.model.base,
         "adapters": ", ".join(f"{n} {group}" for group, n in facts["adapted_modules"].items()),
         "trainable parameters": f"{facts['trainable_parameters']:,d}",
+        "LoRA": f"rank {facts['rank']}, alpha {facts['alpha']:g}",
+        "base": _base_kind(context.config.train),
+        "learning rate, batch": f"{section.learning_rate:g}, {section.batch_size} clips",
         "steps": f"{facts['final_step']} of {facts['steps']}",
         "handed in": _handed_in(facts),
         "training speed": f"{speed:.0f} frames/s" if speed else "not measured",
     }
+    if section.continue_from:
+        summary["going on from"] = section.continue_from
     if "stopped" in facts:
         summary["stopped"] = facts["stopped"]
     page = curves_page(f"{context.config.name}: training", summary, result["log"], timing)

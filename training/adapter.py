@@ -81,7 +81,9 @@ class Adapter:
         """
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
-                raise MissingInputError(f"{folder}: must be an adapter folder with {name}.")
+                raise MissingInputError(
+                    f"{folder}: must be an adapter folder with {name}, {adapter_hint(folder)}"
+                )
         path = folder / WEIGHTS
         try:
             config = json.loads((folder / CONFIG).read_text())
@@ -140,6 +142,17 @@ class Adapter:
         """scale · B A in float32: [out, in], the weight's shape."""
         a, b = self.sides(module)
         return self.scale * (b @ a)
+
+
+def adapter_hint(folder: Path) -> str:
+    """What was found where an adapter in PEFT's form should be, and what to do."""
+    if not folder.is_dir():
+        return "found no folder there."
+    if (folder / "adapter" / WEIGHTS).is_file():
+        return f"found a train stage: give {folder / 'adapter'}."
+    if (folder / "lora.safetensors").is_file():
+        return "found moshi's form: `duplex convert adapter FOLDER OUT --to peft` first."
+    return "found none."
 
 
 def _answers(entry: str, module: str) -> bool:

@@ -158,7 +158,8 @@ def _read_moshi(
     for name in (MOSHI_WEIGHTS, MOSHI_CONFIG):
         if not (source / name).is_file():
             raise MissingInputError(
-                f"{source}: must be a folder with {MOSHI_WEIGHTS} and {MOSHI_CONFIG}, has no {name}"
+                f"{source}: must be a folder with {MOSHI_WEIGHTS} and {MOSHI_CONFIG}, "
+                + (f"has no {name}" if source.is_dir() else "found no folder there")
             )
     try:
         config = json.loads((source / MOSHI_CONFIG).read_text())

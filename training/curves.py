@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from training.checks import checks_table
 from training.loss import STREAMS, USER_STREAMS
 
 WIDTH, HEIGHT = 420, 210  # px of a panel
@@ -95,8 +96,8 @@ def curves_page(
         "<p><span class='key of-train'>training, each step</span> &nbsp; "
         "<span class='key of-valid'>validation, held-out clips</span> &nbsp; "
         f"{base_key}"
-        "likelihoods are negative, in nats a frame: lower is better</p>"
-        f"<div class='panels'>{figures}</div></body></html>\n"
+        "negative log-likelihoods are in nats a prediction: lower is better</p>"
+        f"<div class='panels'>{figures}</div>{checks_table(log)}</body></html>\n"
     )
 
 

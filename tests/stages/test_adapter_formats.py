@@ -227,3 +227,20 @@ def test_the_command(base, adapter, tiny_checkpoint, tmp_path, capsys):
     ):
         with pytest.raises(RequestError, match=reason):
             run(*arguments)
+
+
+def test_a_folder_that_is_no_adapter_is_told_what_it_is(base, adapter, tmp_path):
+    stage = tmp_path / "06-train-00000000"
+    stage.mkdir()
+    (stage / "adapter").symlink_to(adapter)
+    to_moshi(adapter, base, tmp_path / "moshi")
+    for folder, said in (
+        (stage, f"found a train stage: give {stage / 'adapter'}"),
+        (tmp_path / "moshi", r"found moshi's form: `duplex convert adapter"),
+        (tmp_path / "nowhere", "found no folder there"),
+        (tmp_path, "found none"),
+    ):
+        with pytest.raises(MissingInputError, match=said):
+            Adapter.open(folder)
+    with pytest.raises(MissingInputError, match="found no folder there"):
+        to_peft(tmp_path / "nowhere", tmp_path / "out")

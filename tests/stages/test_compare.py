@@ -71,3 +71,16 @@ def test_what_is_no_run_is_refused_by_name(run_folder, tmp_path):
         find_runs([str(tmp_path)], tmp_path)
     with pytest.raises(RequestError, match=r"found nothing at .*nowhere"):
         find_runs([str(tmp_path / "nowhere")], tmp_path)
+
+
+def test_a_run_that_failed_is_left_out_and_named(run_folder, capsys):
+    failed = run_folder / "06-train-cccccccc"
+    (failed / "work").mkdir(parents=True)
+    try:
+        runs = find_runs([str(path) for path in sorted(run_folder.glob("06-train-*"))], run_folder)
+        assert len(runs) == 2 and "06-train-cccccccc" in capsys.readouterr().err
+        with pytest.raises(MissingInputError, match="finished train stage"):
+            find_runs([str(failed)], run_folder)
+    finally:
+        (failed / "work").rmdir()
+        failed.rmdir()
