@@ -1,0 +1,362 @@
+"""What the pocket base does when it speaks freely with people it has never heard.
+
+    python -m benchmarks.pocket_base                      # prints; data/pocket
+    python -m benchmarks.pocket_base --runs 40 --write    # and writes docs/results/pocket_base.*
+
+`--runs` conversations of 30 s: a prompt in wordings that training never saw, a user's voice that
+it never heard, up to five questions on a fixed timetable (training/pocket/base_probe.py). Text is
+sampled at .4 / top 10, audio at .7 / top 50. Definitions: training/pocket/base_measures.py; in
+short:
+
+    answers           questions behind which the agent says something before the next one
+    fact right        of the answered ones whose fact the prompt holds: it is said, word for word
+    refuses           of the answered ones whose fact the prompt lacks: it says that it doesn't know
+    premature         questions over which the agent starts to speak, more than a backchannel
+    yields            of the agent's turns that would have gone on for 1.1 s and more when the user
+                      cut in (the same run without the cut shows it): silent within .8 s
+    collapsed         runs without a word, or without one from the last but one question on
+    speech says text  word errors of pocketsphinx on the decoded speech against the text row, with
+                      one language model of all that was said; beside it, the same for encoded and
+                      decoded speech of the synthesiser, which is the floor
+    margin            how much likelier a held-out dialogue's words are under its own prompt than
+                      under another character's, teacher-forced (training/prompt_swap.py)
+    voice             of the runs with a voice sample: the agent's pitch is that of the sample's sex
+
+Intervals of shares are exact and take questions as independent, which those of one run are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+
+from benchmarks.codec import Told
+from benchmarks.tensors import _cpu_name
+from duplex.datafiles import CHECKOUT
+from duplex.files import write_atomic, write_json
+from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
+from duplex.metrics import proportion_interval, segments, speech_activity
+from pipeline.engines.vad import VAD_RATE
+from pipeline.engines.voice_sound import gender_of_pitch
+from training.fast import FastForward
+from training.pocket.base_bank import Bank
+from training.pocket.base_clips import ClipMaker
+from training.pocket.base_data import Places, load_pocket_codec, speak_and_encode
+from training.pocket.base_loop import LoopSettings, Source
+from training.pocket.base_measures import Answer, collapsed, judge, spoken_turns, yields
+from training.pocket.base_probe import Probe, choose_cut, draw_probe, run_probes
+from training.pocket.base_units import NEUTRAL, Amounts, Unit, UnitIndex, inventory
+from training.pocket.base_voices import gender_of
+from training.pocket.base_weights import base_config, load_base, load_tokenizer
+from training.pocket.roles import Grammar, load_grammar
+from training.prompt_swap import plan_swaps, score_swaps
+
+RESULTS = CHECKOUT / "docs" / "results"
+BATCH, SEED, SWAP_CLIPS, SWAPS, FLOOR = 20, 4242, 40, 3, 80
+EXAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. text: int [T]; samples: float32 [S], what the agent said; speaking: bool [T]."""
+
+    probe: Probe
+    text: np.ndarray
+    samples: np.ndarray
+    speaking: np.ndarray
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base", type=Path, default=CHECKOUT / "data/pocket")
+    parser.add_argument("--codec", type=Path, help="default: BASE")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--write", action="store_true", help="docs/results/pocket_base.{json,md}")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = measure(arguments.base, arguments.codec or arguments.base, arguments)
+    page = describe(result)
+    print(page)
+    if arguments.write:
+        write_json(RESULTS / "pocket_base.json", result)
+        write_atomic(RESULTS / "pocket_base.md", page.encode())
+
+
+def measure(base: Path, codec_folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    grammar = load_grammar()
+    lm, tokenizer = load_base(base), load_tokenizer(base)
+    codec, _ = load_pocket_codec(codec_folder)
+    seed = base_config(base)["seed"]
+    units = held_out_units(inventory(grammar, Amounts(), seed))
+    bank = speak_and_encode(units, grammar, codec, Places(arguments.work), print)
+    started_s = time.monotonic()
+    alone, cut_in = free_runs(lm, grammar, bank, tokenizer, codec.mimi, arguments.runs)
+    answers = [judge(run.probe.questions, run.text, tokenizer.decode) for run in alone]
+    spent_s = time.monotonic() - started_s
+    return {
+        "runs": arguments.runs,
+        "machine": _cpu_name(),
+        "seconds_a_run": round(spent_s / arguments.runs, 1),
+        "base": base_config(base),
+        "shares": shares(alone, answers, cut_in),
+        "speech": speech_says_text(alone, bank, tokenizer, codec.mimi),
+        "margin": margins(lm, grammar, bank, tokenizer, seed),
+        "topics": by_topic(answers),
+        "examples": [example(*pair) for pair in zip(alone[:EXAMPLES], answers, strict=False)],
+    }
+
+
+def held_out_units(units: Sequence[Unit]) -> list[Unit]:
+    """Users that training never heard; of the neutral agents what dialogues with them need."""
+    return [
+        unit
+        for unit in units
+        if unit.speaker.is_held_out
+        or (
+            unit.speaker.state == NEUTRAL
+            and (unit.side == "held" or not unit.act.startswith("answer/"))
+        )
+    ]
+
+
+def free_runs(
+    lm: Any, grammar: Grammar, bank: Bank, tokenizer: Any, mimi: Any, count: int
+) -> tuple[list[Run], list[bool]]:
+    """All runs without interruptions, and for each turn that was cut in on, whether it yielded."""
+    index = UnitIndex(bank.units)
+    alone: list[Run] = []
+    yielded: list[bool] = []
+    for first in range(0, count, BATCH):
+        rng = random.Random(f"{SEED}/{first}")
+        probes = [draw_probe(grammar, bank, index, rng) for _ in range(min(BATCH, count - first))]
+        runs = _runs(lm, probes, bank, tokenizer, mimi, SEED + first, None)
+        cuts = [choose_cut(run.probe, run.speaking, index, rng) for run in runs]
+        again = _runs(lm, probes, bank, tokenizer, mimi, SEED + first, cuts)
+        for run, other, cut in zip(runs, again, cuts, strict=True):
+            if cut is not None:
+                same = (run.text[: cut[0]] == other.text[: cut[0]]).all()
+                assert same, "both runs are equal until the user cuts in"
+                stopped = yields(run.speaking, other.speaking, cut[0])
+                yielded += [] if stopped is None else [stopped]
+        alone += runs
+        print(f"{len(alone)} of {count} runs")
+    return alone, yielded
+
+
+def _runs(
+    lm: Any,
+    probes: Sequence[Probe],
+    bank: Bank,
+    tokenizer: Any,
+    mimi: Any,
+    seed: int,
+    cuts: Any,
+) -> list[Run]:
+    found = run_probes(lm, probes, bank, tokenizer, seed, cuts)
+    made = []
+    for probe, run in zip(probes, found, strict=True):
+        samples = decode(mimi, np.maximum(run.codes, 0))
+        speaking = speech_activity(samples)[: len(run.text)]
+        made.append(Run(probe, run.text, samples, speaking))
+    return made
+
+
+def decode(mimi: Any, codes: np.ndarray) -> np.ndarray:
+    """float32 [S] of codes [8, T], decoded by themselves."""
+    from moshi.utils.compile import no_compile
+
+    with torch.no_grad(), no_compile():
+        sound = mimi.decode(torch.from_numpy(codes.astype(np.int64))[None])
+    return sound[0, 0].numpy()
+
+
+# -- measures over all runs
+
+
+def shares(
+    runs: Sequence[Run], answers: Sequence[Sequence[Answer]], yielded: Sequence[bool]
+) -> dict[str, Any]:
+    """Each share as hits, trials and its interval."""
+    every = [answer for row in answers for answer in row]
+    held = [a for a in every if a.answered and a.question.says and a.question.is_held_out]
+    known = [a for a in every if a.answered and a.question.says and not a.question.is_held_out]
+    lacking = [a for a in every if a.answered and a.question.says is None]
+    collapses = [collapsed(run.probe.questions, run.text) for run in runs]
+    counted = {
+        "answers": [a.answered for a in every],
+        "fact right": [a.right for a in (*known, *held)],
+        "fact right, values of training": [a.right for a in known],
+        "fact right, values held out": [a.right for a in held],
+        "refuses what the prompt lacks": [a.right for a in lacking],
+        "premature": [a.premature for a in every],
+        "yields": list(yielded),
+        "collapsed": collapses,
+        "voice": _voices(runs),
+    }
+    return {name: _share([bool(hit) for hit in hits]) for name, hits in counted.items()}
+
+
+def _share(hits: Sequence[bool]) -> dict[str, Any]:
+    low, high = proportion_interval(sum(hits), len(hits)) if hits else (None, None)
+    return {"hits": sum(hits), "of": len(hits), "low": low, "high": high}
+
+
+def _voices(runs: Sequence[Run]) -> list[bool]:
+    """Whether the agent's speech has the pitch of its voice sample's sex; those that tell."""
+    found = []
+    for run in runs:
+        if run.probe.sample is None:
+            continue
+        samples = soxr.resample(run.samples, SAMPLE_RATE, VAD_RATE)
+        spans = [(span.start * FRAME_S, span.end * FRAME_S) for span in segments(run.speaking)]
+        heard = gender_of_pitch(samples, spans)
+        found += [] if heard is None else [heard == gender_of(run.probe.agent_voice)]
+    return found
+
+
+def by_topic(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+    rows: dict[str, list[bool]] = {}
+    for answer in (answer for row in answers for answer in row):
+        if answer.question.says is not None:
+            rows.setdefault(answer.question.topic, []).append(bool(answer.right))
+    return {topic: [sum(hits), len(hits)] for topic, hits in sorted(rows.items())}
+
+
+def speech_says_text(runs: Sequence[Run], bank: Bank, tokenizer: Any, mimi: Any) -> dict[str, Any]:
+    """Word errors against the text row, and those of the synthesiser's own speech."""
+    turns = [
+        (tokenizer.decode(tokens), run.samples[start * FRAME_SAMPLES : end * FRAME_SAMPLES])
+        for run in runs
+        for start, end, tokens in spoken_turns(run.text, run.speaking)
+        if tokens
+    ]
+    answers = [p for p, u in enumerate(bank.units) if u.act.startswith("answer/")][:FLOOR]
+    floor = [(bank.units[p].text, decode(mimi, bank.codes[p])) for p in answers]
+    found = {}
+    for name, pairs in (("base", turns), ("synthesiser", floor)):
+        if not pairs:
+            found[name] = {"turns": 0, "words": 0, "wer": None}
+            continue
+        recogniser = Told([text for text, _ in pairs])
+        counted = [recogniser.errors(text, samples) for text, samples in pairs]
+        errors, words = (sum(column) for column in zip(*counted, strict=True))
+        rate = errors / words if words else None
+        found[name] = {"turns": len(pairs), "words": words, "wer": rate}
+    return found
+
+
+def margins(lm: Any, grammar: Grammar, bank: Bank, tokenizer: Any, seed: int) -> dict[str, Any]:
+    """Prompt-swap margins on held-out dialogues, and their own likelihoods."""
+    source = Source(grammar, ClipMaker(bank, tokenizer), LoopSettings(1, seed=seed))
+    clips = [one.clip for one in source.held_out(SWAP_CLIPS)]
+    tasks = plan_swaps(clips, [clips], SWAPS, SEED)
+    result = score_swaps(FastForward(lm), tasks, torch.device("cpu"))
+    own = result.own.nll / result.own.count.clamp(min=1)
+    return {
+        "words": result.words and result.words.as_dict(),
+        "semantic": result.semantic and result.semantic.as_dict(),
+        "own_words": float(own[0]),
+        "own_semantic": float(own[2]),
+    }
+
+
+def example(run: Run, answers: Sequence[Answer]) -> dict[str, Any]:
+    return {
+        "prompt": run.probe.prompt,
+        "questions": [
+            {
+                "topic": answer.question.topic,
+                "wanted": answer.question.says,
+                "said": answer.text,
+                "right": answer.right,
+            }
+            for answer in answers
+        ],
+    }
+
+
+# -- the page
+
+WANTED = {
+    "answers": "> 95 %",
+    "fact right": "> 90 %",
+    "premature": "< 10 %",
+    "yields": "> 50 %",
+    "collapsed": "0",
+}
+
+
+def describe(result: dict[str, Any]) -> str:
+    lines = [
+        "# The pocket base, speaking freely",
+        "",
+        f"`python -m benchmarks.pocket_base --runs {result['runs']} --write`: {result['runs']} "
+        "conversations of 30 s with voices and prompts that training never saw "
+        f"({result['base']['steps']} steps; {result['machine']}, {result['seconds_a_run']} s a run "
+        "on one core, both of its passes).",
+        "",
+        "| share | reached | of | 95 % | wanted |",
+        "| --- | ---: | ---: | --- | --- |",
+        *(_row(name, share) for name, share in result["shares"].items()),
+        "",
+        _speech(result["speech"]),
+        "",
+        _margin(result["margin"]),
+        "",
+        "Facts by topic, right of asked (unanswered ones are wrong): "
+        + ", ".join(f"{topic} {hits}/{count}" for topic, (hits, count) in result["topics"].items())
+        + ".",
+        "",
+        "## The first runs",
+        "",
+    ]
+    for one in result["examples"]:
+        lines += [f"> {one['prompt']}", ""]
+        for question in one["questions"]:
+            wanted = question["wanted"] or "a refusal"
+            verdict = {True: "right", False: "wrong", None: "no answer"}[question["right"]]
+            lines.append(f"- {question['topic']} ({wanted}): {question['said']!r}, {verdict}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(name: str, share: dict[str, Any]) -> str:
+    if not share["of"]:
+        return f"| {name} | none | 0 | | {WANTED.get(name, '')} |"
+    return (
+        f"| {name} | {share['hits'] / share['of']:.1%} | {share['of']} | "
+        f"{share['low']:.1%} to {share['high']:.1%} | {WANTED.get(name, '')} |"
+    )
+
+
+def _speech(speech: dict[str, Any]) -> str:
+    base, floor = speech["base"], speech["synthesiser"]
+    if base["wer"] is None:
+        return "Speech says its text: nothing was said."
+    return (
+        f"Speech says its text: word error rate {base['wer']:.2f} over {base['turns']} turns "
+        f"({base['words']} words; wanted < .20). The synthesiser's own sentences through the codec:"
+        f" {floor['wer']:.2f}."
+    )
+
+
+def _margin(margin: dict[str, Any]) -> str:
+    words = margin["words"]
+    return (
+        f"Prompt-swap margin: {words['mean']:+.3f} nats per word token "
+        f"[{words['low']:+.3f}, {words['high']:+.3f}] over {words['clips']} held-out dialogues; "
+        f"their own words {margin['own_words']:.3f}, semantic codes {margin['own_semantic']:.3f}."
+    )
+
+
+if __name__ == "__main__":
+    main()

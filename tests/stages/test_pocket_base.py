@@ -1,0 +1,388 @@
+"""The pocket base's clips are those of the tensors stage; its training resumes; its files load."""
+
+import copy
+import json
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from duplex.characters import GapRange
+from duplex.errors import CorruptFileError, MissingInputError
+from duplex.mixing import VoicedTurn, mix_turns
+from duplex.records import Speech
+from duplex.sinks import FolderBlobs
+from duplex.store import StageFolder
+from duplex.streams import AGENT_ROWS, TEXT_PAD, TEXT_ROW, USER_ROWS, check_codes
+from pipeline.engines import pocket
+from pipeline.engines.checkpoint import Checkpoint
+from pipeline.engines.codec import measure_tokens
+from pipeline.engines.pocket import build_lm
+from pipeline.speech import wav_bytes
+from tests.stages.conftest import TINY_CARD, TINY_LM_CONFIG, TINY_TEXT_CARD
+from tests.stages.tensor_factories import finish
+from tests.stages.test_tensors import prompt_end, run
+from training.pocket import base_weights
+from training.pocket.base_bank import LEAD_FRAMES, TAIL_FRAMES, Bank, Codec, build_bank
+from training.pocket.base_clips import ClipMaker, masked_batch, place, thinned
+from training.pocket.base_data import codes_digest
+from training.pocket.base_dialogue import Character, Dialogue, Said, draw_dialogue
+from training.pocket.base_loop import LoopSettings, Source, train
+from training.pocket.base_probe import RUN_FRAMES, draw_probe, probe_clip
+from training.pocket.base_reading import reading_clip
+from training.pocket.base_units import Amounts, UnitIndex, inventory
+from training.pocket.base_voices import ROOMS, agent_speaker, user_speaker
+from training.pocket.roles import load_grammar
+from training.pocket.weights import load_codec, save_codec
+
+FEW = Amounts(2, 1, 1, 4, 1, 1, 1)
+
+
+def speak(text, params):
+    """Noise as long as the text would take, the same for the same text and voice."""
+    rng = np.random.default_rng(list(f"{text}{params['variant']}".encode()))
+    return (0.1 * rng.standard_normal(1600 * len(text) // 2)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def grammar():
+    return load_grammar()
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_checkpoint):
+    mimi = Checkpoint.open(tiny_checkpoint).load_mimi()
+    return Codec(mimi, "tiny", measure_tokens(mimi))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint):
+    return Checkpoint.open(tiny_checkpoint).load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def bank(grammar, codec):
+    """A bank of random codes: what a codec would make of them is not the matter here."""
+    units, rng = inventory(grammar, FEW, 0), np.random.default_rng(0)
+    codes = tuple(
+        rng.integers(0, TINY_CARD, (8, 3 + len(unit.text))).astype(np.int16) for unit in units
+    )
+    rooms = {name: rng.integers(0, TINY_CARD, (8, 60)).astype(np.int16) for name in ROOMS}
+    return Bank(tuple(units), codes, rooms, codec.tokens)
+
+
+def two_units(grammar, codec, folder):
+    units = [
+        next(
+            u
+            for u in inventory(grammar, FEW, 0)
+            if u.speaker.id == speaker and u.act.startswith(act)
+        )
+        for speaker, act in (("ada-neutral", "answer/city"), ("u0-quiet", "ask/city"))
+    ]
+    return build_bank(units, grammar, codec, folder, speak, "noise")
+
+
+@pytest.mark.parametrize("first", ["agent", "user"])
+def test_a_clip_is_what_the_tensors_stage_makes(
+    tmp_path, tiny_checkpoint, grammar, codec, tokenizer, first
+):
+    """Of the same script, sound and timing: all rows of the prompt, the whole text row, and the
+    first turn's codes with their tail. Later turns have heard others in the stage than on their
+    sheet, and may differ in codes."""
+    bank = two_units(grammar, codec, tmp_path / "bank")
+    order = (0, 1) if first == "agent" else (1, 0)
+    prompt = "You enjoy having a good conversation with the barista."
+    roles = ("agent", "user")
+    said = tuple(
+        Said(roles[unit], (unit,), LEAD_FRAMES if number == 0 else 5)
+        for number, unit in enumerate(order)
+    )
+    dialogue = Dialogue(
+        Character("friend", "Maria", "", "neutral"), prompt, agent_speaker("ada", "neutral"),
+        user_speaker("u0", "quiet"), None, said, (1, 1), 6,
+    )  # fmt: skip
+    ours = ClipMaker(bank, tokenizer).clip(dialogue, random.Random(0), "d").clip
+    theirs, clip = staged(tmp_path, tiny_checkpoint, grammar, bank, order, prompt)
+    start = prompt_end(clip)
+    assert ours.prompt_frames == start and ours.codes.shape == theirs.shape
+    assert np.array_equal(ours.codes[:, :start], theirs[:, :start])
+    assert np.array_equal(ours.codes[TEXT_ROW], theirs[TEXT_ROW])
+    assert [(s.label, s.start, s.end) for s in clip.turns] == list(ours.turns)
+    rows = AGENT_ROWS if first == "agent" else USER_ROWS
+    begin = start + LEAD_FRAMES
+    end = begin + bank.speech_frames(order[0]) + TAIL_FRAMES
+    same = ours.codes[rows, begin:end] == theirs[rows, begin:end]
+    assert same.mean() > 0.99, f"{(~same).sum()} of {same.size} codes differ"
+
+
+def staged(tmp_path, checkpoint, grammar, bank, order, prompt):
+    """The tensors stage's tensor and record of the two units, mixed by the speech stage's own
+    function."""
+    from training.pocket.base_bank import LOUDNESS_DBFS, _params
+
+    voiced = []
+    for number, place_of in enumerate(order):
+        unit = bank.units[place_of]
+        samples = speak(unit.text, _params(unit.speaker, grammar))
+        gap = LEAD_FRAMES if number == 0 else 5
+        voiced.append(
+            VoicedTurn(unit.speaker.side, unit.text, f"v-{unit.speaker.side}", samples, (), gap)
+        )
+    timeline = mix_turns(
+        voiced, gap_after_user=GapRange(low=1, high=2), gap_other=GapRange(low=1, high=2),
+        rng=random.Random(0), loudness_dbfs=LOUDNESS_DBFS, lead_in_s=0, tail_s=6 * 0.08,
+    )  # fmt: skip
+    folder = StageFolder(tmp_path / "04-speech-test", "speech", "k")
+    folder.path.mkdir(parents=True)
+    speeches = [
+        Speech(
+            id=name, dialogue_id=name, persona_id=f"p{name}", scenario_id="none",
+            system_prompt=prompt, first_speaker=timeline.turns[0].role,
+            audio=FolderBlobs(folder).put(wav_bytes(timeline.audio), ".wav"),
+            num_samples=timeline.audio.shape[1],
+            turns=tuple(t.model_copy(update={"voice_id": f"{t.voice_id}-{name}"})
+                        for t in timeline.turns),
+            text_digest=name * 64,
+        )
+        for name in "ab"
+    ]  # fmt: skip
+    finish(folder, speeches)
+    clips, _, codes, _ = run(tmp_path, checkpoint, folder, voice_prompt_s=0)
+    return codes["a"], clips["a"]
+
+
+def test_codes_are_made_once_and_read_again(tmp_path, grammar, codec):
+    calls = []
+
+    def counted(text, params):
+        calls.append(text)
+        return speak(text, params)
+
+    units = [u for u in inventory(grammar, FEW, 0) if u.speaker.id == "u1-place"][:30]
+    first = build_bank(units, grammar, codec, tmp_path, counted, "noise")
+    assert len(calls) == 30
+    again = build_bank(units, grammar, codec, tmp_path, counted, "noise")
+    assert len(calls) == 30
+    assert all(np.array_equal(a, b) for a, b in zip(first.codes, again.codes, strict=True))
+    build_bank(units, grammar, codec, tmp_path, counted, "another version")
+    assert len(calls) == 60
+
+
+def test_clips_are_valid_and_seeded(grammar, bank, tokenizer):
+    source = Source(grammar, ClipMaker(bank, tokenizer), LoopSettings(1, seed=3))
+    for side in ("train", "held"):
+        for number in range(30):
+            one = source.clip(str(number), side)
+            clip = one.clip
+            assert not check_codes(
+                clip.codes.astype(np.int64), card=TINY_CARD, text_card=TINY_TEXT_CARD
+            )
+            assert clip.loss_from == clip.prompt_frames < clip.num_frames
+            again = source.clip(str(number), side)
+            assert np.array_equal(clip.codes, again.clip.codes) and one.turns == again.turns
+
+
+def test_two_speak_at_once_only_where_they_should(grammar, bank):
+    """A turn starts behind the one before it; over it only a backchannel or a cut does."""
+    overlaps = 0
+    index = UnitIndex(bank.units)
+    for seed in range(60):
+        rng = random.Random(seed)
+        turns = [turn for turn, _ in place(draw_dialogue(grammar, index, rng), bank, rng)]
+        for before, after in pairwise(turns):
+            if after.start < before.end:
+                assert after.kind == "backchannel" or before.is_cut
+                overlaps += 1
+    assert overlaps > 3
+
+
+def test_who_is_cut_short_stops_in_text_and_sound(grammar, bank, tokenizer):
+    found = 0
+    maker, index = ClipMaker(bank, tokenizer), UnitIndex(bank.units)
+    for seed in range(200):
+        rng = random.Random(seed)
+        one = maker.clip(draw_dialogue(grammar, index, rng), rng, "d")
+        start = one.clip.prompt_frames
+        for cut, following in zip(one.turns, one.turns[1:], strict=False):
+            if not cut.is_cut:
+                continue
+            assert cut.end <= following.start + 5
+            text = one.clip.codes[TEXT_ROW, start + cut.end : start + following.end]
+            assert (text == TEXT_PAD).all()
+            agent = one.clip.codes[AGENT_ROWS, start + cut.end : start + following.end]
+            assert (agent == np.asarray(bank.tokens.silence)[:, None]).all()
+            found += 1
+    assert found > 5
+
+
+def test_silence_is_thinned_out_and_speech_is_not(grammar, bank, tokenizer):
+    source = Source(grammar, ClipMaker(bank, tokenizer), LoopSettings(1))
+    one = source.clip("0", "train")
+    batch = masked_batch([thinned(one, np.random.default_rng(0))])
+    mask = batch.loss_mask[0].numpy()
+    speaks = np.zeros(one.clip.num_frames, dtype=bool)
+    for role, start, end in one.clip.turns:
+        speaks[start:end] |= role == "agent"
+    assert mask[1, speaks].all()
+    assert 0 < mask[1, ~speaks].mean() < 0.6
+    assert mask[0, one.clip.prompt_frames :].all() and not mask[:, : one.clip.prompt_frames].any()
+
+
+SETTINGS = LoopSettings(
+    6, batch_size=2, warmup_steps=2, longest_frames=120, reading_steps=2, seed=5
+)
+
+
+def test_a_killed_training_ends_with_the_same_weights(tmp_path, grammar, bank, tokenizer):
+    def weights(folder, stops):
+        for until in (*stops, None):
+            lm = build_lm(TINY_LM_CONFIG, 1)
+            source = Source(grammar, ClipMaker(bank, tokenizer), SETTINGS)
+            done = train(lm, source, SETTINGS, folder, "run", checkpoint_every=2, until=until)
+        return lm.state_dict(), done.log
+
+    whole, log = weights(tmp_path / "whole", ())
+    resumed, resumed_log = weights(tmp_path / "resumed", (3, 5))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert log == resumed_log and json.loads(log[-1])["step"] == 6
+    other, _ = weights(tmp_path / "resumed", ())
+    assert all(torch.equal(whole[name], other[name]) for name in whole), "a finished run stays"
+
+
+def test_another_run_takes_up_no_foreign_checkpoint(tmp_path, grammar, bank, tokenizer):
+    source = Source(grammar, ClipMaker(bank, tokenizer), SETTINGS)
+    first = build_lm(TINY_LM_CONFIG, 1)
+    train(first, source, SETTINGS, tmp_path, "one", until=2)
+    second = build_lm(TINY_LM_CONFIG, 2)
+    before = second.state_dict()["text_linear.weight"].clone()
+    train(second, source, SETTINGS, tmp_path, "two", until=0)
+    assert torch.equal(second.state_dict()["text_linear.weight"], before)
+
+
+def test_weights_come_back_within_half_a_step_of_eight_bits(tmp_path):
+    lm = build_lm(TINY_LM_CONFIG, 3)
+    base_weights.save_base(tmp_path, lm, TINY_LM_CONFIG, {"steps": 1}, b"tokens")
+    loaded = base_weights.load_base(tmp_path)
+    for name, weight in lm.state_dict().items():
+        back = loaded.state_dict()[name]
+        if weight.dim() == 2 and weight.numel() >= base_weights.SMALLEST:
+            step = weight.abs().amax(1, keepdim=True) / 127
+            assert ((back - weight).abs() <= 0.51 * step + 1e-6).all(), name
+        else:
+            assert torch.equal(back, weight), name
+    assert not torch.equal(
+        loaded.state_dict()["text_linear.weight"], lm.state_dict()["text_linear.weight"]
+    )
+
+
+def test_files_that_are_not_there_or_damaged_are_named(tmp_path):
+    with pytest.raises(MissingInputError, match=r"base.json"):
+        base_weights.load_base(tmp_path)
+    base_weights.save_base(tmp_path, build_lm(TINY_LM_CONFIG, 3), TINY_LM_CONFIG, {"steps": 1}, b"")
+    (tmp_path / base_weights.WEIGHTS).write_bytes(b"no weights")
+    with pytest.raises(CorruptFileError, match=r"base.safetensors"):
+        base_weights.load_base(tmp_path)
+
+
+def test_a_checkpoint_of_trained_weights_opens_like_any_other(tmp_path, tiny_checkpoint, codec):
+    source, folder = tmp_path / "base", tmp_path / "checkpoint"
+    folder.mkdir()
+    tokens = (tiny_checkpoint / "tokenizer.model").read_bytes()
+    lm = build_lm(TINY_LM_CONFIG, 3)
+    base_weights.save_base(source, lm, TINY_LM_CONFIG, {"steps": 9}, tokens)
+    mimi_config = json.loads((tiny_checkpoint / "mimi_config.json").read_text())
+    save_codec(codec.mimi, mimi_config, tmp_path / "codec")
+    base_weights.write_pocket_checkpoint(folder, source, tmp_path / "codec")
+    opened = Checkpoint.open(folder)
+    assert opened.load_tokenizer().get_piece_size() == TINY_TEXT_CARD
+    loaded = opened.load_lm("cpu", torch.float32).state_dict()
+    assert all(
+        torch.equal(loaded[name], weight)
+        for name, weight in base_weights.load_base(source).state_dict().items()
+    )
+    assert load_codec(tmp_path / "codec").cardinality == opened.load_mimi().cardinality
+
+
+def test_a_probe_asks_in_turn_and_expects_what_its_prompt_holds(grammar, bank, tokenizer):
+    index = UnitIndex(bank.units)
+    expected = 0
+    for seed in range(40):
+        probe = draw_probe(grammar, bank, index, random.Random(seed))
+        ends = [question.end for question in probe.questions]
+        starts = [question.start for question in probe.questions]
+        assert all(a < b for a, b in zip(ends, starts[1:], strict=False))
+        for question in probe.questions:
+            if question.says:
+                assert question.says.lower() in probe.prompt.lower()
+                expected += 1
+        clip = probe_clip(probe, bank, tokenizer, (100, probe.asked[0]), "p")
+        assert clip.num_frames == clip.prompt_frames + RUN_FRAMES
+        cut = bank.codes[probe.asked[0]]
+        here = clip.codes[USER_ROWS, clip.prompt_frames + 100 :][:, : cut.shape[1]]
+        assert np.array_equal(here, cut)
+    assert expected > 20
+
+
+def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
+    tmp_path, monkeypatch, bank, codec
+):
+    """With made-up codes and a tiny model."""
+    from training.pocket import base_command
+
+    monkeypatch.setattr(base_command, "speak_and_encode", lambda *_: bank)
+    monkeypatch.setattr(base_command, "load_pocket_codec", lambda _: (codec, {}))
+    monkeypatch.setattr(base_command, "VALID_CLIPS", 2)
+    config = {**TINY_LM_CONFIG, "text_card": pocket.TEXT_CARD}
+    monkeypatch.setattr(pocket, "LM_CONFIG", config)
+
+    def run(name, *arguments):
+        where = ["--out", str(tmp_path / name), "--work", str(tmp_path / f"{name}-work")]
+        assert base_command.main([*where, "--steps", "2", "--batch-size", "2", *arguments]) == 0
+        return (tmp_path / name / "base.safetensors").read_bytes()
+
+    first = run("one")
+    lm = base_weights.load_base(tmp_path / "one")
+    assert lm.text_linear.weight.shape[0] == pocket.TEXT_CARD
+    card = (tmp_path / "one" / "BASE.md").read_text()
+    assert (
+        "48 businesses" in card
+        and "2 steps, the first 1 of text alone, then of 2 dialogues" in card
+    )
+    assert run("one") == first
+    assert "nothing was left to do" in (tmp_path / "one" / "BASE.md").read_text()
+    assert run("two", "--seed", "2") != first
+
+
+def test_a_reading_clip_says_what_its_prompt_holds_and_nothing_is_heard(grammar, codec, tokenizer):
+    for seed in range(30):
+        one = reading_clip(grammar, tokenizer, codec.tokens, random.Random(seed), "r")
+        clip = one.clip
+        assert not check_codes(
+            clip.codes.astype(np.int64), card=TINY_CARD, text_card=TINY_TEXT_CARD
+        )
+        batch = masked_batch([one])
+        assert batch.loss_mask[0, 0, clip.prompt_frames :].all()
+        assert not batch.loss_mask[:, 1:].any()
+        rows = clip.codes[:, clip.prompt_frames :]
+        said, prompt = (
+            tokenizer.decode([int(t) for t in row if t > TEXT_PAD])
+            for row in (rows[TEXT_ROW], clip.codes[TEXT_ROW, : clip.prompt_frames])
+        )
+        for word in ("dollars", "aisle", "half past"):
+            assert word not in said or word in prompt
+        assert (rows[AGENT_ROWS] == np.asarray(codec.tokens.silence)[:, None]).all()
+
+
+def test_what_decides_the_codes_is_all_but_the_decoder(codec):
+    mimi = copy.deepcopy(codec.mimi)
+    before = codes_digest(mimi)
+    with torch.no_grad():
+        mimi.decoder.model[0].conv.conv.weight.add_(1)
+        mimi.quantizer.rvq_first.output_proj.weight.add_(1)
+    assert codes_digest(mimi) == before
+    with torch.no_grad():
+        mimi.quantizer.rvq_first.input_proj.weight.add_(1)
+    assert codes_digest(mimi) != before

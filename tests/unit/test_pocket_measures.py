@@ -1,0 +1,124 @@
+"""Each measure of the pocket base's free runs on made-up rows, where it must say yes and no."""
+
+import numpy as np
+import pytest
+
+from duplex.streams import TEXT_EPAD, TEXT_PAD
+from training.pocket.base_measures import (
+    Question,
+    collapsed,
+    judge,
+    place_to_cut,
+    spoken_turns,
+    yields,
+)
+
+WORDS = ["It", "is", "three", "dollars", "Sorry", "four", "not", "sure", "I'm"]
+FIRST = 10  # id of the first word
+ASKED = Question(10, 30, "price", "three dollars")
+NEXT = Question(70, 90, "name", "Carl")
+
+
+def decode(tokens):
+    return " ".join(WORDS[token - FIRST] for token in tokens)
+
+
+def row(*placed, num_frames=150):
+    """A text row with words from a frame on, one a frame."""
+    text = np.full(num_frames, TEXT_PAD)
+    for start, words in placed:
+        for place, word in enumerate(words.split()):
+            text[start + place] = FIRST + WORDS.index(word)
+    return text
+
+
+def judged(text, question=ASKED):
+    return judge([question, NEXT], text, decode)[0]
+
+
+def test_an_answer_stands_behind_its_question():
+    assert judged(row((33, "It is three dollars"))).answered
+    assert judged(row((28, "It"))).answered
+    assert not judged(row()).answered
+    assert not judged(row((12, "It is"))).answered, "that was before the question was asked"
+    assert not judged(row((71, "It is"))).answered, "that is behind the next question"
+
+
+def test_a_fact_is_right_word_for_word():
+    assert judged(row((33, "It is three dollars"))).right is True
+    assert judged(row((33, "It is four dollars"))).right is False
+    assert judged(row((33, "three"), (40, "dollars"))).right is True
+    early = row((11, "three dollars"), (33, "It is four dollars"))
+    assert judged(early).right is False, "that was said before the question was out"
+    assert judged(row()).right is None
+
+
+def test_what_the_prompt_lacks_must_be_refused():
+    lacking = Question(10, 30, "price", None)
+    assert judged(row((33, "I'm not sure Sorry")), lacking).right is True
+    assert judged(row((33, "It is three dollars")), lacking).right is False
+
+
+def test_padding_is_no_word():
+    text = row()
+    text[35:40] = TEXT_EPAD
+    assert not judged(text).answered
+
+
+def test_a_take_over_is_more_than_a_backchannel():
+    assert judged(row((15, "It is three dollars"))).premature
+    assert not judged(row((15, "It is"))).premature
+    assert not judged(row((33, "It is three dollars"))).premature
+    assert not judged(row((28, "It is three dollars"))).premature, "two frames early is in time"
+
+
+def test_speech_that_was_under_way_is_no_take_over():
+    assert not judged(row((6, " ".join(["It is three dollars"] * 4)))).premature
+    assert judged(row((6, "It is"), (20, "It is three"))).premature
+
+
+def speech(*spans, num_frames=100):
+    active = np.zeros(num_frames, dtype=bool)
+    for start, end in spans:
+        active[start:end] = True
+    return active
+
+
+def test_who_stops_soon_yields():
+    alone = speech((10, 60))
+    assert yields(alone, speech((10, 25)), 20) is True
+    assert yields(alone, speech((10, 29)), 20) is True
+    assert yields(alone, speech((10, 60)), 20) is False
+    assert yields(alone, speech((10, 32), (36, 60)), 20) is False
+    assert yields(alone, speech((10, 25), (27, 60)), 20) is False, "a breath is no yielding"
+
+
+def test_who_would_have_stopped_anyway_shows_nothing():
+    assert yields(speech((10, 30)), speech((10, 22)), 20) is None
+
+
+def test_the_cut_falls_into_speech_that_goes_on():
+    assert place_to_cut(speech((5, 12), (30, 60)), 0, 100, into=8) == 38
+    assert place_to_cut(speech((5, 12)), 0, 100, into=8) is None
+    assert place_to_cut(speech((30, 60)), 35, 100, into=8) is None
+    assert place_to_cut(speech((30, 60)), 0, 45, into=8) is None
+
+
+def test_silence_is_a_collapse():
+    questions = [ASKED, NEXT]
+    assert collapsed(questions, row())
+    assert collapsed([ASKED, NEXT, Question(110, 120, "name", "Carl")], row((33, "It is")))
+    assert not collapsed(questions, row((33, "It is")))
+    assert not collapsed([Question(10, 30, "a", "b")], row((33, "It")))
+
+
+def test_text_and_sound_are_one_turn():
+    text = row((10, "It is"), (60, "four"))
+    turns = spoken_turns(text, speech((14, 30), (62, 70), num_frames=150))
+    assert [(start, end) for start, end, _ in turns] == [(10, 30), (60, 70)]
+    assert [decode(tokens) for *_, tokens in turns] == ["It is", "four"]
+
+
+@pytest.mark.parametrize("num_frames", [1, 150])
+def test_an_empty_run_has_no_turns(num_frames):
+    assert spoken_turns(row(num_frames=num_frames), np.zeros(num_frames, dtype=bool)) == []

@@ -1,0 +1,111 @@
+"""BASE.md: the pocket base's model card, with the figures of the run that made it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from duplex.files import write_atomic
+from duplex.frames import FRAME_RATE
+from training.pocket.base_bank import Bank
+from training.pocket.base_loop import LoopSettings, Trained
+from training.pocket.base_weights import CONFIG, TOKENIZER, WEIGHTS
+from training.pocket.roles import Grammar
+from training.prompt_swap import Margin
+
+NAME = "BASE.md"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run made. stored: held-out likelihoods of the weights as they are stored;
+    margin: of words, prompt against swapped prompt; encoded_s: seconds of this call for speech
+    and codes."""
+
+    settings: LoopSettings
+    grammar: Grammar
+    bank: Bank
+    num_weights: int
+    trained: Trained
+    stored: dict[str, float]
+    encoded_s: float
+    threads: int
+    margin: Margin | None
+
+
+def write_card(folder: Path, made: Made) -> None:
+    """Write the card beside the weights, which are there."""
+    write_atomic(folder / NAME, card(folder, made).encode())
+
+
+def card(folder: Path, made: Made) -> str:
+    settings, bank, grammar, trained = made.settings, made.bank, made.grammar, made.trained
+    last = [line for line in map(json.loads, trained.log) if "held_words" in line][-1]
+    size_mb = sum((folder / name).stat().st_size for name in (WEIGHTS, CONFIG, TOKENIZER)) / 1e6
+    minutes = bank.num_frames / FRAME_RATE / 60
+    lines = [
+        "# Pocket base",
+        "",
+        f"A Moshi `LMModel` of {made.num_weights / 1e6:.1f} M weights, trained from nothing to "
+        "talk: to read a prompt in PersonaPlex's style, to listen, to take turns, to answer with "
+        "the prompt's facts and to speak. How much of that it has learnt stands below and in "
+        "docs/results/pocket_base.md. Made for tests, demos and LoRA on a laptop. Nothing in it "
+        "was recorded or downloaded: text by a grammar, sound by espeak-ng, codes by the pocket "
+        "codec.",
+        "",
+        "```",
+        "python -m training.pocket base "
+        f"--steps {settings.steps} --batch-size {settings.batch_size} "
+        f"--reading-steps {settings.reading_steps} --learning-rate {settings.learning_rate:g} "
+        f"--seed {settings.seed} --work WORK",
+        "```",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| files | `{WEIGHTS}` (int8 with a scale a row), `{CONFIG}`, `{TOKENIZER}`: "
+        f"{size_mb:.1f} MB |",
+        f"| roles | {len(grammar.roles.businesses)} businesses, {len(grammar.roles.personal)} "
+        "personal; no customers |",
+        f"| facts | {len(grammar.talk.topics)} topics |",
+        f"| utterances | {len(bank.units)}, {minutes:.0f} minutes with their tails; four agent "
+        "voices in four moods, ten user voices in three rooms, two of them held out |",
+        f"| training | {settings.steps} steps, the first {settings.reading_steps} of text alone, "
+        f"then of {settings.batch_size} dialogues drawn anew; Muon and AdamW at "
+        f"{settings.learning_rate:g}, bfloat16 over float32 weights |",
+        f"| time | of this call: {made.encoded_s / 60:.0f} min for speech and codes (those that "
+        f"were there are not made again), {trained.seconds / 60:.0f} min of training "
+        f"({_speed(trained.frames_per_second)}, {made.threads} threads) |",
+        "",
+        "| held-out dialogues, teacher-forced, nats | last step | with the weights as stored |",
+        "| --- | ---: | ---: |",
+        *(
+            f"| {name} | {last[f'held_{key}']:.3f} | {made.stored[f'held_{key}']:.3f} |"
+            for name, key in (
+                ("words", "words"),
+                ("text padding", "padding"),
+                ("semantic codes", "semantic"),
+                ("acoustic codes", "acoustic"),
+            )
+        ),
+        "",
+        f"Prompt-swap margin on them: {made.margin or 'not measured'} per word token. 0: it does "
+        "not read its prompt, and the facts that it tells are likely ones, not the prompt's.",
+        "",
+        "Held out: about one value in eight of each slot, some wordings of prompts and questions, "
+        "two user voices.",
+        "",
+        "It knows nothing but its grammar: English, short questions about facts in its prompt, "
+        "small talk. It is no assistant, and what it says about the world means nothing.",
+        "",
+        "Licence: Apache-2.0, as this repository. espeak-ng, which made the speech, is "
+        "GPL-3.0-or-later; its sound is not covered by that.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _speed(frames_per_second: float | None) -> str:
+    if frames_per_second is None:
+        return "nothing was left to do"
+    return f"{frames_per_second:.0f} frames a second"

@@ -1,0 +1,191 @@
+"""Dialogues -> training clips: the units' codes on the frame grid, in the tensors stage's layout.
+
+Prompt, text row and tensor are made by the stage's own functions (`build_prompt`, `align` by
+onset, `assemble`), so that LoRA data of the pipeline fits this base. Agent rows hold the codec's
+steady silence where nothing is said, user rows the codes of the speaker's room.
+
+Where the agent is cut short its text stops with its speech: tokens that were out by then stay, the
+rest is never said. (The stage leaves out what is not *spoken*, also where the text had run ahead;
+no model can know that in time.)
+
+Of the frames in which the agent is silent most carry no audio loss: they are two thirds of a
+dialogue and all alike, and the depth transformer takes half of a step's time.
+Legend: T frames, K = 17 rows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from duplex.alignment import TextTurn, align
+from duplex.clips import assemble
+from duplex.streams import build_prompt, prompt_tokens
+from training.batches import Batch, Clip, make_batch
+from training.pocket.base_bank import Bank
+from training.pocket.base_dialogue import Dialogue, Said
+
+SILENT_SHARE = 0.2  # of the agent's silent frames carry audio loss
+SETTLING_FRAMES = 3  # after speech; these carry it always
+
+Tokenize = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PlacedTurn:
+    """Frames [start, end) of the dialogue, end without the tail; `said` is None for nothing."""
+
+    role: str
+    start: int
+    end: int
+    text: str
+    kind: str = "turn"
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class DialogueClip:
+    """A clip with its turns, frames counted from the first frame after the prompt."""
+
+    clip: Clip
+    turns: tuple[PlacedTurn, ...]
+
+
+class ClipMaker:
+    """Dialogues -> clips of one bank and one tokenizer (a SentencePieceProcessor)."""
+
+    def __init__(self, bank: Bank, tokenizer: Any):
+        self.bank = bank
+        self.tokenizer = tokenizer
+        self._tokens: dict[str, tuple[int, ...]] = {}
+
+    def clip(self, dialogue: Dialogue, rng: random.Random, name: str) -> DialogueClip:
+        """int16 [17, T]: prompt and dialogue. rng: where in the room's noise it starts, and where
+        within a long answer the user cuts in."""
+        placed = place(dialogue, self.bank, rng)
+        num_frames = max(turn.end for turn, _ in placed) + dialogue.tail
+        agent = np.repeat(np.asarray(self.bank.tokens.silence)[:, None], num_frames, axis=1)
+        user = self._room(dialogue.user.state, num_frames, rng)
+        for turn, pieces in placed:
+            channel = agent if turn.role == "agent" else user
+            for start, codes in pieces:
+                length = min(codes.shape[1], num_frames - start)
+                channel[:, start : start + length] = codes[:, :length]
+        text = align(self._text_turns([turn for turn, _ in placed]), num_frames)
+        prompt = self._prompt(dialogue)
+        codes = assemble(prompt, text.row, np.stack([agent, user])).astype(np.int16)
+        frames = prompt.shape[1]
+        turns = tuple(turn for turn, _ in placed)
+        spans = tuple((t.role, frames + t.start, frames + t.end) for t in turns)
+        return DialogueClip(Clip(name, codes, frames, frames, spans), turns)
+
+    def _prompt(self, dialogue: Dialogue) -> np.ndarray:
+        voice = None
+        if dialogue.sample is not None:
+            voice = self.bank.codes[dialogue.sample].astype(np.int64)
+        tokens = prompt_tokens(self.tokenizer, dialogue.prompt)
+        return build_prompt(tokens, self.bank.tokens, voice=voice).training_codes()
+
+    def _room(self, room: str, num_frames: int, rng: random.Random) -> np.ndarray:
+        noise = self.bank.rooms[room]
+        start = rng.randrange(noise.shape[1])
+        places = (start + np.arange(num_frames)) % noise.shape[1]
+        if room == "quiet":
+            return np.repeat(np.asarray(self.bank.tokens.silence)[:, None], num_frames, axis=1)
+        return noise[:, places].astype(np.int64)
+
+    def _text_turns(self, turns: Sequence[PlacedTurn]) -> list[TextTurn]:
+        found = []
+        for turn in turns:
+            if turn.role != "agent":
+                continue
+            tokens = self._encoded(turn.text)
+            if turn.is_cut:
+                tokens = tokens[: turn.end - turn.start]
+            found.append(TextTurn(turn.start, turn.end, tokens))
+        return sorted(found, key=lambda turn: turn.start)
+
+    def _encoded(self, text: str) -> tuple[int, ...]:
+        if text not in self._tokens:
+            self._tokens[text] = tuple(self.tokenizer.encode(text))
+        return self._tokens[text]
+
+
+Pieces = list[tuple[int, np.ndarray]]  # first frame and codes [8, n]
+
+
+def place(dialogue: Dialogue, bank: Bank, rng: random.Random) -> list[tuple[PlacedTurn, Pieces]]:
+    """Each turn with its frames and its units' codes, in the order of the dialogue."""
+    placed: list[tuple[PlacedTurn, Pieces]] = []
+    cursor = 0  # where the latest turn ends
+    cut_at: int | None = None
+    pauses = iter(dialogue.pauses)
+    for said in dialogue.said:
+        pieces, length = _pieces(said, bank, [next(pauses) for _ in said.units])
+        text = " ".join(bank.units[unit].text for unit in said.units)
+        if said.kind == "backchannel":
+            start = placed[-1][0].start + said.gap
+            if start + length >= placed[-1][0].end:
+                continue  # it would be an answer
+        elif cut_at is not None:
+            start = cut_at
+        else:
+            start = cursor + said.gap
+        cut_at = None
+        end = start + length
+        if said.cut:
+            cut_at = _cut_frame(said, bank, start, length, rng)
+            end = min(end, cut_at + said.yields)
+            pieces = [(at, codes[:, : max(0, end - start - at)]) for at, codes in pieces]
+        turn = PlacedTurn(said.role, start, end, text, said.kind, said.cut)
+        placed.append((turn, [(start + at, codes) for at, codes in pieces]))
+        if said.kind == "turn":
+            cursor = max(cursor, end) if cut_at is None else cut_at
+    return placed
+
+
+def _pieces(said: Said, bank: Bank, pauses: Sequence[int]) -> tuple[Pieces, int]:
+    """Codes of a turn's units from its own start, and its length without the tail."""
+    pieces: Pieces = []
+    at = end = 0
+    for unit, pause in zip(said.units, pauses, strict=True):
+        pieces.append((at, bank.codes[unit]))
+        end = at + bank.speech_frames(unit)
+        at = end + pause
+    return pieces, end
+
+
+def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Random) -> int:
+    """Where the user cuts in: within the last unit, from its fifth frame on."""
+    last = bank.speech_frames(said.units[-1])
+    return start + length - last + rng.randint(4, max(4, last - 8))
+
+
+@dataclass(frozen=True)
+class TrainingClip:
+    """A clip, and in which of its frames the agent's codes carry loss: bool [T]."""
+
+    clip: Clip
+    audible: np.ndarray
+
+
+def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
+    """A dialogue in which most silent frames of the agent carry no audio loss."""
+    audible = rng.random(one.clip.num_frames) < SILENT_SHARE
+    for role, start, end in one.clip.turns:
+        if role == "agent":
+            audible[start : end + SETTLING_FRAMES] = True
+    return TrainingClip(one.clip, audible)
+
+
+def masked_batch(clips: Sequence[TrainingClip]) -> Batch:
+    """Clips side by side; the agent's codes carry loss where they are audible."""
+    batch = make_batch([one.clip for one in clips])
+    for row, one in enumerate(clips):
+        batch.loss_mask[row, 1:, : len(one.audible)] &= torch.from_numpy(one.audible)
+    return batch

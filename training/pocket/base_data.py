@@ -1,0 +1,114 @@
+"""What the pocket base is trained with: codec, utterances' codes, tokenizer; and where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.pocket.base_bank import Bank, Codec, Espeak, build_bank
+from training.pocket.base_dialogue import draw_dialogue
+from training.pocket.base_units import Unit, UnitIndex
+from training.pocket.roles import Grammar
+from training.pocket.weights import CONFIG, load_codec
+
+CORPUS_DIALOGUES, COFFEE_TIMES = 800, 2  # about as much of each
+REPORT_EVERY_S = 20.0
+# Of a codec's weights, those behind its codes.
+DECODER, OUTPUT = ("decoder", "upsample"), ".output_proj."
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run keeps what it has."""
+
+    work: Path
+
+    @property
+    def codes(self) -> Path:
+        return self.work / "codes"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.work / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.work / "losses.jsonl"
+
+    @property
+    def plan(self) -> Path:
+        return self.work / "plan.json"
+
+
+def load_pocket_codec(folder: Path) -> tuple[Codec, dict[str, Any]]:
+    """The codec of a folder, as the bank takes it, and its configuration.
+
+    Raises:
+        MissingInputError, CorruptFileError
+    """
+    from pipeline.engines.codec import measure_tokens
+
+    mimi = load_codec(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    return Codec(mimi, codes_digest(mimi), measure_tokens(mimi)), config
+
+
+def codes_digest(mimi: Any) -> str:
+    """sha256 of the weights that decide a sound's codes: the decoder may go on learning."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(mimi.state_dict().items()):
+        if not (name.startswith(DECODER) or OUTPUT in name):
+            found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def speak_and_encode(
+    units: Sequence[Unit],
+    grammar: Grammar,
+    codec: Codec,
+    places: Places,
+    report: Callable[[str], None],
+) -> Bank:
+    """The bank of all units; says every 20 s how far it is."""
+    from pipeline.engines.codec import keep_freed_memory
+
+    keep_freed_memory()
+    last_s = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s > REPORT_EVERY_S or done == total:
+            last_s = time.monotonic()
+            report(f"encoded {done} of {total} utterances")
+
+    with Espeak() as speak:
+        return build_bank(units, grammar, codec, places.codes, speak, speak.revision, progress)
+
+
+def corpus_of(grammar: Grammar, units: Sequence[Unit], seed: int) -> str:
+    """Text that the tokenizer is made for: prompts and sentences of the grammar, as often as the
+    dialogues need them, and the coffee set's corpus."""
+    from pipeline.engines.pocket import CORPUS
+
+    index = UnitIndex(units)
+    lines = CORPUS.read_text(encoding="utf-8").splitlines() * COFFEE_TIMES
+    for number in range(CORPUS_DIALOGUES):
+        dialogue = draw_dialogue(grammar, index, random.Random(f"{seed}/corpus/{number}"))
+        lines.append(f"<system> {dialogue.prompt} <system>")
+        for said in dialogue.said:
+            if said.role == "agent":
+                lines.append(" ".join(units[unit].text for unit in said.units))
+    return "\n".join(lines)
+
+
+def train_tokenizer(grammar: Grammar, units: Sequence[Unit], seed: int) -> bytes:
+    """A SentencePiece model of `TEXT_CARD` pieces, always the same for the same grammar."""
+    from pipeline.engines import pocket
+
+    return pocket.train_tokenizer(corpus_of(grammar, units, seed), pocket.TEXT_CARD)

@@ -1,0 +1,230 @@
+"""Which utterances are spoken: a fixed inventory that dialogues are put together from. Pure.
+
+A unit is one sentence by one speaker. It is encoded once; a dialogue is drawn from the units, not
+from audio, so that a few thousand of them give more dialogues than a training can ever see. An
+agent's answers are drawn for each voice and mood, a user's questions for each voice and room.
+
+An act is what a unit does: `ask/price`, `answer/price`, `refusal`, `greeting/business` …
+`role` is that of the role whose goods or company the unit names; "" for a unit that fits all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from training.pocket.base_voices import (
+    AGENT_VOICES,
+    HELD_USER_VOICES,
+    ROOMS,
+    USER_VOICES,
+    Speaker,
+    agent_speaker,
+    gender_of,
+    user_speaker,
+)
+from training.pocket.roles import Grammar, Side, Topic, filled, slots_in, wordings
+
+NEUTRAL = "neutral"
+SAMPLE_ACT = "sample"
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Utterances of each act and speaker; the first number is that of a neutral agent."""
+
+    answers: int = 32
+    moody_answers: int = 8
+    questions: int = 4
+    good_questions: int = 32
+    held_answers: int = 4
+    others: int = 4
+    samples: int = 16
+
+
+@dataclass(frozen=True)
+class Unit:
+    """values: (slot, value) of what the text names."""
+
+    speaker: Speaker
+    act: str
+    text: str
+    role: str = ""
+    values: tuple[tuple[str, str], ...] = ()
+    side: Side = "train"
+
+    def value(self, slot: str) -> str:
+        """
+        Raises:
+            KeyError: the unit does not name it.
+        """
+        return dict(self.values)[slot]
+
+
+def inventory(grammar: Grammar, amounts: Amounts, seed: int) -> list[Unit]:
+    """All units, in a fixed order; no two of a speaker have the same act and text."""
+    units: list[Unit] = []
+    for speaker in agent_speakers(grammar):
+        rng = random.Random(f"{seed}/{speaker.id}")
+        units += _distinct(_agent_units(grammar, speaker, amounts, rng))
+    for speaker in user_speakers():
+        rng = random.Random(f"{seed}/{speaker.id}")
+        units += _distinct(_user_units(grammar, speaker, amounts, rng))
+    return units
+
+
+def agent_speakers(grammar: Grammar) -> list[Speaker]:
+    return [agent_speaker(voice, mood) for voice in AGENT_VOICES for mood in grammar.talk.moods]
+
+
+def user_speakers() -> list[Speaker]:
+    return [user_speaker(v, room) for v in (*USER_VOICES, *HELD_USER_VOICES) for room in ROOMS]
+
+
+def company_of(grammar: Grammar, role: str, surname: str) -> str:
+    return f"{surname} {grammar.roles.businesses[role].suffix}"
+
+
+def _distinct(units: Iterable[Unit]) -> list[Unit]:
+    found = {(u.act, u.role, u.values, u.text, u.side): u for u in units}
+    return list(found.values())
+
+
+# -- the agent's
+
+
+def _agent_units(
+    grammar: Grammar, speaker: Speaker, amounts: Amounts, rng: random.Random
+) -> Iterator[Unit]:
+    talk, mood = grammar.talk, grammar.talk.moods[speaker.state]
+    neutral = speaker.state == NEUTRAL
+    count = amounts.answers if neutral else amounts.moody_answers
+    for name, topic in talk.topics.items():
+        yield from _answers(grammar, speaker, name, topic, "train", count, rng)
+        if neutral:
+            held = amounts.held_answers
+            yield from _answers(grammar, speaker, name, topic, "held", held, rng)
+    fixed = {
+        "opener": mood.opener,
+        "feeling": mood.feeling,
+        "refusal": talk.refusal,
+        "reply": talk.greet.reply,
+        "after_cut": talk.after_cut,
+        "listening": talk.listening,
+        "bye": talk.bye.agent,
+        **{f"small/{name}": pair.agent for name, pair in talk.small.items()},
+        **{f"reaction/{name}": story.reaction for name, story in talk.story.items()},
+        **{f"greeting/{scope}": lines for scope, lines in talk.greeting.items()},
+        **{f"extra/{scope}": lines for scope, lines in talk.extra.items()},
+    }
+    for act, lines in fixed.items():
+        few = amounts.others if neutral else amounts.others - 1
+        for line in _some(lines, few, rng):
+            yield Unit(speaker, act, line)
+    if neutral:
+        yield from _samples(grammar, speaker, amounts.samples, rng)
+
+
+def _answers(
+    grammar: Grammar,
+    speaker: Speaker,
+    name: str,
+    topic: Topic,
+    side: Side,
+    count: int,
+    rng: random.Random,
+) -> Iterator[Unit]:
+    templates = wordings(topic.answer, "train")
+    roles = list(grammar.roles.businesses)
+    for number in range(count):
+        role, values = "", {}
+        if topic.slot in ("company", "good"):
+            role = roles[(number + rng.randrange(2) * count) % len(roles)]
+        if topic.slot == "company":
+            surname = rng.choice(grammar.values("surname", side))
+            values["company"] = company_of(grammar, role, surname)
+        elif topic.slot == "good":
+            values["good"] = rng.choice(grammar.roles.businesses[role].goods)
+        else:
+            slot = gender_of(speaker.voice) if topic.slot == "name" else topic.slot
+            values[topic.slot] = rng.choice(grammar.values(slot, side))
+        text = filled(rng.choice(templates), values)
+        yield Unit(speaker, f"answer/{name}", text, role, tuple(values.items()), side)
+
+
+def _samples(grammar: Grammar, speaker: Speaker, count: int, rng: random.Random) -> Iterator[Unit]:
+    """What a voice is sampled from: two sentences of small talk, two to four seconds."""
+    pairs = grammar.talk.small.values()
+    short = [line for pair in pairs for line in pair.agent]
+    long = [line for lines in grammar.talk.extra.values() for line in lines]
+    for _ in range(count):
+        text = " ".join((rng.choice(short), rng.choice(long)))
+        yield Unit(speaker, SAMPLE_ACT, text)
+
+
+# -- the user's
+
+
+def _user_units(
+    grammar: Grammar, speaker: Speaker, amounts: Amounts, rng: random.Random
+) -> Iterator[Unit]:
+    talk = grammar.talk
+    sides: tuple[Side, ...] = ("train", "held") if speaker.is_held_out else ("train",)
+    for name, topic in talk.topics.items():
+        for side in sides:
+            lines = wordings(topic.ask, side)
+            if topic.good:
+                yield from _good_questions(grammar, speaker, name, lines, amounts, rng)
+                continue
+            for line in _some(lines, amounts.questions, rng):
+                yield Unit(speaker, f"ask/{name}", line, side=side)
+    fixed = {
+        "greet": talk.greet.user,
+        "feeling": wordings(talk.feeling, "train"),
+        "cut": talk.cut,
+        "listening": talk.listening,
+        "bye": talk.bye.user,
+        **{f"small/{name}": pair.user for name, pair in talk.small.items()},
+        **{f"story/{name}": story.lines for name, story in talk.story.items()},
+    }
+    for act, lines in fixed.items():
+        for line in _some(lines, amounts.others, rng):
+            yield Unit(speaker, act, line)
+
+
+def _good_questions(
+    grammar: Grammar,
+    speaker: Speaker,
+    name: str,
+    lines: Sequence[str],
+    amounts: Amounts,
+    rng: random.Random,
+) -> Iterator[Unit]:
+    roles = list(grammar.roles.businesses)
+    for number in range(amounts.good_questions):
+        role = roles[number % len(roles)]
+        good = rng.choice(grammar.roles.businesses[role].goods)
+        line = rng.choice(lines)
+        assert "good" in slots_in(line)
+        text = filled(line, {"good": good})
+        yield Unit(speaker, f"ask/{name}", text, role, (("good", good),))
+
+
+def _some(lines: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    return rng.sample(lines, min(count, len(lines)))
+
+
+class UnitIndex:
+    """Places of units by speaker and act, and by role where they name something of a role's."""
+
+    def __init__(self, units: Sequence[Unit]):
+        self.units = units
+        self._places: dict[tuple[str, str, Side], list[int]] = {}
+        for place, unit in enumerate(units):
+            self._places.setdefault((unit.speaker.id, unit.act, unit.side), []).append(place)
+
+    def find(self, speaker: Speaker, act: str, role: str = "", side: Side = "train") -> list[int]:
+        """Units that the speaker has for an act in a role; empty where there is none."""
+        places = self._places.get((speaker.id, act, side), [])
+        return [place for place in places if self.units[place].role in ("", role)]
