@@ -65,7 +65,8 @@ def find_runs(targets: Sequence[str], runs_root: Path) -> list[TrainRun]:
 
 def _is_unfinished(path: Path) -> bool:
     """A train stage folder of a run that failed or is under way, as `06-train-*` names it too."""
-    return path.name.startswith(f"{TRAIN:02d}-train-") and not (path / "manifest.json").exists()
+    is_stage = path.is_dir() and path.name.startswith(f"{TRAIN:02d}-train-")
+    return is_stage and not (path / "manifest.json").exists()
 
 
 def _folders_of_target(path: Path, runs_root: Path) -> list[StageFolder]:

@@ -15,6 +15,7 @@ what the stage hands in is the adapter as PEFT reads it, the metrics and a page 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from duplex.base import Record
@@ -115,14 +116,15 @@ def _hand_in(context: StageContext, writer: FileWriter, result: dict[str, Any]) 
         "adapters": ", ".join(f"{n} {group}" for group, n in facts["adapted_modules"].items()),
         "trainable parameters": f"{facts['trainable_parameters']:,d}",
         "LoRA": f"rank {facts['rank']}, alpha {facts['alpha']:g}",
-        "base": _base_kind(context.config.train),
+        "base": _base_kind(section),
         "learning rate, batch": f"{section.learning_rate:g}, {section.batch_size} clips",
         "steps": f"{facts['final_step']} of {facts['steps']}",
         "handed in": _handed_in(facts),
         "training speed": f"{speed:.0f} frames/s" if speed else "not measured",
     }
     if section.continue_from:
-        summary["going on from"] = section.continue_from
+        # Its last folders: the whole path would be this machine's.
+        summary["going on from"] = "/".join(Path(section.continue_from).parts[-2:])
     if "stopped" in facts:
         summary["stopped"] = facts["stopped"]
     page = curves_page(f"{context.config.name}: training", summary, result["log"], timing)

@@ -83,7 +83,7 @@ class Job:
 
 
 def run_job(job: Job, report: Report, rank: int = 0) -> dict[str, Any]:
-    """Train; returns `facts` of the adapter, `log` and `frames_per_s`, as JSON takes them.
+    """Train; returns `facts` of the adapter and `log`, as JSON takes them.
 
     Raises:
         CorruptFileError: a tensor file that is damaged or not what its record says.
@@ -171,7 +171,7 @@ def run_job(job: Job, report: Report, rank: int = 0) -> dict[str, Any]:
     if rank == 0:
         _write_adapters(job, trainer, model, targets, facts, result)
         _say_best(report, facts)
-    return {"facts": facts, "log": result.log, "frames_per_s": result.frames_per_s}
+    return {"facts": facts, "log": result.log}
 
 
 def with_steps(section: TrainSection, num_clips: int) -> TrainSection:

@@ -55,7 +55,7 @@ def wait_until_unlocked(workplace):
         time.sleep(0.05)
 
 
-def kill_and_compare(finished, workplace, plan):
+def kill_and_finish(finished, workplace, plan):
     """`plan` holds (stage, fraction of that stage's undisturbed time) for each kill."""
     seconds = {row["name"]: row["seconds"] for row in finished.status()}
     for stage, fraction in plan:
@@ -68,11 +68,13 @@ def kill_and_compare(finished, workplace, plan):
         cwd=workplace.folder, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    expected, found = finished.digests(), workplace.digests()
-    assert {name: found[name] for name in DETERMINISTIC} == {
-        name: expected[name] for name in DETERMINISTIC
-    }
     assert not list(workplace.run_folder.rglob("*.tmp"))
+    return deterministic(workplace)
+
+
+def deterministic(workplace):
+    """Digests of the stages that come out the same, killed or not."""
+    return {name: digest for name, digest in workplace.digests().items() if name in DETERMINISTIC}
 
 
 @pytest.mark.timeout(600)  # it is the first to ask for the finished run, whose making counts too
@@ -83,7 +85,7 @@ def test_three_kills(finished, tmp_path):
     print(f"moments drawn with seed {seed}")
     draw.seed(seed)
     moments = [(stage, draw.uniform(0.1, 0.8)) for stage in ("speech", "tensors", "train")]
-    kill_and_compare(finished, workplace, moments)
+    assert kill_and_finish(finished, workplace, moments) == deterministic(finished)
 
 
 @pytest.mark.slow
@@ -96,7 +98,8 @@ def test_ten_kills_each_stage_at_least_once(finished, tmp_path):
     draw.seed(seed)
     stages = [*DETERMINISTIC, "train", "speech", "tensors"]
     stages.sort(key=STAGE_NAMES.index)
-    kill_and_compare(finished, workplace, [(stage, draw.uniform(0.05, 0.7)) for stage in stages])
+    moments = [(stage, draw.uniform(0.05, 0.7)) for stage in stages]
+    assert kill_and_finish(finished, workplace, moments) == deterministic(finished)
     for stage in ("serve", "evaluate"):
         assert kill_during(workplace, stage, 2.0)
         wait_until_unlocked(workplace)

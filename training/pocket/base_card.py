@@ -71,7 +71,7 @@ def card(folder: Path, made: Made) -> str:
         f"| utterances | {len(bank.units)}, {minutes:.0f} minutes with their tails; four agent "
         "voices in four moods, ten user voices in three rooms, two of them held out |",
         f"| training | {settings.steps} steps, the first {settings.reading_steps} of text alone, "
-        f"then of {settings.batch_size} dialogues drawn anew; Muon and AdamW at "
+        f"then of {settings.batch_size} dialogues drawn anew; AdamW at "
         f"{settings.learning_rate:g}, bfloat16 over float32 weights |",
         f"| time | of this call: {made.encoded_s / 60:.0f} min for speech and codes (those that "
         f"were there are not made again), {trained.seconds / 60:.0f} min of training "

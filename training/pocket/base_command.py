@@ -84,7 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=1)
     add("--threads", type=int, default=2)
     add("--batch-size", type=int, default=8)
-    add("--learning-rate", type=float, default=2.5e-3)
+    add("--learning-rate", type=float, default=1.2e-3)
     add("--small", action="store_true", help="a third of the utterances, to try it out")
     arguments = parser.parse_args(argv)
     arguments.codec = arguments.codec or arguments.out

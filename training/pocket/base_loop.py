@@ -4,8 +4,8 @@ What a step sees follows from (seed, step) alone, as do the rates; a killed run 
 last checkpoint and ends with the same weights, to the bit on one kind of CPU. Dialogues are drawn
 for `POOL_STEPS` steps at a time and sorted by length, so that little of a batch is padding.
 
-Shapes: B clips, T frames. Source of rates and weights: FACTS of the prototype (docs/training.md
-explains the loss); measured here: BASE.md beside the weights.
+Shapes: B clips, T frames. docs/training.md explains the loss; what a run measured stands in
+BASE.md, which it writes beside its weights.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LoopSettings:
 
     reading_steps: how many of the first updates are of reading clips alone (base_reading.py);
     later there is one to `READING_ONE_TO` dialogues. mixed: compute in bfloat16 over float32
-    weights; muon: for the matrices of the transformers.
+    weights.
     """
 
     steps: int
@@ -65,7 +65,6 @@ class LoopSettings:
     longest_frames: int = 500
     reading_steps: int = 200
     seed: int = 0
-    muon: bool = True
     mixed: bool = True
 
     def section(self) -> TrainSection:
@@ -168,7 +167,7 @@ def train(
     """
     dtype = torch.bfloat16 if settings.mixed else torch.float32
     lm.train().requires_grad_(True)
-    masters = Masters(lm, settings.section(), muon=settings.muon)
+    masters = Masters(lm, settings.section())
     state = latest_checkpoint(folder, identity)
     first, log = 0, []
     if state is not None:

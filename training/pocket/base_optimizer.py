@@ -1,16 +1,11 @@
-"""Mixed precision and its optimizers, for a whole small model on a CPU.
+"""Mixed precision with AdamW, for a whole small model on a CPU.
 
-The model computes in bfloat16, the optimizers hold every weight in float32 and copy it back after
+The model computes in bfloat16, the optimizer holds every weight in float32 and copies it back after
 each update. Embeddings stay float32 in the model too, and are rounded as they are read: their
 gradient adds up thousands of rows of one code, which in bfloat16 would stop growing.
 
-Matrices inside the transformers are updated by Muon (momentum, orthogonalised by five
-Newton-Schulz iterations; torch.optim.Muon, scaled to AdamW's RMS so that both take one learning
-rate), all else by AdamW.
-
 Measured on the pocket model, one core, 5 254 frames a step: forward and backward 3.05 s in float32,
 1.70 s in bfloat16.
-Source of Muon: Jordan et al. 2024; of the scaling: Liu et al. 2025, arXiv 2502.16982.
 """
 
 from __future__ import annotations
@@ -24,9 +19,7 @@ from duplex.config_train import TrainSection
 from training.fast import FastForward
 from training.optimizer import adam_tensors, load_adam, make_adam, set_rates
 
-MOMENTUM = 0.95
-WEIGHT, BUFFER = "weight.", "momentum."
-_INSIDE = (".self_attn.", ".gating.")
+WEIGHT = "weight."
 
 
 class Rounded(nn.Module):
@@ -44,11 +37,6 @@ def is_embedding(name: str) -> bool:
     return name.startswith(("text_emb.", "emb.", "depformer_text_emb.", "depformer_emb."))
 
 
-def is_inside(name: str, weight: torch.Tensor) -> bool:
-    """Whether Muon updates a weight: a matrix of a transformer's layers."""
-    return weight.dim() == 2 and any(part in name for part in _INSIDE)
-
-
 def mixed_forward(lm: Any, dtype: torch.dtype) -> FastForward:
     """The fast forward of `lm`, whose weights become `dtype`, its embeddings excepted."""
     for name, parameter in lm.named_parameters():
@@ -63,30 +51,18 @@ def mixed_forward(lm: Any, dtype: torch.dtype) -> FastForward:
 
 
 class Masters:
-    """The float32 weights of a model, with their optimizers.
+    """The float32 weights of a model, with their optimizer.
 
     Args:
         lm: in float32; a copy of its weights is what is trained.
-        muon: False: AdamW for everything.
     """
 
-    def __init__(self, lm: Any, section: TrainSection, *, muon: bool = True):
+    def __init__(self, lm: Any, section: TrainSection):
         self.section = section
         self.parameters: dict[str, nn.Parameter] = {
             name: nn.Parameter(p.detach().float().clone()) for name, p in lm.named_parameters()
         }
-        self._matrices = {n: p for n, p in self.parameters.items() if muon and is_inside(n, p)}
-        self._others = {n: p for n, p in self.parameters.items() if n not in self._matrices}
-        self._adam = make_adam(self._others, section)
-        self._muon = None
-        if self._matrices:
-            self._muon = torch.optim.Muon(
-                list(self._matrices.values()),
-                lr=section.learning_rate,
-                weight_decay=section.weight_decay,
-                momentum=MOMENTUM,
-                adjust_lr_fn="match_rms_adamw",
-            )
+        self._adam = make_adam(self.parameters, section)
 
     def update(self, lm: Any, step: int) -> dict[str, float]:
         """Update `step` (from 0) from the gradients of `lm`, which are cleared.
@@ -101,9 +77,6 @@ class Masters:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.section.clip_norm)
         rates = set_rates(self._adam, step, self.section)
         self._adam.step()
-        if self._muon is not None:
-            self._muon.param_groups[0]["lr"] = rates["lr"]
-            self._muon.step()
         self.copy_to(lm)
         return {**rates, "norm": round(float(norm), 3)}
 
@@ -114,20 +87,13 @@ class Masters:
             parameter.copy_(self.parameters[name])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that a checkpoint needs: weights and both optimizers' states, on the CPU."""
+        """All that a checkpoint needs: weights and AdamW's state, on the CPU."""
         found = {WEIGHT + n: p.detach().clone() for n, p in self.parameters.items()}
-        if self._muon is not None:
-            states = {n: self._muon.state[p] for n, p in self._matrices.items()}
-            found |= {BUFFER + n: state["momentum_buffer"].clone() for n, state in states.items()}
-        return found | adam_tensors(self._adam, self._others)
+        return found | adam_tensors(self._adam, self.parameters)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put back what `tensors` gave."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[WEIGHT + name])
-        if self._muon is not None:
-            for name, parameter in self._matrices.items():
-                self._muon.state[parameter] = {"momentum_buffer": tensors[BUFFER + name].clone()}
-        rest = {n: t for n, t in tensors.items() if not n.startswith((WEIGHT, BUFFER))}
-        load_adam(self._adam, rest)
+        load_adam(self._adam, {n: t for n, t in tensors.items() if not n.startswith(WEIGHT)})
