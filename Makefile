@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/duplex run configs/pocket.yaml
 
-# 1 100 CPU seconds, 15 minutes on two busy cores; no network. Two workers; tests/conftest.py keeps
+# 11 minutes on two cores, no network. Two workers; tests/conftest.py keeps
 # what shares a fixture together.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu'
