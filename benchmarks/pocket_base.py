@@ -3,9 +3,11 @@
     python -m benchmarks.pocket_base                      # prints; data/pocket
     python -m benchmarks.pocket_base --runs 40 --write    # and writes docs/results/pocket_base.*
 
-`--runs` conversations of 30 s: a prompt in wordings that training never saw, a user's voice that
-it never heard, up to five questions on a fixed timetable (training/pocket/base_probe.py). Text is
-sampled at .4 / top 10, audio at .7 / top 50. Definitions: training/pocket/base_measures.py; in
+`--runs` conversations of 30 s: a prompt that training never saw, a user's voice that it never
+heard, up to five questions on a fixed timetable (training/pocket/base_probe.py). In half of the
+runs the prompt is worded as none of training was, and so are most of the questions; up to half of
+the facts have values that no prompt of it had. Both are told apart below. Text is sampled at
+.4 / top 10, audio at .7 / top 50. Definitions: training/pocket/base_measures.py; in
 short:
 
     answers           questions behind which the agent says something before the next one
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,11 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", type=Path, default=CHECKOUT / "data/pocket")
     parser.add_argument("--codec", type=Path, help="default: BASE")
+    parser.add_argument("--work", type=Path, help="keeps the utterances' codes for another time")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--write", action="store_true", help="docs/results/pocket_base.{json,md}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result = measure(arguments.base, arguments.codec or arguments.base, arguments)
+    with tempfile.TemporaryDirectory() as name:
+        places = Places(arguments.work or Path(name))
+        result = measure(arguments.base, arguments.codec or arguments.base, places, arguments.runs)
     page = describe(result)
     print(page)
     if arguments.write:
@@ -91,21 +97,22 @@ def main() -> None:
         write_atomic(RESULTS / "pocket_base.md", page.encode())
 
 
-def measure(base: Path, codec_folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[str, Any]:
     grammar = load_grammar()
     lm, tokenizer = load_base(base), load_tokenizer(base)
     codec, _ = load_pocket_codec(codec_folder)
     seed = base_config(base)["seed"]
     units = held_out_units(inventory(grammar, Amounts(), seed))
-    bank = speak_and_encode(units, grammar, codec, Places(arguments.work), print)
+    bank = speak_and_encode(units, grammar, codec, places, print)
     started_s = time.monotonic()
-    alone, cut_in = free_runs(lm, grammar, bank, tokenizer, codec.mimi, arguments.runs)
-    answers = [judge(run.probe.questions, run.text, tokenizer.decode) for run in alone]
+    alone, cut_in = free_runs(lm, grammar, bank, tokenizer, codec.mimi, count)
+    refusals = grammar.talk.refusal
+    answers = [judge(run.probe.questions, run.text, tokenizer.decode, refusals) for run in alone]
     spent_s = time.monotonic() - started_s
     return {
-        "runs": arguments.runs,
+        "runs": count,
         "machine": _cpu_name(),
-        "seconds_a_run": round(spent_s / arguments.runs, 1),
+        "seconds_a_run": round(spent_s / count, 1),
         "base": base_config(base),
         "shares": shares(alone, answers, cut_in),
         "speech": speech_says_text(alone, bank, tokenizer, codec.mimi),
@@ -187,15 +194,22 @@ def shares(
 ) -> dict[str, Any]:
     """Each share as hits, trials and its interval."""
     every = [answer for row in answers for answer in row]
-    held = [a for a in every if a.answered and a.question.says and a.question.is_held_out]
-    known = [a for a in every if a.answered and a.question.says and not a.question.is_held_out]
+    facts = [a for a in every if a.answered and a.question.says]
     lacking = [a for a in every if a.answered and a.question.says is None]
     collapses = [collapsed(run.probe.questions, run.text) for run in runs]
     counted = {
         "answers": [a.answered for a in every],
-        "fact right": [a.right for a in (*known, *held)],
-        "fact right, values of training": [a.right for a in known],
-        "fact right, values held out": [a.right for a in held],
+        "fact right": [a.right for a in facts],
+        **{
+            f"fact right, {words} wordings, {values} values": [
+                a.right
+                for a in facts
+                if (a.question.wording_held, a.question.value_held)
+                == (words == "held-out", values == "held-out")
+            ]
+            for words in ("known", "held-out")
+            for values in ("known", "held-out")
+        },
         "refuses what the prompt lacks": [a.right for a in lacking],
         "premature": [a.premature for a in every],
         "yields": list(yielded),
@@ -300,7 +314,7 @@ def describe(result: dict[str, Any]) -> str:
         "# The pocket base, speaking freely",
         "",
         f"`python -m benchmarks.pocket_base --runs {result['runs']} --write`: {result['runs']} "
-        "conversations of 30 s with voices and prompts that training never saw "
+        "conversations of 30 s with prompts that training never saw, by voices that it never heard "
         f"({result['base']['steps']} steps; {result['machine']}, {result['seconds_a_run']} s a run "
         "on one core, both of its passes).",
         "",

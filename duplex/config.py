@@ -19,8 +19,8 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 ProfileName = Literal["workbench", "personaplex", "moshi", "coffee-compat"]
 
 # A profile sets a group of defaults; a key that the YAML names wins over it.
-# personaplex: the paper's weights (FACTS, section 3); moshi: moshi-finetune's (section 5);
-# coffee-compat: the predecessor to the letter (section 4), its defects included, so that its
+# personaplex: the paper's weights; moshi: moshi-finetune's;
+# coffee-compat: the predecessor to the letter, its defects included, so that its
 # files and numbers can be reproduced.
 PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "workbench": {},
@@ -48,7 +48,7 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class ModelSection(Section):
-    """The base model. `pocket` is a small one of our own, built here from a seed.
+    """The base model. `pocket` is a small one of our own, in data/pocket.
 
     `base` is `pocket`, a folder with `config.json`, or a Hugging Face repository `owner/name`.
     """

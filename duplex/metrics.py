@@ -10,7 +10,7 @@ Shapes: S samples, T frames.
 Sources:
     Heldner & Edlund 2010, "Pauses, gaps and overlaps in conversations" (floor-transfer offset)
     Jefferson 1989, "a possible metric which provides for a 'standard maximum' silence" (1 s)
-    Lin et al. 2025, Full-Duplex-Bench (take-over and latency; its faults: FACTS, section 6)
+    Lin et al. 2025, Full-Duplex-Bench (take-over and latency)
     Welleck et al. 2020, "Neural text generation with unlikelihood training" (seq-rep-4)
 """
 
@@ -199,7 +199,7 @@ def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def is_echo(user_text: str, reply: str) -> bool:
-    """Whether a reply only says the user's words back (FACTS, section 7).
+    """Whether a reply only says the user's words back.
 
     With user words u and reply words m: m = u at any length, or |m| >= 4 and
     (WER(u, m) <= .35, or LCS(u, m)/|m| >= .8 with at most .2 of m not in u).

@@ -19,7 +19,7 @@ agent's is digital silence outside of its turns, since it is what the model lear
 
 Cost: linear in the samples; 5 ms of CPU time for a minute of conversation, 50 ms with room tone
 and leakage, 140 ms with noise too.
-Source: gaps in 80 ms frames and speech at -24 are the predecessor's (FACTS, section 4), which
+Source: gaps in 80 ms frames and speech at -24 are the predecessor's, which
 measured LUFS; RMS needs neither its filter nor its gate.
 """
 

@@ -3,7 +3,7 @@
 Row 0 is text, rows 1-8 the agent's Mimi codebooks, rows 9-16 the user's. Files hold
 *undelayed* codes; `LMModel.forward` applies the delays. Shapes: K = 17 rows, T frames.
 
-The prompt, in frames (PersonaPlex, FACTS of its inference code):
+The prompt, in frames (PersonaPlex, as its inference code steps):
 
     [voice sample] · silence 6 · `<system> TEXT <system>` one token a frame · silence 6 · [greeting]
 
@@ -34,7 +34,7 @@ ZERO_TOKEN = -1  # no input, no loss
 UNGENERATED = -2
 PROMPT_SILENCE_FRAMES = 6
 SYSTEM_TAG = "<system>"
-# The predecessor's prompt (FACTS, section 4): another closing tag, at least 25 text frames,
+# The predecessor's prompt: another closing tag, at least 25 text frames,
 # and frame 0 kept in the file.
 COFFEE_CLOSING_TAG = "</system>"
 COFFEE_TEXT_FRAMES = 25
@@ -50,7 +50,7 @@ class CodecTokens:
     sine: tuple[int, ...]
 
 
-# What Kyutai's own weights give, as PersonaPlex publishes it (FACTS, section 1).
+# What Kyutai's own weights give, as PersonaPlex publishes it.
 KYUTAI_TOKENS = CodecTokens(
     silence=(948, 243, 1178, 546, 1736, 1030, 1978, 2008),
     sine=(430, 1268, 381, 1611, 1095, 1495, 56, 472),

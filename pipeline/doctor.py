@@ -166,7 +166,9 @@ def _data(config: Config) -> list[dict[str, str]]:
 def _model(config: Config) -> dict[str, str]:
     identity = model_identity(config.model)
     if config.model.base == "pocket":
-        return _check("model", "ok", "pocket: built here from a seed; random weights, no speech")
+        return _check(
+            "model", "ok", "pocket: 7 M weights from data/pocket; speaks by synthetic voices"
+        )
     if identity.startswith("folder:"):
         return _check("model", "ok", f"folder {find_path(config.model.base)}")
     licence = LICENCES.get(config.model.base, "see its hub page")

@@ -243,8 +243,7 @@ def _pocket_tokenizer() -> Any:
     from pipeline.engines import pocket
 
     if not _tokenizers:
-        corpus = pocket.CORPUS.read_text(encoding="utf-8")
-        model = pocket.train_tokenizer(corpus, pocket.TEXT_CARD)
+        model = pocket.tokenizer_bytes()
         _tokenizers.append(SentencePieceProcessor(model_proto=model))  # pyright: ignore[reportCallIssue]
     return _tokenizers[0]
 

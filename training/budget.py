@@ -2,7 +2,7 @@
 
 A loss of several terms is trained by the largest, and its value does not show which that is.
 With the predecessor's weights text was 1.3 % of the loss at the start, and its answers went
-wrong (FACTS, section 4). So the four groups of `training/loss.py` are told apart:
+wrong. So the four groups of `training/loss.py` are told apart:
 
     words      text tokens that are no padding        padding    PAD and EPAD
     semantic   the first codebook                     acoustic   the seven others

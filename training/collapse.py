@@ -1,7 +1,7 @@
 """What a free run says about itself, and whether the model has collapsed. Pure.
 
 Teacher-forced likelihood shows neither of the two ways in which tuned full-duplex models fail:
-a model of 98.8 % text accuracy was silent when it spoke freely (FACTS, section 5), and one that
+a model of 98.8 % text accuracy was silent when it spoke freely (moshi-finetune), and one that
 is fed its own words can loop. So each run is measured and compared with the same frames of the
 held-out dialogue, its reference: what is normal depends on language, tokenizer and data.
 

@@ -2,7 +2,7 @@
 
 PersonaPlex predicts the user's codebooks too (steps 8 to 15), and nobody plays them. The depth
 transformer is causal over codebooks, so without those steps the agent's logits stay what they
-were (FACTS, section 1: the published server and a cut model gave the same tokens). What goes:
+were (the published server and a cut model gave the same tokens). What goes:
 
     linears, depformer_norms             one a step: 0-7 stay
     depformer_emb                        one a step but the last: 0-6 stay

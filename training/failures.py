@@ -117,9 +117,10 @@ def require_finite(
     """
     if math.isfinite(value):
         return
+    where = f", on the clips {', '.join(clip_ids[:8])}" if clip_ids else ""
     raise WorkError(
-        f"{what} must be finite, found {value} at step {step}, on the clips "
-        f"{', '.join(clip_ids[:8])}. The last checkpoint is kept in {checkpoints}. "
+        f"{what} must be finite, found {value} at step {step}{where}. The last "
+        f"checkpoint is kept in {checkpoints}. "
         "Lower train.learning_rate, or look at these clips with `duplex inspect`."
     )
 

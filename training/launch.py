@@ -126,8 +126,8 @@ def _describe_death(rank: int, processes: int, code: int) -> str:
     return (
         f"all {processes} training processes must live until the end, found rank {rank} dead by "
         f"{how}; the others were stopped. The last checkpoint is kept: run again to go on from "
-        "it. Signal 9 that nobody sent is most often the system short of memory: a lower "
-        "train.batch_size or train.crop_frames, or a higher train.accumulate, takes less."
+        "it. Signal 9 that nobody sent is most often the system short of memory: a smaller batch, "
+        "shorter crops or a higher train.accumulate take less."
     )
 
 

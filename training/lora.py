@@ -18,7 +18,7 @@ embeddings. A model with dep_q 16 also predicts the user's codes. Unless they ca
 transformer is causal over codebooks: they are no targets, rather than adapters that never move.
 
 **Liveness.** Adapters have been trained that had no part in the model: the code took the wrapped
-layer's weight and passed it by (FACTS, section 4: 2 of 8 got a gradient). So before training,
+layer's weight and passed it by (the predecessor: 2 of 8 got a gradient). So before training,
 one forward and backward pass on a real batch: each A and B must have a finite gradient that is
 not zero, whether the forward calls the wrapped layer or reads W, A and B out of it. One side
 starts at 0 (B; A of an embedding), where the other's gradient is exactly 0; for this pass

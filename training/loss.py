@@ -17,8 +17,8 @@ agent's of the same number, v_k = a for k = 1, 9 and b for the others:
 `terms` is moshi-finetune's, and ours (profiles `workbench` and `moshi`): both terms are means,
 so a = 100 shifts the audio term towards the semantic code and leaves the text half of the loss.
 `all` is the paper's of PersonaPlex: a, b, u = 1, .02, .3. `none` is the predecessor's
-(`coffee-compat`): text is about 1.3 % of the loss at the start (FACTS, section 4).
-Source: kyutai-labs/moshi-finetune, `finetune/loss.py` and its config; FACTS, sections 3 and 4.
+(`coffee-compat`): text is about 1.3 % of the loss at the start.
+Source: kyutai-labs/moshi-finetune, `finetune/loss.py` and its config; the PersonaPlex paper.
 
 Each of them is linear in S once the n are known, and those follow from the codes and the mask
 alone: `loss = Σ c·S` with `c = coefficients(n)`. So coefficients are made before the forward pass,

@@ -13,7 +13,7 @@ adapter:
     effect = rms(base - unmerged) / rms(unmerged)       error must be under half of it
 
 The second line is what a merge that did nothing fails. Merges that changed nothing, with a
-warning only, are why all this is here (FACTS, section 4); in bfloat16 small updates round away.
+warning only, by the predecessor are why all this is here; in bfloat16 small updates round away.
 
 Memory: some blocks while writing, one layer in float32 for the logits; time and memory of a 7B
 merge are in docs/results/merge.md. The output folder is renamed into place when all of it is

@@ -3,9 +3,9 @@
     depth      the depth transformer and its codebook heads: `depformer*`, `linears*`
     temporal   everything else
 
-PersonaPlex was tuned at 2e-6 and 4e-6 (FACTS, section 3); both rates rise and fall together.
+PersonaPlex was tuned at 2e-6 and 4e-6 (its paper); both rates rise and fall together.
 Rates follow from the step alone, so a checkpoint holds AdamW's moments and counters and no more.
-Source of betas .9/.95: FACTS, section 4, and moshi-finetune.
+Source of betas .9/.95: the predecessor and moshi-finetune.
 """
 
 from __future__ import annotations

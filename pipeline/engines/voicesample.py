@@ -1,6 +1,6 @@
 """Voice samples for prompts: cut, brought to -24 LUFS, read from files that may be anything.
 
-PersonaPlex prompts with a mono sample at -24 LUFS (FACTS, section 3). Its own 18 packaged
+PersonaPlex prompts with a mono sample at -24 LUFS (its inference code). Its own 18 packaged
 voices are something else: input embeddings and a token cache, which no tokens can replay.
 """
 

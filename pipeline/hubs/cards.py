@@ -94,7 +94,9 @@ def adapter_card(
         "- A low loss shows no conversation: listen, or run `duplex evaluate`.",
     ]  # fmt: skip
     if base == "pocket":
-        lines.append("- The pocket model has random weights: it proves the path and says nothing.")
+        lines.append(
+            "- The pocket model is a thousandth of a 7B: it shows the path, not its speech."
+        )
     return _front(head) + "\n".join(lines) + "\n"
 
 

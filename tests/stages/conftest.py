@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.engines import pocket
+from tests.stages.random_model import write_random_checkpoint
 
 TINY_TEXT_CARD = 340
 TINY_CONTEXT = 3000  # frames; room for a prompt of 2 000 characters
@@ -70,7 +71,7 @@ TINY_CORPUS = "\n".join(
 def write_tiny_checkpoint(folder: Path, *, lm_seed: int = 7, **lm_changes: object) -> Path:
     """Write a tiny checkpoint into `folder`; `lm_changes` overrides keys of the LM's config."""
     folder.mkdir(parents=True, exist_ok=True)
-    pocket.write_checkpoint(
+    write_random_checkpoint(
         folder,
         lm_config={**TINY_LM_CONFIG, **lm_changes},
         mimi_config=_tiny_mimi_config(),

@@ -44,7 +44,7 @@ def model(tiny_checkpoint, tmp_path_factory):
 
 
 def coffee_codes(model, prompt=PROMPT, fill=TEXT_PAD, seed=0):
-    """The predecessor's file, written out by itself (FACTS, section 4), and what it dropped."""
+    """The predecessor's file, written out by itself, and what it dropped."""
     tokens = model.coder.encode(coffee_text(prompt))
     head = np.empty((17, 12 + max(25, len(tokens))), dtype=np.int64)
     head[TEXT_ROW] = fill

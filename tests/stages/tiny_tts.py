@@ -19,6 +19,7 @@ from duplex.records import Voice
 from pipeline.engines import pocket
 from pipeline.engines.speaking import SpeechRequest
 from tests.stages.conftest import TINY_CARD, TINY_CORPUS, _tiny_mimi_config
+from tests.stages.random_model import build_mimi, plain
 
 
 def _lut(*values: str) -> dict[str, Any]:
@@ -68,9 +69,9 @@ def write_moshi_tts(folder: Path, *, seed: int = 5, **changes: Any) -> Path:
             if parameter.dim() > 1:  # the library leaves some uninitialised
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     mimi_config = _tiny_mimi_config()
-    mimi = pocket.build_mimi(mimi_config, seed)
-    save_file(pocket._plain(lm.state_dict()), folder / "tts.safetensors")
-    save_file(pocket._plain(mimi.state_dict()), folder / "mimi.safetensors")
+    mimi = build_mimi(mimi_config, seed)
+    save_file(plain(lm.state_dict()), folder / "tts.safetensors")
+    save_file(plain(mimi.state_dict()), folder / "mimi.safetensors")
     (folder / "mimi_config.json").write_text(json.dumps(mimi_config))
     (folder / "text.model").write_bytes(pocket.train_tokenizer(TINY_CORPUS, config["text_card"]))
     files = {
@@ -235,7 +236,7 @@ def write_pocket_tts(folder: Path, *, end_bias: float = 0.0, seed: int = 5) -> P
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         model.flow_lm.out_eos.bias.fill_(end_bias)
-    save_file(pocket._plain(model.state_dict()), folder / "model.safetensors")
+    save_file(plain(model.state_dict()), folder / "model.safetensors")
     path.write_text(yaml.safe_dump({**config, "weights_path": str(folder / "model.safetensors")}))
     return path
 

@@ -66,7 +66,7 @@ def dialogues(draw, fill):
 
 
 def coffee_file(prompt, dialogue, fill=TEXT_PAD):
-    """The predecessor's layout, written out by itself (FACTS, section 4)."""
+    """The predecessor's layout, written out by itself."""
     tokens = pieces(coffee_text(prompt))
     text_frames = max(25, len(tokens))
     head = np.empty((17, 6 + text_frames + 6), dtype=np.int64)

@@ -28,7 +28,7 @@ DOMAIN = load_domain(DATA / "domains/coffee-shop.yaml")
 SEEDS: dict[str, Any] = yaml.safe_load((DATA / "prompts/seeds.yaml").read_text(encoding="utf-8"))
 CORPUS = DATA / "pocket/corpus.txt"
 
-# FACTS, section 4: frames of 80 ms, (after the user, other).
+# The predecessor's: frames of 80 ms, (after the user, other).
 GAPS = {
     "angry": ((1, 3), (1, 4)),
     "nervous": ((6, 15), (8, 20)),

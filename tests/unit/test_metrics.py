@@ -317,7 +317,7 @@ def test_bounds_of_a_rate_against_closed_forms():
         assert low == 0
         assert high == pytest.approx(1 - 0.025 ** (1 / trials))
         assert proportion_interval(trials, trials) == pytest.approx((1 - high, 1))
-    # The one-sided bounds of FACTS: 15 clean runs under 18 %, 59 under 5 %.
+    # One-sided bounds: 15 clean runs under 18 %, 59 under 5 %.
     assert proportion_interval(0, 15, confidence=0.9)[1] == pytest.approx(0.181, abs=5e-4)
     assert proportion_interval(0, 59, confidence=0.9)[1] < 0.05
     assert proportion_interval(5, 10) == pytest.approx((0.1871, 0.8129), abs=1e-4)

@@ -9,12 +9,14 @@ from training.pocket.base_measures import (
     collapsed,
     judge,
     place_to_cut,
+    says_value,
     spoken_turns,
     yields,
 )
 
 WORDS = ["It", "is", "three", "dollars", "Sorry", "four", "not", "sure", "I'm"]
 FIRST = 10  # id of the first word
+REFUSALS = ("I'm not sure",)
 ASKED = Question(10, 30, "price", "three dollars")
 NEXT = Question(70, 90, "name", "Carl")
 
@@ -33,7 +35,7 @@ def row(*placed, num_frames=150):
 
 
 def judged(text, question=ASKED):
-    return judge([question, NEXT], text, decode)[0]
+    return judge([question, NEXT], text, decode, REFUSALS)[0]
 
 
 def test_an_answer_stands_behind_its_question():
@@ -57,6 +59,16 @@ def test_what_the_prompt_lacks_must_be_refused():
     lacking = Question(10, 30, "price", None)
     assert judged(row((33, "I'm not sure Sorry")), lacking).right is True
     assert judged(row((33, "It is three dollars")), lacking).right is False
+    assert judged(row((33, "Sorry")), lacking).right is False, "that is no refusal"
+
+
+def test_a_value_within_a_longer_one_was_not_said():
+    times = ("half past seven", "eight", "half past eight")
+    assert says_value("We open at seven.", "seven", times)
+    assert not says_value("We open at half past seven.", "seven", times)
+    assert says_value("Not at half past seven, at seven.", "seven", times)
+    assert says_value("Half past seven.", "half past seven", ("seven",))
+    assert not says_value("Twenty five dollars.", "five dollars", ("twenty five dollars",))
 
 
 def test_padding_is_no_word():

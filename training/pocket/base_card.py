@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,8 @@ NAME = "BASE.md"
 
 @dataclass(frozen=True)
 class Made:
-    """What a run made. stored: held-out likelihoods of the weights as they are stored;
+    """What a run made. final, stored: held-out likelihoods of the weights as trained and as they
+    are stored; lessons: nats a word piece of lessons by name;
     margin: of words, prompt against swapped prompt; encoded_s: seconds of this call for speech
     and codes."""
 
@@ -28,9 +28,11 @@ class Made:
     bank: Bank
     num_weights: int
     trained: Trained
+    final: dict[str, float]
     stored: dict[str, float]
+    lessons: dict[str, float]
     encoded_s: float
-    threads: int
+    processes: int
     margin: Margin | None
 
 
@@ -41,7 +43,6 @@ def write_card(folder: Path, made: Made) -> None:
 
 def card(folder: Path, made: Made) -> str:
     settings, bank, grammar, trained = made.settings, made.bank, made.grammar, made.trained
-    last = [line for line in map(json.loads, trained.log) if "held_words" in line][-1]
     size_mb = sum((folder / name).stat().st_size for name in (WEIGHTS, CONFIG, TOKENIZER)) / 1e6
     minutes = bank.num_frames / FRAME_RATE / 60
     lines = [
@@ -57,7 +58,8 @@ def card(folder: Path, made: Made) -> str:
         "```",
         "python -m training.pocket base "
         f"--steps {settings.steps} --batch-size {settings.batch_size} "
-        f"--reading-steps {settings.reading_steps} --learning-rate {settings.learning_rate:g} "
+        f"--reading-steps {settings.reading_steps} --word-steps {settings.word_steps} "
+        f"--learning-rate {settings.learning_rate:g} --processes {made.processes} "
         f"--seed {settings.seed} --work WORK",
         "```",
         "",
@@ -70,17 +72,19 @@ def card(folder: Path, made: Made) -> str:
         f"| facts | {len(grammar.talk.topics)} topics |",
         f"| utterances | {len(bank.units)}, {minutes:.0f} minutes with their tails; four agent "
         "voices in four moods, ten user voices in three rooms, two of them held out |",
-        f"| training | {settings.steps} steps, the first {settings.reading_steps} of text alone, "
-        f"then of {settings.batch_size} dialogues drawn anew; AdamW at "
-        f"{settings.learning_rate:g}, bfloat16 over float32 weights |",
-        f"| time | of this call: {made.encoded_s / 60:.0f} min for speech and codes (those that "
+        f"| training | {settings.steps} steps: {settings.reading_steps} of prompts and words "
+        f"alone, {settings.word_steps} of dialogues and lessons in reading and hearing with loss "
+        f"on words alone, the others of {settings.batch_size} dialogues drawn anew; AdamW at "
+        f"{settings.learning_rate:g}, bfloat16 over float32 weights; first weights with heads "
+        "that copy (training/pocket/base_initial.py) |",
+        f"| time | {made.encoded_s / 60:.0f} min for speech and codes (in this call: those that "
         f"were there are not made again), {trained.seconds / 60:.0f} min of training "
-        f"({_speed(trained.frames_per_second)}, {made.threads} threads) |",
+        f"({_speed(trained.frames_per_second)}, {made.processes} processes) |",
         "",
-        "| held-out dialogues, teacher-forced, nats | last step | with the weights as stored |",
+        "| held-out dialogues, teacher-forced, nats | as trained | as stored |",
         "| --- | ---: | ---: |",
         *(
-            f"| {name} | {last[f'held_{key}']:.3f} | {made.stored[f'held_{key}']:.3f} |"
+            f"| {name} | {made.final[f'held_{key}']:.3f} | {made.stored[f'held_{key}']:.3f} |"
             for name, key in (
                 ("words", "words"),
                 ("text padding", "padding"),
@@ -91,6 +95,10 @@ def card(folder: Path, made: Made) -> str:
         "",
         f"Prompt-swap margin on them: {made.margin or 'not measured'} per word token. 0: it does "
         "not read its prompt, and the facts that it tells are likely ones, not the prompt's.",
+        "",
+        "Lessons, nats a word piece with the weights as stored: "
+        + "; ".join(f"{name} {nats:.2f}" for name, nats in made.lessons.items())
+        + ".",
         "",
         "Held out: about one value in eight of each slot, some wordings of prompts and questions, "
         "two user voices.",

@@ -38,7 +38,7 @@ Tokenize = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class PlacedTurn:
-    """Frames [start, end) of the dialogue, end without the tail; `said` is None for nothing."""
+    """Frames [start, end) of the dialogue, end without the tail; is_cut: by the other."""
 
     role: str
     start: int
@@ -70,7 +70,7 @@ class ClipMaker:
         placed = place(dialogue, self.bank, rng)
         num_frames = max(turn.end for turn, _ in placed) + dialogue.tail
         agent = np.repeat(np.asarray(self.bank.tokens.silence)[:, None], num_frames, axis=1)
-        user = self._room(dialogue.user.state, num_frames, rng)
+        user = room_codes(self.bank, dialogue.user.state, num_frames, rng)
         for turn, pieces in placed:
             channel = agent if turn.role == "agent" else user
             for start, codes in pieces:
@@ -91,14 +91,6 @@ class ClipMaker:
         tokens = prompt_tokens(self.tokenizer, dialogue.prompt)
         return build_prompt(tokens, self.bank.tokens, voice=voice).training_codes()
 
-    def _room(self, room: str, num_frames: int, rng: random.Random) -> np.ndarray:
-        noise = self.bank.rooms[room]
-        start = rng.randrange(noise.shape[1])
-        places = (start + np.arange(num_frames)) % noise.shape[1]
-        if room == "quiet":
-            return np.repeat(np.asarray(self.bank.tokens.silence)[:, None], num_frames, axis=1)
-        return noise[:, places].astype(np.int64)
-
     def _text_turns(self, turns: Sequence[PlacedTurn]) -> list[TextTurn]:
         found = []
         for turn in turns:
@@ -114,6 +106,16 @@ class ClipMaker:
         if text not in self._tokens:
             self._tokens[text] = tuple(self.tokenizer.encode(text))
         return self._tokens[text]
+
+
+def room_codes(bank: Bank, room: str, num_frames: int, rng: random.Random) -> np.ndarray:
+    """What is heard where nobody speaks: int64 [8, T], from any place of the room's noise on."""
+    noise = bank.rooms[room]
+    start = rng.randrange(noise.shape[1])
+    places = (start + np.arange(num_frames)) % noise.shape[1]
+    if room == "quiet":
+        return np.repeat(np.asarray(bank.tokens.silence)[:, None], num_frames, axis=1)
+    return noise[:, places].astype(np.int64)
 
 
 Pieces = list[tuple[int, np.ndarray]]  # first frame and codes [8, n]
@@ -181,6 +183,11 @@ def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
         if role == "agent":
             audible[start : end + SETTLING_FRAMES] = True
     return TrainingClip(one.clip, audible)
+
+
+def silenced(one: TrainingClip) -> TrainingClip:
+    """The same clip, of which words alone carry loss."""
+    return TrainingClip(one.clip, np.zeros_like(one.audible))
 
 
 def masked_batch(clips: Sequence[TrainingClip]) -> Batch:

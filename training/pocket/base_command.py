@@ -5,23 +5,27 @@
     3. an `LMModel` is trained on dialogues of them           WORK/checkpoints/, WORK/losses.jsonl
     4. the weights are written                                OUT/base.*, tokenizer.model, BASE.md
 
-Each step takes up what an earlier, killed run has done. Where `--hours` stands for `--steps`, the
-number of steps is set once, from the time that the first ones take, and kept in WORK/plan.json.
+Each step takes up what an earlier, killed run has done. Every batch is shared by `--processes`
+processes of one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from duplex.base import canonical_json
-from duplex.files import write_atomic, write_json
+from duplex.files import write_atomic
+from training.distributed import Ranks, digest_of
 from training.fast import FastForward
+from training.launch import run_workers
 from training.pocket.base_bank import Bank
 from training.pocket.base_card import Made, write_card
 from training.pocket.base_clips import ClipMaker
@@ -31,7 +35,17 @@ from training.pocket.base_data import (
     speak_and_encode,
     train_tokenizer,
 )
-from training.pocket.base_loop import LoopSettings, Source, Trained, means, score, train
+from training.pocket.base_initial import prepare
+from training.pocket.base_loop import (
+    ALONE,
+    LOSS,
+    LoopSettings,
+    Source,
+    Trained,
+    means,
+    score,
+    train,
+)
 from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import voices_digest
 from training.pocket.base_weights import POCKET, load_base, save_base
@@ -40,31 +54,58 @@ from training.prompt_swap import plan_swaps, score_swaps
 
 SMALL = Amounts(6, 2, 1, 12, 1, 2, 3)
 VALID_CLIPS = 48
-PLAN_STEPS = 6
+WORKER = "training.pocket.base_worker"
 SWAPS = 2
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def main(argv: list[str]) -> int:
     """Train the base as the arguments say; 0 when it is done.
 
     Raises:
-        RequestError, MissingInputError, CorruptFileError: a folder that is not what it should be.
+        MissingInputError, CorruptFileError: a folder that is not what it should be.
+        WorkError: a loss that is not finite, or a process that died.
     """
-    import torch
-
     arguments = _parse(argv)
-    torch.set_num_threads(arguments.threads)
-    places = Places(arguments.work)
+    if arguments.processes == 1:
+        make_base(argv, ALONE, say)
+        return 0
+    torch.set_num_threads(1)
+    started_s = time.monotonic()
+    _bank(arguments, load_grammar(), say)  # else each process would speak and encode it
+    job = {"argv": argv, "encoded_s": time.monotonic() - started_s}
+    run_workers(WORKER, job, arguments.processes, say)
+    return 0
+
+
+def make_base(
+    argv: list[str], ranks: Ranks, report: Callable[[str], None], encoded_s: float = 0.0
+) -> None:
+    """What one process does of it. encoded_s: seconds of speech and codes that were made before."""
+    torch.set_num_threads(1)
+    arguments = _parse(argv)
     started_s = time.monotonic()
     grammar = load_grammar()
+    bank, codec_digest = _bank(arguments, grammar, report)
+    encoded_s += time.monotonic() - started_s
+    tokenizer = train_tokenizer(grammar, bank.units, arguments.seed)
+    run = _Run(arguments, ranks, grammar, bank, tokenizer, codec_digest)
+    trained = run.train(report)
+    if ranks.first:
+        run.write(trained, encoded_s)
+    ranks.wait()
+
+
+def _bank(
+    arguments: argparse.Namespace, grammar: Grammar, report: Callable[[str], None]
+) -> tuple[Bank, str]:
+    """All utterances' codes, and the digest of the codec."""
     units = inventory(grammar, SMALL if arguments.small else Amounts(), arguments.seed)
     codec, _ = load_pocket_codec(arguments.codec)
-    bank = speak_and_encode(units, grammar, codec, places, print)
-    encoded_s = time.monotonic() - started_s
-    tokenizer = train_tokenizer(grammar, bank.units, arguments.seed)
-    run = _Run(arguments, places, grammar, bank, tokenizer, codec.digest)
-    run.write(run.train(), encoded_s)
-    return 0
+    return speak_and_encode(units, grammar, codec, Places(arguments.work), report), codec.digest
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -76,18 +117,32 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=POCKET, help="where the weights go")
     add("--work", type=Path, required=True, help="where a run keeps what it has")
-    add("--codec", type=Path, help="folder of the pocket codec; default: OUT")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--hours", type=float, default=1.0, help="of training, without encoding")
-    length.add_argument("--steps", type=int, help="updates, instead of hours")
-    add("--reading-steps", type=int, default=200, help="first steps, of text alone")
+    add("--codec", type=Path, default=POCKET, help="folder of the pocket codec")
+    add("--steps", type=int, default=4500, help="updates in all")
+    add("--reading-steps", type=int, default=100, help="first steps, of prompts and words alone")
+    add("--word-steps", type=int, default=800, help="steps behind them: dialogues, but words alone")
     add("--seed", type=int, default=1)
-    add("--threads", type=int, default=2)
+    add("--processes", type=int, default=2, help="which share the work; each takes a core")
     add("--batch-size", type=int, default=8)
-    add("--learning-rate", type=float, default=1.2e-3)
+    add("--learning-rate", type=float, default=1.5e-3)
     add("--small", action="store_true", help="a third of the utterances, to try it out")
     arguments = parser.parse_args(argv)
-    arguments.codec = arguments.codec or arguments.out
+    for name, least in (("steps", 1), ("reading_steps", 0), ("word_steps", 0), ("batch_size", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 < arguments.learning_rate < 1:
+        parser.error(f"--learning-rate must lie between 0 and 1, found {arguments.learning_rate}")
+    if arguments.reading_steps + arguments.word_steps >= arguments.steps:
+        parser.error(
+            "--steps must be more than --reading-steps and --word-steps, on which nothing is "
+            f"spoken: found {arguments.steps}, {arguments.reading_steps} and "
+            f"{arguments.word_steps}"
+        )
+    if not 1 <= arguments.processes <= arguments.batch_size:
+        parser.error(
+            "--processes must be 1 to --batch-size, so that each has a dialogue of every batch, "
+            f"found {arguments.processes} and {arguments.batch_size}"
+        )
     return arguments
 
 
@@ -96,7 +151,7 @@ class _Run:
     """The training of one set of arguments."""
 
     arguments: argparse.Namespace
-    places: Places
+    ranks: Ranks
     grammar: Grammar
     bank: Bank
     tokenizer: bytes
@@ -105,28 +160,40 @@ class _Run:
     def __post_init__(self) -> None:
         import sentencepiece
 
-        from pipeline.engines.pocket import LM_CONFIG, build_lm
+        from pipeline.engines.pocket import LM_CONFIG
 
         processor = sentencepiece.SentencePieceProcessor(model_proto=self.tokenizer)
         self.maker = ClipMaker(self.bank, processor)
         self.lm_config = LM_CONFIG
-        self.lm = build_lm(LM_CONFIG, self.arguments.seed)
-        self.settings = self._settings()
+        self.lm = first_lm(self.arguments.seed)
+        steps = self.arguments.steps
+        self.settings = LoopSettings(
+            steps,
+            self.arguments.batch_size,
+            self.arguments.learning_rate,
+            warmup_steps=min(60, max(1, steps // 10)),
+            reading_steps=self.arguments.reading_steps,
+            word_steps=self.arguments.word_steps,
+            seed=self.arguments.seed,
+        )
         self.source = Source(self.grammar, self.maker, self.settings)
         self.valid = self.source.held_out(VALID_CLIPS)
 
-    def train(self) -> Trained:
+    def train(self, report: Callable[[str], None]) -> Trained:
         """Train to the last step; the log lies in the work folder."""
+        places, identity = Places(self.arguments.work), self._identity()
         trained = train(
             self.lm,
             self.source,
             self.settings,
-            self.places.checkpoints,
-            self._identity(),
+            places.checkpoints / identity[:12],  # another run's stay where they are
+            identity,
             valid=self.valid,
-            report=print,
+            report=report,
+            ranks=self.ranks,
         )
-        write_atomic(self.places.log, ("\n".join(trained.log) + "\n").encode())
+        if self.ranks.first:
+            write_atomic(places.log, ("\n".join(trained.log) + "\n").encode())
         return trained
 
     def write(self, trained: Trained, encoded_s: float) -> None:
@@ -137,8 +204,8 @@ class _Run:
             "seed": self.settings.seed,
             "grammar": self.grammar.digest,
             "codec": self.codec_digest,
-            "tokenizer": hashlib.sha256(self.tokenizer).hexdigest(),
         }
+        final = means(score(FastForward(self.lm), self.valid), "held")
         save_base(out, self.lm, self.lm_config, facts, self.tokenizer)
         stored = FastForward(load_base(out))
         clips = [one.clip for one in self.valid]
@@ -149,57 +216,47 @@ class _Run:
             bank=self.bank,
             num_weights=sum(parameter.numel() for parameter in self.lm.parameters()),
             trained=trained,
+            final=final,
             stored=means(score(stored, self.valid), "held"),
+            lessons={
+                name: means(score(stored, clips), "held")["held_words"]
+                for name, clips in self.source.held_out_lessons(VALID_CLIPS // 2).items()
+            },
             margin=swaps.words,
             encoded_s=encoded_s,
-            threads=self.arguments.threads,
+            processes=self.ranks.count,
         )
         write_card(out, made)
 
-    def _settings(self) -> LoopSettings:
-        """Of this run, `--hours` as a number of steps."""
-        arguments, plan = self.arguments, self.places.plan
-        if arguments.steps:
-            return self._settings_of(arguments.steps)
-        if plan.exists():
-            kept = json.loads(plan.read_text())
-            if kept["hours"] == arguments.hours:
-                return self._settings_of(kept["steps"])
-        steps = max(1, round(arguments.hours * 3600 / self._seconds_a_step()))
-        write_json(plan, {"hours": arguments.hours, "steps": steps})
-        return self._settings_of(steps)
-
-    def _settings_of(self, steps: int) -> LoopSettings:
-        return LoopSettings(
-            steps,
-            self.arguments.batch_size,
-            self.arguments.learning_rate,
-            warmup_steps=min(60, max(1, steps // 10)),
-            reading_steps=min(self.arguments.reading_steps, steps // 2),
-            seed=self.arguments.seed,
-        )
-
-    def _seconds_a_step(self) -> float:
-        """Timed on a model of its own, which is thrown away."""
-        from pipeline.engines.pocket import build_lm
-
-        settings = self._settings_of(1000)
-        source = Source(self.grammar, self.maker, settings)
-        with tempfile.TemporaryDirectory() as name:
-            started_s = time.monotonic()
-            lm = build_lm(self.lm_config, 0)
-            train(lm, source, settings, Path(name), "timing", until=PLAN_STEPS)
-            return (time.monotonic() - started_s) / PLAN_STEPS
-
     def _identity(self) -> str:
-        """Digest of all that decides the weights."""
+        """Digest of all that decides the weights: settings, first weights, and of the data the
+        codes themselves and a batch of each phase, which show any change of how clips are made."""
+        phases = (0, self.settings.reading_steps, self.settings.steps - 1)
+        batches = {
+            f"{step}.{place}.{name}": getattr(batch, name)
+            for step in phases
+            for place, batch in enumerate(self.source.batches(step))
+            for name in ("codes", "loss_mask")
+        }
+        codes = {f"unit {n}": torch.from_numpy(part) for n, part in enumerate(self.bank.codes)}
         material = [
             self.grammar.digest,
             voices_digest(),
             self.codec_digest,
             hashlib.sha256(self.tokenizer).hexdigest(),
             asdict(self.settings),
+            LOSS.model_dump(mode="json"),
+            self.ranks.count,  # sums of shares are rounded otherwise than the whole
             self.lm_config,
-            [part.shape[1] for part in self.bank.codes],
+            *(digest_of(tensors) for tensors in (self.lm.state_dict(), batches, codes)),
         ]
         return hashlib.sha256(canonical_json(material).encode()).hexdigest()
+
+
+def first_lm(seed: int) -> Any:
+    """The model that a training starts with."""
+    from pipeline.engines.pocket import LM_CONFIG, build_lm
+
+    lm = build_lm(LM_CONFIG, seed)
+    prepare(lm, seed)
+    return lm

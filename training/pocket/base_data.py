@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -15,12 +14,10 @@ from training.pocket.base_bank import Bank, Codec, Espeak, build_bank
 from training.pocket.base_dialogue import draw_dialogue
 from training.pocket.base_units import Unit, UnitIndex
 from training.pocket.roles import Grammar
-from training.pocket.weights import CONFIG, load_codec
+from training.pocket.weights import CONFIG, codes_digest, load_codec
 
 CORPUS_DIALOGUES, COFFEE_TIMES = 800, 2  # about as much of each
 REPORT_EVERY_S = 20.0
-# Of a codec's weights, those behind its codes.
-DECODER, OUTPUT = ("decoder", "upsample"), ".output_proj."
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,6 @@ class Places:
     def log(self) -> Path:
         return self.work / "losses.jsonl"
 
-    @property
-    def plan(self) -> Path:
-        return self.work / "plan.json"
-
 
 def load_pocket_codec(folder: Path) -> tuple[Codec, dict[str, Any]]:
     """The codec of a folder, as the bank takes it, and its configuration.
@@ -57,15 +50,6 @@ def load_pocket_codec(folder: Path) -> tuple[Codec, dict[str, Any]]:
     mimi = load_codec(folder)
     config = json.loads((folder / CONFIG).read_text())
     return Codec(mimi, codes_digest(mimi), measure_tokens(mimi)), config
-
-
-def codes_digest(mimi: Any) -> str:
-    """sha256 of the weights that decide a sound's codes: the decoder may go on learning."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(mimi.state_dict().items()):
-        if not (name.startswith(DECODER) or OUTPUT in name):
-            found.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def speak_and_encode(

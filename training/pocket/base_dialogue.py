@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from training.pocket.base_units import (
@@ -33,7 +33,7 @@ from training.pocket.base_voices import (
 )
 from training.pocket.roles import Grammar, Scope, Side, filled, with_article, wordings
 
-REFUSED, SAMPLED, AGENT_FIRST, EXTRA, CUT = 0.12, 0.5, 0.35, 0.25, 0.5
+REFUSED, SAMPLED, AGENT_FIRST, EXTRA, CUT, SHORT_CUT = 0.12, 0.5, 0.35, 0.25, 0.5, 0.12
 STORY, SMALL, FEELING, GREETED, OPENER, BYE = 0.12, 0.3, 0.2, 0.4, 0.2, 0.4
 ANSWER_GAP = (3, 6)
 PAUSE = (1, 2)  # between the sentences of one turn: shorter than any answer's gap
@@ -69,7 +69,7 @@ class Said:
     """Units said in a row by one side, by their places.
 
     gap: frames after the last end of either side, or of a backchannel after the other's start;
-    cut_after: this many frames into it, the next turn starts, and this one stops `yields` later.
+    cut: the next turn starts before this one is over, which stops `yields` frames later.
     """
 
     role: Literal["agent", "user"]
@@ -283,10 +283,12 @@ class _Draw:
         mood = 0.5 if self.mood != NEUTRAL else OPENER
         opener = self._unit("agent", "opener") if rng.random() < mood and not refused else None
         extra = self._unit("agent", f"extra/{self.scope}") if rng.random() < EXTRA else None
-        if refused or extra is None:
+        if extra is not None and not refused:
+            self._long_answer([opener, answer, extra])
+        elif rng.random() < SHORT_CUT:
+            self._cut_answer([opener, answer])
+        else:
             self._say("agent", [opener, answer])
-            return
-        self._long_answer([opener, answer, extra])
 
     def _ask(self, name: str) -> int | None:
         side = self.side if self.rng.random() < 0.5 else "train"
@@ -311,16 +313,14 @@ class _Draw:
         """The user lets it pass, says "mhm", or cuts in."""
         rng = self.rng
         if rng.random() < CUT:
-            self._say("agent", units, cut=True, yields=rng.randint(*YIELD))
-            self._say("user", [self._unit("user", "cut")], gap=0)
-            self._say("agent", [self._unit("agent", "after_cut")])
+            self._cut_answer(units)
             return
         self._say("agent", units)
         if rng.random() < 0.5:
             gap = rng.randint(12, 24)
             self._say("user", [self._unit("user", "listening")], gap=gap, kind="backchannel")
 
-
-def with_prompt(dialogue: Dialogue, prompt: str) -> Dialogue:
-    """The same talk under another system text."""
-    return replace(dialogue, prompt=prompt)
+    def _cut_answer(self, units: Sequence[int | None]) -> None:
+        self._say("agent", units, cut=True, yields=self.rng.randint(*YIELD))
+        self._say("user", [self._unit("user", "cut")], gap=0)
+        self._say("agent", [self._unit("agent", "after_cut")])

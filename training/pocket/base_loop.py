@@ -22,8 +22,11 @@ import numpy as np
 import torch
 
 from duplex.config_train import LossSection, TrainSection
+from duplex.files import append_line, read_lines
 from training.batches import Batch, Clip, make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
+from training.distributed import Ranks
+from training.failures import require_finite
 from training.fast import FastForward
 from training.loss import AUDIO, WORDS, StreamSums, coefficients, part_counts
 from training.pocket.base_clips import (
@@ -31,19 +34,23 @@ from training.pocket.base_clips import (
     DialogueClip,
     TrainingClip,
     masked_batch,
+    silenced,
     thinned,
 )
 from training.pocket.base_dialogue import draw_dialogue
+from training.pocket.base_hearing import Hearing
 from training.pocket.base_optimizer import Masters, mixed_forward
 from training.pocket.base_reading import reading_clip
 from training.pocket.base_units import UnitIndex
 from training.pocket.roles import Grammar, Side
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
 LOSS = LossSection(semantic_weight=10, acoustic_weight=1, text_padding_weight=0.3)
+TIMING = "timing.jsonl"
 POOL_STEPS = 4
 VALID_BATCH = 8
 LOG_EVERY = 10
-READING_ONE_TO = 8
+LESSONS_ONE_TO = 8  # a reading and a hearing clip to so many dialogues
 READING_CLIPS = 2  # in the place of one dialogue, while there are no others
 
 
@@ -51,19 +58,21 @@ READING_CLIPS = 2  # in the place of one dialogue, while there are no others
 class LoopSettings:
     """What decides a training, besides the bank, the tokenizer and the model's configuration.
 
-    reading_steps: how many of the first updates are of reading clips alone (base_reading.py);
-    later there is one to `READING_ONE_TO` dialogues. mixed: compute in bfloat16 over float32
-    weights.
+    reading_steps: how many of the first updates are of reading clips alone (base_reading.py).
+    word_steps: how many follow on which the text row alone carries loss, of dialogues, reading
+    and hearing clips (base_hearing.py) in equal parts. Later there is one of each to
+    `LESSONS_ONE_TO` dialogues. mixed: compute in bfloat16 over float32 weights.
     """
 
     steps: int
-    batch_size: int = 16
-    learning_rate: float = 1.2e-3
+    batch_size: int = 8
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 60
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     longest_frames: int = 500
-    reading_steps: int = 200
+    reading_steps: int = 100
+    word_steps: int = 800
     seed: int = 0
     mixed: bool = True
 
@@ -86,6 +95,7 @@ class Source:
     def __init__(self, grammar: Grammar, maker: ClipMaker, settings: LoopSettings):
         self.grammar, self.maker, self.settings = grammar, maker, settings
         self.index = UnitIndex(maker.bank.units)
+        self.hearing = Hearing(maker.bank, maker.tokenizer)
         self._pool: tuple[int, list[list[DialogueClip]]] = (-1, [])
 
     def clip(self, name: str, side: Side) -> DialogueClip:
@@ -94,19 +104,33 @@ class Source:
         dialogue = draw_dialogue(self.grammar, self.index, rng, side)
         return cropped(self.maker.clip(dialogue, rng, name), self.settings.longest_frames)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of update `step`, from 0."""
-        if step < self.settings.reading_steps:
-            count = READING_CLIPS * self.settings.batch_size
-            return masked_batch([self.reading(f"{step}.{number}") for number in range(count)])
+    def batches(self, step: int) -> list[Batch]:
+        """What update `step`, from 0, is made of: dialogues, and lessons, which are shorter."""
+        settings = self.settings
+        if step < settings.reading_steps:
+            count = READING_CLIPS * settings.batch_size
+            return [masked_batch([self.reading(f"{step}.{number}") for number in range(count)])]
+        spoken = step >= settings.reading_steps + settings.word_steps
+        share = LESSONS_ONE_TO if spoken else 1
+        lessons = []
+        for number in range(max(1, settings.batch_size // share)):
+            lessons.append(self.reading(f"{step}.{number}"))
+            lessons.append(self.heard(f"{step}.{number}"))
+        noise = np.random.default_rng([settings.seed, step])
+        clips = [thinned(one, noise) for one in self._dialogues(step)]
+        if not spoken:
+            clips = [silenced(one) for one in clips]
+        return [masked_batch(clips), masked_batch(lessons)]
+
+    def _dialogues(self, step: int) -> list[DialogueClip]:
         group, place = divmod(step, POOL_STEPS)
         if self._pool[0] != group:
             self._pool = (group, self._draw_pool(group))
-        noise = np.random.default_rng([self.settings.seed, step])
-        clips = [thinned(one, noise) for one in self._pool[1][place]]
-        for number in range(self.settings.batch_size // READING_ONE_TO):
-            clips.append(self.reading(f"{step}.{number}"))
-        return masked_batch(clips)
+        return self._pool[1][place]
+
+    def heard(self, name: str, side: Side = "train") -> TrainingClip:
+        """A clip that teaches to hear."""
+        return self.hearing.clip(random.Random(f"{self.settings.seed}/{side}/{name}"), name, side)
 
     def reading(self, name: str) -> TrainingClip:
         """A clip that teaches to read."""
@@ -120,6 +144,14 @@ class Source:
         batches = [clips[start : start + size] for start in range(0, len(clips), size)]
         random.Random(f"{self.settings.seed}/order/{group}").shuffle(batches)
         return batches
+
+    def held_out_lessons(self, count: int) -> dict[str, list[TrainingClip]]:
+        """Lessons by name: hearing what training's voices and unheard ones say, and reading."""
+        return {
+            "hearing, voices of training": [self.heard(f"lesson-{n}") for n in range(count)],
+            "hearing, unheard voices": [self.heard(f"lesson-{n}", "held") for n in range(count)],
+            "reading": [self.reading(f"lesson-{n}") for n in range(count)],
+        }
 
     def held_out(self, count: int) -> list[DialogueClip]:
         return [self.clip(f"held-{number}", "held") for number in range(count)]
@@ -138,7 +170,8 @@ def cropped(one: DialogueClip, longest: int) -> DialogueClip:
 
 @dataclass(frozen=True)
 class Trained:
-    """The last state of a training. log: a JSON object a line, as written to losses.jsonl."""
+    """The last state of a training. log: a JSON object a line, as written to losses.jsonl; seconds
+    of all calls that led to it; frames_per_second of the last one, None if nothing was left."""
 
     log: list[str]
     seconds: float
@@ -153,10 +186,11 @@ def train(
     identity: str,
     *,
     valid: Sequence[DialogueClip] = (),
-    valid_every: int = 100,
-    checkpoint_every: int = 100,
+    valid_every: int = 200,
+    checkpoint_every: int = 200,
     until: int | None = None,
     report: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train `lm` in place to `settings.steps` updates, from the last checkpoint in `folder`.
 
@@ -164,51 +198,88 @@ def train(
         identity: digest of all that decides the run; checkpoints of another are removed.
         until: stop there, as a kill would, after a checkpoint.
         report: told each line of the log.
+        ranks: the processes that share each batch, and make the same update.
     """
     dtype = torch.bfloat16 if settings.mixed else torch.float32
     lm.train().requires_grad_(True)
     masters = Masters(lm, settings.section())
+    if ranks.first:
+        latest_checkpoint(folder, identity)  # removes what others cannot use
+    ranks.wait()
     state = latest_checkpoint(folder, identity)
+    place = torch.tensor([0 if state is None else state.step])
+    ranks.check_equal({identity: place}, "the checkpoint that a training goes on from")
     first, log = 0, []
     if state is not None:
         first, log = state.step, list(state.log)
         masters.restore(state.tensors)
     masters.copy_to(lm)
     forward = mixed_forward(lm, dtype)
-    seen, started_s = 0, time.monotonic()
+    seen, started_s, written_s = 0, time.monotonic(), time.monotonic()
     for step in range(first, settings.steps if until is None else min(until, settings.steps)):
-        batch = source.batch(step)
-        sums = _gradients(forward, batch, masters.section)
-        noted = masters.update(lm, step)
-        seen += batch.num_frames
+        batches = source.batches(step)
+        sums = _gradients(forward, batches, masters.section, ranks)
+        noted = masters.update(lm, step, ranks)
+        require_finite("the gradient's norm", noted["norm"], step + 1, [], folder)
+        seen += sum(batch.num_frames for batch in batches)
         done = step + 1
         line: dict[str, Any] = {}
         if done % LOG_EVERY == 0 or done == settings.steps:
             line |= {"step": done, **noted, **means(sums, "train")}
         if valid and (done % valid_every == 0 or done == settings.steps):
-            line |= {"step": done, **means(score(forward, valid), "held")}
+            line |= {"step": done, **means(score(forward, valid, ranks), "held")}
         if line:
             log.append(json.dumps(line))
             rate = seen / (time.monotonic() - started_s)
             report(json.dumps({**line, "frames_per_s": round(rate)}))
         if done % checkpoint_every == 0 or done in (settings.steps, until):
-            save_checkpoint(folder, TrainState(done, masters.tensors(), log), identity)
+            tensors = masters.tensors()
+            ranks.check_equal(tensors, f"weights and moments after step {done}")
+            if ranks.first:
+                save_checkpoint(folder, TrainState(done, tensors, log), identity)
+                now_s = time.monotonic()
+                append_line(
+                    folder / TIMING, json.dumps({"step": done, "seconds": now_s - written_s})
+                )
+                written_s = now_s
+            ranks.wait()
     lm.float().eval()
     masters.copy_to(lm)
-    spent_s = time.monotonic() - started_s
-    return Trained(log, spent_s, seen / spent_s if seen else None)
+    rate = seen / (time.monotonic() - started_s) if seen else None
+    # Of all calls that led here; of a step that was done twice the last time.
+    by_step = {line["step"]: line["seconds"] for line in read_lines(folder / TIMING)}
+    return Trained(log, sum(by_step.values()), rate)
 
 
-def _gradients(forward: FastForward, batch: Batch, section: TrainSection) -> StreamSums:
-    """Leave the gradients of the batch's loss in the model; the sums."""
-    weights = coefficients(part_counts(batch.codes, batch.loss_mask), section.loss)
-    loss, sums = forward(batch.codes, batch.loss_mask, weights)
-    loss.backward()
-    return sums.detached()
+def _gradients(
+    forward: FastForward, batches: Sequence[Batch], section: TrainSection, ranks: Ranks
+) -> StreamSums:
+    """Leave the gradients of this rank's share of the batches in the model; sums of the whole."""
+    counts = [part_counts(batch.codes, batch.loss_mask) for batch in batches]
+    whole = sum(counts[1:], counts[0])
+    weights = coefficients(whole, section.loss)
+    total = StreamSums(torch.zeros_like(whole), torch.zeros_like(whole)).detached()
+    for batch in batches:
+        codes, mask = (rows[ranks.rank :: ranks.count] for rows in (batch.codes, batch.loss_mask))
+        if len(codes):  # a batch of few clips leaves nothing for the last ranks
+            loss, sums = forward(codes, mask, weights)
+            loss.backward()
+            total = total + sums.detached()
+    return _over_all(total, ranks)
 
 
-def score(forward: Any, clips: Sequence[DialogueClip]) -> StreamSums:
-    """Sums over held-out clips, every frame behind the prompt; no gradient."""
+def _over_all(sums: StreamSums, ranks: Ranks) -> StreamSums:
+    return StreamSums(ranks.sum(sums.nll), ranks.sum(sums.count))
+
+
+def score(
+    forward: Any, clips: Sequence[DialogueClip] | Sequence[TrainingClip], ranks: Ranks = ALONE
+) -> StreamSums:
+    """Sums over held-out clips, every frame behind the prompt; no gradient.
+
+    Each rank takes its share of the clips: there must be as many as ranks, at least.
+    """
+    clips = clips[ranks.rank :: ranks.count]
     total: StreamSums | None = None
     for start in range(0, len(clips), VALID_BATCH):
         batch = make_batch([one.clip for one in clips[start : start + VALID_BATCH]])
@@ -216,8 +287,8 @@ def score(forward: Any, clips: Sequence[DialogueClip]) -> StreamSums:
             nothing = torch.zeros_like(part_counts(batch.codes, batch.loss_mask))
             _, sums = forward(batch.codes, batch.loss_mask, nothing)
         total = sums.detached() if total is None else total + sums.detached()
-    assert total is not None, "score needs a clip"
-    return total
+    assert total is not None, "score needs a clip of each rank"
+    return _over_all(total, ranks)
 
 
 def means(sums: StreamSums, prefix: str) -> dict[str, float]:

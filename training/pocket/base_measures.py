@@ -5,8 +5,10 @@ that is neither PAD nor EPAD. A question's *window* goes from the middle of the 
 start of the user's next one (or the end), its *answer* is the text of the word tokens in there.
 
     answered      a word token stands in the window behind the question's end, less `EARLY_FRAMES`
-    fact right    the answer holds the fact's words, word for word, whatever the case
-    refused       the answer holds one of `REFUSALS`; right where the prompt lacks the fact
+    fact right    the answer holds the fact's words, word for word, whatever the case, and not
+                  within a longer value of the same kind ("seven" in "half past seven")
+    refused       the answer holds one of the grammar's refusals; right where the prompt lacks
+                  the fact
     premature     more than `BACKCHANNEL_WORDS` word tokens begin between the question's start, plus
                   `START_FRAMES`, and its end, less `EARLY_FRAMES`; what the agent was saying when
                   the user began, and says on without a gap of `GAP_FRAMES`, does not count
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from duplex.metrics import says_any, segments
+from duplex.metrics import says_any, segments, words_of
 from duplex.streams import TEXT_EPAD, TEXT_PAD
 
 EARLY_FRAMES = 2
@@ -33,7 +35,6 @@ GAP_FRAMES = 6
 GOES_ON_FRAMES = 14
 YIELD_FRAMES = 10
 SILENT_FRAMES = 4
-REFUSALS = ("sorry", "afraid", "don't know", "not sure", "can't say")
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -41,13 +42,16 @@ Decode = Callable[[Sequence[int]], str]
 @dataclass(frozen=True)
 class Question:
     """Frames [start, end) of the user's speech; what an answer must say, None where the prompt
-    lacks it; whether the value was held out of training."""
+    lacks it; other values that such an answer could have; whether that value is one that no
+    prompt of training held, and whether the prompt's wordings are."""
 
     start: int
     end: int
     topic: str
     says: str | None
-    is_held_out: bool = False
+    others: tuple[str, ...] = ()
+    value_held: bool = False
+    wording_held: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,22 +70,37 @@ def word_tokens(text: np.ndarray) -> np.ndarray:
     return (text != TEXT_PAD) & (text != TEXT_EPAD) & (text >= 0)
 
 
-def judge(questions: Sequence[Question], text: np.ndarray, decode: Decode) -> list[Answer]:
+def judge(
+    questions: Sequence[Question], text: np.ndarray, decode: Decode, refusals: Sequence[str]
+) -> list[Answer]:
     """What became of each question of a run. text: int [T]."""
     ends = [*(q.start for q in questions[1:]), len(text)]
-    return [_judge(q, end, text, decode) for q, end in zip(questions, ends, strict=True)]
+    return [_judge(q, end, text, decode, refusals) for q, end in zip(questions, ends, strict=True)]
 
 
-def _judge(question: Question, end: int, text: np.ndarray, decode: Decode) -> Answer:
+def _judge(
+    question: Question, end: int, text: np.ndarray, decode: Decode, refusals: Sequence[str]
+) -> Answer:
     said = word_tokens(text)
     first = (question.start + question.end) // 2
     answer = decode([int(token) for token in text[first:end][said[first:end]]])
     answered = bool(said[max(0, question.end - EARLY_FRAMES) : end].any())
     right = None
     if answered:
-        wanted = REFUSALS if question.says is None else (question.says,)
-        right = says_any(answer, wanted)
+        if question.says is None:
+            right = says_any(answer, refusals)
+        else:
+            right = says_value(answer, question.says, question.others)
     return Answer(question, answer, answered, right, _is_premature(question, said))
+
+
+def says_value(text: str, value: str, others: Sequence[str]) -> bool:
+    """Whether `text` says `value`, and says it outside of any longer one of `others`."""
+    rest = f" {' '.join(words_of(text))} "
+    for other in sorted((" ".join(words_of(o)) for o in others), key=len, reverse=True):
+        if len(other) > len(" ".join(words_of(value))):
+            rest = rest.replace(f" {other} ", " | ")
+    return says_any(rest, [value])
 
 
 def _is_premature(question: Question, said: np.ndarray) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from duplex.config_train import TrainSection
+from training.distributed import Ranks
 from training.fast import FastForward
 from training.optimizer import adam_tensors, load_adam, make_adam, set_rates
 
@@ -64,8 +65,8 @@ class Masters:
         }
         self._adam = make_adam(self.parameters, section)
 
-    def update(self, lm: Any, step: int) -> dict[str, float]:
-        """Update `step` (from 0) from the gradients of `lm`, which are cleared.
+    def update(self, lm: Any, step: int, ranks: Ranks) -> dict[str, float]:
+        """Update `step` (from 0) from the gradients of `lm` on all ranks, which are cleared.
 
         Returns:
             Rates, and the gradient's norm before it was clipped.
@@ -74,10 +75,12 @@ class Masters:
             gradient = parameter.grad
             self.parameters[name].grad = None if gradient is None else gradient.float()
             parameter.grad = None
+        ranks.sum_gradients(self.parameters.values())
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.section.clip_norm)
         rates = set_rates(self._adam, step, self.section)
-        self._adam.step()
-        self.copy_to(lm)
+        if torch.isfinite(norm):  # the caller is told the norm, and stops
+            self._adam.step()
+            self.copy_to(lm)
         return {**rates, "norm": round(float(norm), 3)}
 
     @torch.no_grad()

@@ -1,8 +1,10 @@
 """The pocket base speaks freely: held-out users ask, on a fixed timetable, and it answers.
 
-Each run is one character with a prompt of held-out wordings, asked up to five questions by a voice
-that training never heard, one every six seconds or so, whatever the agent does. Half of the
-facts have values that training never saw. One question in six asks for what the prompt lacks.
+Each run is one character with a prompt of its own, asked up to five questions by a voice that
+training never heard, one every six seconds or so, whatever the agent does. In half of the runs
+the prompt is worded as training never was, and so are the questions of most topics; up to half of
+the facts have values that no prompt of training held. One question in six asks for what the prompt
+lacks.
 
 To see whether the agent yields, a batch runs twice with the same seed. In the second run the user
 cuts in where the agent was speaking in the first. Up to there both are equal to the bit, since
@@ -64,6 +66,7 @@ def draw_probe(grammar: Grammar, bank: Bank, index: UnitIndex, rng: random.Rando
     voice = rng.choice(list(AGENT_VOICES))
     user = user_speaker(rng.choice(list(HELD_USER_VOICES)), rng.choice(list(ROOMS)))
     role = rng.choice(grammar.role_ids)
+    wording: Side = rng.choice(("train", "held"))
     sides: dict[str, Side] = {}
     name = _value(grammar, gender_of(voice), "name", sides, rng)
     company = ""
@@ -74,7 +77,7 @@ def draw_probe(grammar: Grammar, bank: Bank, index: UnitIndex, rng: random.Rando
     refused: list[str] = []
     topics = grammar.topics_of(role)
     for topic in rng.sample(topics, len(topics)):
-        unit = _ask(index, user, topic, role, rng)
+        unit = _ask(index, user, topic, role, wording, rng)
         if unit is None or len(asked) == 5:
             continue
         if grammar.talk.topics[topic].fact and rng.random() < REFUSED:
@@ -94,15 +97,18 @@ def draw_probe(grammar: Grammar, bank: Bank, index: UnitIndex, rng: random.Rando
         if end + WAIT_FRAMES // 2 > RUN_FRAMES:
             break
         says = None if fact is None else fact.value
-        questions.append(Question(at, end, topic, says, sides.get(topic) == "held"))
+        others = _others(grammar, topic, role, says)
+        held = sides.get(topic) == "held"
+        questions.append(Question(at, end, topic, says, others, held, wording == "held"))
         units.append(unit)
         at = end + WAIT_FRAMES
-    prompt = prompt_text(grammar, character, rng, "held")
+    prompt = prompt_text(grammar, character, rng, wording)
     return Probe(character, prompt, voice, user, sample, tuple(units), tuple(questions))
 
 
-def _ask(index: UnitIndex, user: Speaker, topic: str, role: str, rng: random.Random) -> int | None:
-    side: Side = rng.choice(("train", "held"))
+def _ask(
+    index: UnitIndex, user: Speaker, topic: str, role: str, side: Side, rng: random.Random
+) -> int | None:
     places = index.find(user, f"ask/{topic}", role, side) or index.find(user, f"ask/{topic}", role)
     return rng.choice(places) if places else None
 
@@ -131,9 +137,22 @@ def _value(
 ) -> str:
     """A value of either side, noted in `sides`; those of short lists are all of training's."""
     side: Side = rng.choice(("train", "held"))
-    values = grammar.values(slot, side)
-    sides[topic] = "train" if values == grammar.values(slot, "train") else side
-    return rng.choice(values)
+    value = rng.choice(grammar.values(slot, side))
+    known = any(value in grammar.values(other, "train") for other in grammar.slots)
+    sides[topic] = "train" if known else "held"
+    return value
+
+
+def _others(grammar: Grammar, topic: str, role: str, says: str | None) -> tuple[str, ...]:
+    """All other values that an answer on a topic could have."""
+    slot = grammar.talk.topics[topic].slot
+    if slot == "good":
+        every = tuple(grammar.roles.businesses[role].goods)
+    elif slot == "company":
+        every = ()
+    else:
+        every = (*grammar.values(slot, "train"), *grammar.values(slot, "held"))
+    return tuple(value for value in every if value != says)
 
 
 # -- runs

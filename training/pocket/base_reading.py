@@ -3,8 +3,7 @@
 Behind an ordinary prompt the agent says its facts in any order, one sentence after the other, in
 the text row alone; all audio rows hold the codec's silence and carry no loss. Nothing needs to be
 understood but the prompt, values come from all of a slot's training values, and a clip is a third
-as long as a dialogue: so attention learns to copy from the prompt early. Without these steps the
-base told likely facts instead of the prompt's (prompt-swap margin .00 after 500 steps).
+as long as a dialogue: so attention learns to copy from the prompt early.
 
 Shapes: T frames.
 """

@@ -5,7 +5,7 @@
     base.json          the `LMModel`'s configuration, and what the base was trained with
     tokenizer.model    SentencePiece
 
-6.6 M weights are 6.8 MB so; what rounding costs stands in BASE.md.
+A weight takes a byte so; what rounding costs stands in BASE.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from duplex.datafiles import CHECKOUT
-from duplex.errors import CorruptFileError, MissingInputError
-from duplex.files import atomic_path, write_atomic, write_json
+from duplex.errors import CorruptFileError, MissingInputError, WorkError
+from duplex.files import atomic_path, sha256_bytes, sha256_file, write_atomic, write_json
+from pipeline.engines.pocket import POCKET
 from training.checkpoint import save_tensors
 
 WEIGHTS, CONFIG, TOKENIZER = "base.safetensors", "base.json", "tokenizer.model"
-POCKET = CHECKOUT / "data" / "pocket"
 SCALE = ":scale"
 SMALLEST = 1 << 12  # a matrix of fewer weights stays as it is
 MOST = 127
@@ -46,11 +45,19 @@ def packed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """float32 weights of what `packed` gave."""
+    """float32 weights of what `packed` gave.
+
+    Raises:
+        ValueError: int8 without a scale, or a scale without int8.
+    """
+    whole = {name for name, tensor in tensors.items() if tensor.dtype == torch.int8}
+    scaled = {name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE)}
+    if odd := sorted(whole ^ scaled):
+        raise ValueError(f"int8 weights and scales must come in pairs, found {odd[:3]} alone")
     return {
         name: tensor.float() * tensors[name + SCALE].float()[:, None]
-        if name + SCALE in tensors
-        else tensor
+        if name in whole
+        else tensor.float()
         for name, tensor in tensors.items()
         if not name.endswith(SCALE)
     }
@@ -59,15 +66,24 @@ def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def save_base(
     folder: Path, lm: Any, lm_config: dict[str, Any], facts: dict[str, Any], tokenizer: bytes
 ) -> None:
-    """Write all files, each whole or not at all; the configuration last.
+    """Write all files, each whole or not at all; the configuration last, with digests of the
+    others, so that what a kill left half exchanged is found out.
 
     Args:
-        facts: what else base.json is to say: digests, seed, steps.
+        facts: what else base.json is to say: seed, steps, and `codec`, the digest of what decides
+            the codes that the base was trained on.
+
+    Raises:
+        WorkError: a weight is not finite; nothing is written.
     """
+    state = lm.state_dict()
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise WorkError(f"the base's weights must be finite, found others in {', '.join(bad[:3])}")
     with atomic_path(folder / WEIGHTS) as temporary:
-        save_tensors(packed(lm.state_dict()), temporary)
+        save_tensors(packed(state), temporary)
     write_atomic(folder / TOKENIZER, tokenizer)
-    write_json(folder / CONFIG, {**facts, "lm": lm_config})
+    digests = {"weights": sha256_file(folder / WEIGHTS), "tokenizer": sha256_bytes(tokenizer)}
+    write_json(folder / CONFIG, {**facts, **digests, "lm": lm_config})
 
 
 def load_base(folder: Path) -> Any:
@@ -78,14 +94,12 @@ def load_base(folder: Path) -> Any:
     """
     from moshi.models.lm import LMModel
 
-    config = base_config(folder)["lm"]
+    config = base_config(folder)
     try:
         state = unpacked(load_file(folder / WEIGHTS))
-        lm = LMModel(device="cpu", dtype=torch.float32, **config)
+        lm = LMModel(device="cpu", dtype=torch.float32, **config["lm"])
         lm.load_state_dict(state)
-    except FileNotFoundError:
-        raise MissingInputError(f"{folder / WEIGHTS}: must be a weight file, found none") from None
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
         raise CorruptFileError(
             f"{folder / WEIGHTS}: must hold the weights that {CONFIG} describes: {error}"
         ) from None
@@ -93,20 +107,33 @@ def load_base(folder: Path) -> Any:
 
 
 def base_config(folder: Path) -> dict[str, Any]:
-    """The content of base.json.
+    """The content of base.json, once the files beside it are those that it was written with.
 
     Raises:
         MissingInputError, CorruptFileError
     """
     try:
-        return json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError:
+        config = json.loads((folder / CONFIG).read_text())
+        found = {
+            "weights": sha256_file(folder / WEIGHTS),
+            "tokenizer": sha256_file(folder / TOKENIZER),
+        }
+    except FileNotFoundError as error:
         raise MissingInputError(
-            f"{folder / CONFIG}: must be there, found none. Train the base: "
-            "python -m training.pocket base"
+            f"{error.filename}: must be there, found none. Train the base: "
+            "python -m training.pocket base --work WORK"
         ) from None
     except ValueError as error:
         raise CorruptFileError(f"{folder / CONFIG}: must be JSON: {error}") from None
+    if not isinstance(config, dict) or not {"lm", "steps", "seed", "codec"} <= config.keys():
+        raise CorruptFileError(f"{folder / CONFIG}: must name lm, steps, seed and codec")
+    for name, digest in found.items():
+        if config.get(name) != digest:
+            raise CorruptFileError(
+                f"{folder}: base.json goes with {name} of sha256 {config.get(name)}, found "
+                f"{digest}. Restore all files of one base, or train it anew."
+            )
+    return config
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -117,8 +144,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def write_pocket_checkpoint(folder: Path, base: Path = POCKET, codec: Path | None = None) -> None:
-    """A checkpoint folder as `pipeline.engines.pocket.write_checkpoint` lays it out, of trained
-    weights in float32; any tool of this repo and moshi.server opens it.
+    """A checkpoint folder in the layout of Kyutai's, weights in float32: any tool of this repo
+    and moshi.server open it.
 
     Args:
         folder: empty.
@@ -133,6 +160,12 @@ def write_pocket_checkpoint(folder: Path, base: Path = POCKET, codec: Path | Non
     config = base_config(base)
     lm = load_base(base)
     mimi = weights.load_codec(codec or base)
+    if weights.codes_digest(mimi) != config["codec"]:
+        raise CorruptFileError(
+            f"{codec or base}: the codec must be the one on whose codes the base in {base} was "
+            "trained, and has other codes. Restore it, or train the base anew: "
+            "python -m training.pocket base --work WORK"
+        )
     mimi_config = json.loads(((codec or base) / weights.CONFIG).read_text())
     save_tensors(_plain(lm.state_dict()), folder / "model.safetensors")
     save_tensors(_plain(mimi.state_dict()), folder / "mimi.safetensors")

@@ -17,6 +17,7 @@ import torch
 from moshi.utils.compile import no_compile
 
 from duplex.files import append_line, read_lines, sha256_file, write_atomic
+from pipeline.engines.pocket import POCKET
 from training.pocket.codec_card import CARD, card
 from training.pocket.codec_loop import CodecRecipe, CodecTrainer, record_tapes
 from training.pocket.weights import WEIGHTS, load_codec, save_codec
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
         description="Train the pocket codec on speech made here.",
         epilog="example: python -m training.pocket codec --out data/pocket --work runs/codec",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the codec's files")
+    parser.add_argument("--out", type=Path, default=POCKET, help="folder for the codec's files")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--steps", type=int, default=STEPS, help="in which all of it learns")
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS, help="after those")

@@ -6,6 +6,7 @@ codec.json          its configuration, as `moshi.models.loaders.get_mimi` takes 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "codec.safetensors", "codec.json"
 CODEBOOK_PARTS = ("._codebook.",)
+
+# Of a codec's weights, those behind its codes.
+DECODER, OUTPUT = ("decoder", "upsample"), ".output_proj."
 
 
 def save_halved(
@@ -87,12 +91,21 @@ def load_codec(folder: Path) -> MimiModel:
     tensors = load_widened(folder / WEIGHTS)
     if not (folder / CONFIG).is_file():
         raise MissingInputError(f"{folder / CONFIG}: must be the codec's configuration, not found")
-    config = json.loads((folder / CONFIG).read_text())
-    mimi = get_mimi(None, config, num_codebooks=config["quantizer"]["n_q"])
     try:
+        config = json.loads((folder / CONFIG).read_text())
+        mimi = get_mimi(None, config, num_codebooks=config["quantizer"]["n_q"])
         mimi.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (ValueError, LookupError, TypeError, RuntimeError, AssertionError) as error:
         raise CorruptFileError(
             f"{folder / WEIGHTS}: must fit {CONFIG} beside it, found: {error}"
         ) from None
     return mimi.eval()
+
+
+def codes_digest(mimi: Any) -> str:
+    """sha256 of the weights that decide a sound's codes: the decoder may go on learning."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(mimi.state_dict().items()):
+        if not (name.startswith(DECODER) or OUTPUT in name):
+            found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from duplex.characters import GapRange
-from duplex.errors import CorruptFileError, MissingInputError
+from duplex.errors import CorruptFileError, MissingInputError, WorkError
 from duplex.mixing import VoicedTurn, mix_turns
 from duplex.records import Speech
 from duplex.sinks import FolderBlobs
@@ -18,59 +18,28 @@ from duplex.store import StageFolder
 from duplex.streams import AGENT_ROWS, TEXT_PAD, TEXT_ROW, USER_ROWS, check_codes
 from pipeline.engines import pocket
 from pipeline.engines.checkpoint import Checkpoint
-from pipeline.engines.codec import measure_tokens
 from pipeline.engines.pocket import build_lm
 from pipeline.speech import wav_bytes
 from tests.stages.conftest import TINY_CARD, TINY_LM_CONFIG, TINY_TEXT_CARD
+from tests.stages.pocket.conftest import FEW
 from tests.stages.tensor_factories import finish
 from tests.stages.test_tensors import prompt_end, run
 from training.pocket import base_weights
-from training.pocket.base_bank import LEAD_FRAMES, TAIL_FRAMES, Bank, Codec, build_bank
+from training.pocket.base_bank import LEAD_FRAMES, TAIL_FRAMES, build_bank
 from training.pocket.base_clips import ClipMaker, masked_batch, place, thinned
-from training.pocket.base_data import codes_digest
 from training.pocket.base_dialogue import Character, Dialogue, Said, draw_dialogue
 from training.pocket.base_loop import LoopSettings, Source, train
 from training.pocket.base_probe import RUN_FRAMES, draw_probe, probe_clip
 from training.pocket.base_reading import reading_clip
-from training.pocket.base_units import Amounts, UnitIndex, inventory
-from training.pocket.base_voices import ROOMS, agent_speaker, user_speaker
-from training.pocket.roles import load_grammar
-from training.pocket.weights import load_codec, save_codec
-
-FEW = Amounts(2, 1, 1, 4, 1, 1, 1)
+from training.pocket.base_units import UnitIndex, inventory
+from training.pocket.base_voices import agent_speaker, user_speaker
+from training.pocket.weights import codes_digest, load_codec, save_codec
 
 
 def speak(text, params):
     """Noise as long as the text would take, the same for the same text and voice."""
     rng = np.random.default_rng(list(f"{text}{params['variant']}".encode()))
     return (0.1 * rng.standard_normal(1600 * len(text) // 2)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def grammar():
-    return load_grammar()
-
-
-@pytest.fixture(scope="module")
-def codec(tiny_checkpoint):
-    mimi = Checkpoint.open(tiny_checkpoint).load_mimi()
-    return Codec(mimi, "tiny", measure_tokens(mimi))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_checkpoint):
-    return Checkpoint.open(tiny_checkpoint).load_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def bank(grammar, codec):
-    """A bank of random codes: what a codec would make of them is not the matter here."""
-    units, rng = inventory(grammar, FEW, 0), np.random.default_rng(0)
-    codes = tuple(
-        rng.integers(0, TINY_CARD, (8, 3 + len(unit.text))).astype(np.int16) for unit in units
-    )
-    rooms = {name: rng.integers(0, TINY_CARD, (8, 60)).astype(np.int16) for name in ROOMS}
-    return Bank(tuple(units), codes, rooms, codec.tokens)
 
 
 def two_units(grammar, codec, folder):
@@ -172,7 +141,9 @@ def test_codes_are_made_once_and_read_again(tmp_path, grammar, codec):
 
 
 def test_clips_are_valid_and_seeded(grammar, bank, tokenizer):
-    source = Source(grammar, ClipMaker(bank, tokenizer), LoopSettings(1, seed=3))
+    source = Source(
+        grammar, ClipMaker(bank, tokenizer), LoopSettings(1, seed=3, reading_steps=0, word_steps=0)
+    )
     for side in ("train", "held"):
         for number in range(30):
             one = source.clip(str(number), side)
@@ -219,7 +190,9 @@ def test_who_is_cut_short_stops_in_text_and_sound(grammar, bank, tokenizer):
 
 
 def test_silence_is_thinned_out_and_speech_is_not(grammar, bank, tokenizer):
-    source = Source(grammar, ClipMaker(bank, tokenizer), LoopSettings(1))
+    source = Source(
+        grammar, ClipMaker(bank, tokenizer), LoopSettings(1, reading_steps=0, word_steps=0)
+    )
     one = source.clip("0", "train")
     batch = masked_batch([thinned(one, np.random.default_rng(0))])
     mask = batch.loss_mask[0].numpy()
@@ -232,7 +205,7 @@ def test_silence_is_thinned_out_and_speech_is_not(grammar, bank, tokenizer):
 
 
 SETTINGS = LoopSettings(
-    6, batch_size=2, warmup_steps=2, longest_frames=120, reading_steps=2, seed=5
+    6, batch_size=2, warmup_steps=2, longest_frames=120, reading_steps=2, word_steps=1, seed=5
 )
 
 
@@ -264,7 +237,9 @@ def test_another_run_takes_up_no_foreign_checkpoint(tmp_path, grammar, bank, tok
 
 def test_weights_come_back_within_half_a_step_of_eight_bits(tmp_path):
     lm = build_lm(TINY_LM_CONFIG, 3)
-    base_weights.save_base(tmp_path, lm, TINY_LM_CONFIG, {"steps": 1}, b"tokens")
+    base_weights.save_base(
+        tmp_path, lm, TINY_LM_CONFIG, {"steps": 1, "seed": 1, "codec": "c"}, b"tokens"
+    )
     loaded = base_weights.load_base(tmp_path)
     for name, weight in lm.state_dict().items():
         back = loaded.state_dict()[name]
@@ -281,20 +256,53 @@ def test_weights_come_back_within_half_a_step_of_eight_bits(tmp_path):
 def test_files_that_are_not_there_or_damaged_are_named(tmp_path):
     with pytest.raises(MissingInputError, match=r"base.json"):
         base_weights.load_base(tmp_path)
-    base_weights.save_base(tmp_path, build_lm(TINY_LM_CONFIG, 3), TINY_LM_CONFIG, {"steps": 1}, b"")
+    write_tiny_base(tmp_path)
     (tmp_path / base_weights.WEIGHTS).write_bytes(b"no weights")
-    with pytest.raises(CorruptFileError, match=r"base.safetensors"):
+    with pytest.raises(CorruptFileError, match=r"goes with weights of sha256"):
         base_weights.load_base(tmp_path)
+    write_tiny_base(tmp_path)
+    (tmp_path / base_weights.TOKENIZER).write_bytes(b"of another base")
+    with pytest.raises(CorruptFileError, match=r"goes with tokenizer of sha256"):
+        base_weights.load_base(tmp_path)
+    for content in ("[]", "{", "{}"):
+        (tmp_path / base_weights.CONFIG).write_text(content)
+        with pytest.raises(CorruptFileError, match=r"base.json"):
+            base_weights.load_base(tmp_path)
+    write_tiny_base(tmp_path)
+    (tmp_path / base_weights.TOKENIZER).unlink()
+    with pytest.raises(MissingInputError, match=r"tokenizer.model"):
+        base_weights.load_base(tmp_path)
+
+
+def write_tiny_base(folder, tokens=b"tokens", codec="c"):
+    lm, facts = build_lm(TINY_LM_CONFIG, 3), {"steps": 9, "seed": 1, "codec": codec}
+    base_weights.save_base(folder, lm, TINY_LM_CONFIG, facts, tokens)
+
+
+def test_eight_bits_without_their_scale_are_refused():
+    tensors = base_weights.packed(build_lm(TINY_LM_CONFIG, 3).state_dict())
+    assert base_weights.unpacked(tensors)
+    name = next(name for name in tensors if name.endswith(base_weights.SCALE))
+    with pytest.raises(ValueError, match="pairs"):
+        base_weights.unpacked({n: t for n, t in tensors.items() if n != name})
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    lm = build_lm(TINY_LM_CONFIG, 3)
+    with torch.no_grad():
+        lm.text_linear.weight[0, 0] = torch.nan
+    with pytest.raises(WorkError, match="text_linear"):
+        base_weights.save_base(tmp_path, lm, TINY_LM_CONFIG, {}, b"")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_trained_weights_opens_like_any_other(tmp_path, tiny_checkpoint, codec):
     source, folder = tmp_path / "base", tmp_path / "checkpoint"
     folder.mkdir()
-    tokens = (tiny_checkpoint / "tokenizer.model").read_bytes()
-    lm = build_lm(TINY_LM_CONFIG, 3)
-    base_weights.save_base(source, lm, TINY_LM_CONFIG, {"steps": 9}, tokens)
     mimi_config = json.loads((tiny_checkpoint / "mimi_config.json").read_text())
     save_codec(codec.mimi, mimi_config, tmp_path / "codec")
+    tokens = (tiny_checkpoint / "tokenizer.model").read_bytes()
+    write_tiny_base(source, tokens, codes_digest(load_codec(tmp_path / "codec")))
     base_weights.write_pocket_checkpoint(folder, source, tmp_path / "codec")
     opened = Checkpoint.open(folder)
     assert opened.load_tokenizer().get_piece_size() == TINY_TEXT_CARD
@@ -304,6 +312,15 @@ def test_a_checkpoint_of_trained_weights_opens_like_any_other(tmp_path, tiny_che
         for name, weight in base_weights.load_base(source).state_dict().items()
     )
     assert load_codec(tmp_path / "codec").cardinality == opened.load_mimi().cardinality
+
+
+def test_a_base_is_not_joined_to_a_codec_of_other_codes(tmp_path, tiny_checkpoint, codec):
+    mimi_config = json.loads((tiny_checkpoint / "mimi_config.json").read_text())
+    save_codec(codec.mimi, mimi_config, tmp_path / "codec")
+    write_tiny_base(tmp_path / "base", codec="of another")
+    with pytest.raises(CorruptFileError, match="has other codes"):
+        base_weights.write_pocket_checkpoint(tmp_path, tmp_path / "base", tmp_path / "codec")
+    assert not list(tmp_path.glob("*.*"))
 
 
 def test_a_probe_asks_in_turn_and_expects_what_its_prompt_holds(grammar, bank, tokenizer):
@@ -340,7 +357,25 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
 
     def run(name, *arguments):
         where = ["--out", str(tmp_path / name), "--work", str(tmp_path / f"{name}-work")]
-        assert base_command.main([*where, "--steps", "2", "--batch-size", "2", *arguments]) == 0
+        assert (
+            base_command.main(
+                [
+                    *where,
+                    "--steps",
+                    "4",
+                    "--reading-steps",
+                    "1",
+                    "--word-steps",
+                    "1",
+                    "--batch-size",
+                    "2",
+                    "--processes",
+                    "1",
+                    *arguments,
+                ]
+            )
+            == 0
+        )
         return (tmp_path / name / "base.safetensors").read_bytes()
 
     first = run("one")
@@ -349,10 +384,11 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
     card = (tmp_path / "one" / "BASE.md").read_text()
     assert (
         "48 businesses" in card
-        and "2 steps, the first 1 of text alone, then of 2 dialogues" in card
+        and "4 steps: 1 of prompts and words alone, 1 of dialogues and lessons" in card
     )
     assert run("one") == first
-    assert "nothing was left to do" in (tmp_path / "one" / "BASE.md").read_text()
+    again = (tmp_path / "one" / "BASE.md").read_text()
+    assert "nothing was left to do" in again and " 0 min of training" in again
     assert run("two", "--seed", "2") != first
 
 

@@ -1,0 +1,45 @@
+"""A grammar's utterances as random codes, for tests of what the pocket base is trained with."""
+
+import numpy as np
+import pytest
+
+from pipeline.engines.checkpoint import Checkpoint
+from pipeline.engines.codec import measure_tokens
+from tests.stages.conftest import TINY_CARD
+from training.pocket.base_bank import Bank, Codec
+from training.pocket.base_units import Amounts, inventory
+from training.pocket.base_voices import ROOMS
+from training.pocket.roles import load_grammar
+
+FEW = Amounts(2, 1, 1, 4, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def grammar():
+    return load_grammar()
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_checkpoint):
+    mimi = Checkpoint.open(tiny_checkpoint).load_mimi()
+    return Codec(mimi, "tiny", measure_tokens(mimi))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint):
+    return Checkpoint.open(tiny_checkpoint).load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def bank(grammar, codec):
+    return random_bank(grammar, codec.tokens)
+
+
+def random_bank(grammar, tokens):
+    """A bank of random codes: what a codec would make of them is not the matter here."""
+    units, rng = inventory(grammar, FEW, 0), np.random.default_rng(0)
+    codes = tuple(
+        rng.integers(0, TINY_CARD, (8, 3 + len(unit.text))).astype(np.int16) for unit in units
+    )
+    rooms = {name: rng.integers(0, TINY_CARD, (8, 60)).astype(np.int16) for name in ROOMS}
+    return Bank(tuple(units), codes, rooms, tokens)

@@ -1,0 +1,168 @@
+"""What the pocket base starts with and is taught by: heads that copy, clips to read and to hear."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from duplex.streams import AGENT_ROWS, TEXT_PAD, TEXT_ROW, USER_ROWS
+from pipeline.engines.pocket import LM_CONFIG, build_lm
+from tests.stages.conftest import TINY_LM_CONFIG
+from tests.stages.pocket.ranks_worker import trained
+from training.attention import causal_attention, rotate, turns_of
+from training.distributed import Ranks
+from training.fast import FastForward, delayed
+from training.launch import run_workers
+from training.pocket.base_clips import ClipMaker, masked_batch
+from training.pocket.base_hearing import LAG, Hearing
+from training.pocket.base_initial import DISTANCES, prepare
+from training.pocket.base_loop import ALONE, LoopSettings, Source, _gradients
+from training.projection import rms_norm
+
+PIECES = 40
+
+
+@pytest.fixture(scope="module")
+def lm():
+    model = build_lm(LM_CONFIG, 1)
+    prepare(model, 1)
+    return model
+
+
+def repeating(num: int) -> torch.Tensor:
+    """int64 [num, 17, 2 L]: pieces in any order, then the same ones again; silent audio."""
+    rng = np.random.default_rng(0)
+    rows = np.zeros((num, 17, 2 * PIECES), dtype=np.int64)
+    rows[:, 1:] = rng.integers(0, LM_CONFIG["card"], (16, 1))
+    for row in rows:
+        pieces = 4 + rng.permutation(LM_CONFIG["text_card"] - 4)[:PIECES]
+        row[TEXT_ROW] = np.tile(pieces, 2)
+    return torch.from_numpy(rows)
+
+
+def rank_of_repeated(model) -> float:
+    """Mean share of the vocabulary that is held likelier than the repeated piece; .5 by chance."""
+    codes = repeating(8)
+    with torch.no_grad():
+        inputs, targets = delayed(codes, model.card, model.text_card)
+        forward = FastForward(model)
+        x = forward.embedding(inputs)
+        turns = turns_of(model.transformer, x.shape[-1], x.shape[1], x.device)
+        for layer in forward.layers:
+            x = layer(x, turns)
+        logits = model.text_linear(rms_norm(x, model.out_norm))[:, PIECES + 1 :]
+    wanted = targets[:, TEXT_ROW, PIECES + 1 :]
+    own = logits.gather(2, wanted[..., None])
+    return float((logits > own).float().mean())
+
+
+def test_a_prepared_base_copies_before_it_is_trained(lm):
+    assert rank_of_repeated(lm) < 0.35
+    assert rank_of_repeated(build_lm(LM_CONFIG, 1)) > 0.45
+
+
+def test_the_first_heads_look_at_their_distance_whatever_is_said(lm):
+    """Each frame's value is its own place, so what a head gives is where it looks."""
+    codes = repeating(2)
+    inputs, _ = delayed(codes, lm.card, lm.text_card)
+    forward = FastForward(lm)
+    layer = lm.transformer.layers[0]
+    with torch.no_grad():
+        x = rms_norm(forward.embedding(inputs), layer.norm1)
+        qkv = layer.self_attn.in_projs[0](x).unflatten(-1, (3, layer.self_attn.num_heads, -1))
+        turns = turns_of(lm.transformer, x.shape[-1], x.shape[1], x.device)
+        qkv = rotate(qkv.contiguous(), turns, layer.self_attn.rope.interleave)
+        qkv[:, :, 2] = torch.arange(x.shape[1], dtype=torch.float32)[None, :, None, None]
+        seen = causal_attention(qkv, None).unflatten(-1, (qkv.shape[3], -1))[..., 0]  # [B, T, H]
+    for head, distance in enumerate(DISTANCES):
+        off = (seen[:, 10:, head] - (torch.arange(10, x.shape[1]) - distance)).abs()
+        # A piece of larger norm draws some attention from its neighbours.
+        assert off.median() < 0.05 and off.max() < 1.1, distance
+
+
+@pytest.fixture(scope="module")
+def hearing(grammar, bank, tokenizer):
+    return Hearing(bank, tokenizer)
+
+
+def test_a_hearing_clip_writes_what_is_said_while_it_is_said(hearing, bank, tokenizer):
+    for seed in range(30):
+        one = hearing.clip(random.Random(seed), "h", "held" if seed % 2 else "train")
+        codes, frames = one.clip.codes, one.clip.prompt_frames
+        text = codes[TEXT_ROW, frames:]
+        written = tokenizer.decode([int(piece) for piece in text if piece > TEXT_PAD])
+        heard = [
+            unit.text
+            for unit, part in zip(bank.units, bank.codes, strict=True)
+            if unit.speaker.side == "user" and _is_in(part, codes[USER_ROWS, frames:])
+        ]
+        assert len(heard) >= 2 and all(line in written for line in heard)
+        assert _is_behind(codes[:, frames:], bank, tokenizer)
+        assert (codes[AGENT_ROWS, frames:] == np.asarray(bank.tokens.silence)[:, None]).all()
+        assert not masked_batch([one]).loss_mask[:, 1:].any()
+
+
+def _is_behind(codes, bank, tokenizer) -> bool:
+    """Whether each utterance's first piece stands `LAG` frames behind its first frame, or later."""
+    starts = [
+        at
+        for at in range(codes.shape[1])
+        for unit, part in zip(bank.units, bank.codes, strict=True)
+        if unit.speaker.side == "user"
+        and np.array_equal(codes[USER_ROWS, at : at + part.shape[1]], part)
+    ]
+    pieces = np.flatnonzero(codes[TEXT_ROW] > TEXT_PAD)
+    return pieces[0] == min(starts) + LAG and pieces[-1] < codes.shape[1]
+
+
+def _is_in(part, codes) -> bool:
+    return any(
+        np.array_equal(codes[:, at : at + part.shape[1]], part)
+        for at in range(codes.shape[1] - part.shape[1] + 1)
+    )
+
+
+def test_ranks_share_a_batch_and_their_gradients_add_up(grammar, bank, tokenizer):
+    """Each rank's share of the loss is weighed by the counts of the whole batch."""
+    settings = LoopSettings(9, batch_size=3, reading_steps=1, word_steps=1, longest_frames=350)
+    source = Source(grammar, ClipMaker(bank, tokenizer), settings)
+    for step in range(3):  # reading; words alone; all
+        batches = source.batches(step)
+        assert len(batches) == (1 if step == 0 else 2)
+        assert any(batch.loss_mask[:, 1:].any() for batch in batches) == (step == 2)
+        whole = gradients(batches, 0, 1)
+        for count in (2, 3):  # of three, the last has no lesson where there are two
+            shares = [gradients(batches, rank, count) for rank in range(count)]
+            for name, gradient in whole.items():
+                total = sum(share[name] for share in shares if name in share)
+                torch.testing.assert_close(total, gradient)
+
+
+def test_two_processes_train_as_one_and_resume_to_the_same_bits(tiny_checkpoint, tmp_path):
+    job = {"checkpoint": str(tiny_checkpoint), "folder": str(tmp_path / "two")}
+    found = run_workers("tests.stages.pocket.ranks_worker", job, 2)
+    assert found["whole"]["digest"] == found["resumed"]["digest"]
+    assert found["whole"]["log"] == found["resumed"]["log"]
+    lm, log = trained(tiny_checkpoint, tmp_path / "one", ALONE, [None])
+    alone = lm.text_linear.weight.flatten()[:500]
+    start = build_lm(TINY_LM_CONFIG, 1).text_linear.weight.flatten()[:500]
+    moved = (alone - start).abs().max()
+    off = (torch.tensor(found["text_linear"]) - alone).abs().max()
+    assert moved > 1e-3 and off < 0.02 * moved
+    for ours, theirs in zip(
+        map(json.loads, log), map(json.loads, found["whole"]["log"]), strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+def gradients(batches, rank, count):
+    class Share(Ranks):
+        def sum(self, values):
+            return values  # of this rank alone
+
+    lm = build_lm(TINY_LM_CONFIG, 1).train()
+    section = LoopSettings(1).section()
+    _gradients(FastForward(lm), batches, section, Share(rank, count, torch.device("cpu")))
+    return {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
