@@ -23,13 +23,10 @@ from training.pocket.base_units import (
 )
 from training.pocket.base_voices import (
     AGENT_VOICES,
-    HELD_USER_VOICES,
-    ROOMS,
-    USER_VOICES,
     Speaker,
     agent_speaker,
     gender_of,
-    user_speaker,
+    users,
 )
 from training.pocket.roles import Grammar, Scope, Side, filled, with_article, wordings
 
@@ -171,8 +168,7 @@ class _Draw:
         mood = rng.choices(list(moods), [m.weight for m in moods.values()])[0]
         self.mood = mood if side == "train" else NEUTRAL
         self.agent = agent_speaker(voice, self.mood)
-        users = list(USER_VOICES if side == "train" else HELD_USER_VOICES)
-        self.user = user_speaker(rng.choice(users), rng.choice(list(ROOMS)))
+        self.user = rng.choice(users(side))
         self.role = rng.choice(grammar.role_ids)
         self.scope: Scope = grammar.scope_of(self.role)
         self.facts: list[Fact] = []

@@ -19,7 +19,7 @@ from duplex.streams import AGENT_ROWS, TEXT_PAD, TEXT_ROW, USER_ROWS, build_prom
 from training.batches import Clip
 from training.pocket.base_bank import Bank
 from training.pocket.base_clips import TrainingClip, room_codes
-from training.pocket.base_voices import HELD_USER_VOICES, ROOMS, USER_VOICES, user_speaker
+from training.pocket.base_voices import users
 from training.pocket.roles import Side
 
 PROMPT = "Write down what you hear."
@@ -41,8 +41,7 @@ class Hearing:
 
     def clip(self, rng: random.Random, name: str, side: Side = "train") -> TrainingClip:
         """int16 [17, T] of one speaker in one room."""
-        voices = list(USER_VOICES if side == "train" else HELD_USER_VOICES)
-        speaker = user_speaker(rng.choice(voices), rng.choice(list(ROOMS)))
+        speaker = rng.choice(users(side))
         places = self._places[speaker.id]
         heard: list[tuple[int, int]] = []
         at = rng.randint(*LEAD)

@@ -30,12 +30,10 @@ from training.pocket.base_measures import Question, place_to_cut
 from training.pocket.base_units import NEUTRAL, SAMPLE_ACT, UnitIndex, company_of
 from training.pocket.base_voices import (
     AGENT_VOICES,
-    HELD_USER_VOICES,
-    ROOMS,
     Speaker,
     agent_speaker,
     gender_of,
-    user_speaker,
+    users,
 )
 from training.pocket.roles import Grammar, Side
 
@@ -64,7 +62,7 @@ class Probe:
 def draw_probe(grammar: Grammar, bank: Bank, index: UnitIndex, rng: random.Random) -> Probe:
     """A run's character, prompt and questions."""
     voice = rng.choice(list(AGENT_VOICES))
-    user = user_speaker(rng.choice(list(HELD_USER_VOICES)), rng.choice(list(ROOMS)))
+    user = rng.choice(users("held"))
     role = rng.choice(grammar.role_ids)
     wording: Side = rng.choice(("train", "held"))
     sides: dict[str, Side] = {}

@@ -16,15 +16,13 @@ from dataclasses import dataclass
 
 from training.pocket.base_voices import (
     AGENT_VOICES,
-    HELD_USER_VOICES,
-    ROOMS,
-    USER_VOICES,
     Speaker,
     agent_speaker,
     gender_of,
-    user_speaker,
+    users,
 )
 from training.pocket.roles import Grammar, Side, Topic, filled, slots_in, wordings
+from training.pocket.sentences import load_vocabulary, sentence
 
 NEUTRAL = "neutral"
 SAMPLE_ACT = "sample"
@@ -36,11 +34,13 @@ class Amounts:
 
     answers: int = 32
     moody_answers: int = 8
-    questions: int = 4
-    good_questions: int = 32
+    questions: int = 2
+    good_questions: int = 12
     held_answers: int = 4
     others: int = 4
+    user_others: int = 2
     samples: int = 16
+    heard: int = 30
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def agent_speakers(grammar: Grammar) -> list[Speaker]:
 
 
 def user_speakers() -> list[Speaker]:
-    return [user_speaker(v, room) for v in (*USER_VOICES, *HELD_USER_VOICES) for room in ROOMS]
+    return [*users("train"), *users("held")]
 
 
 def company_of(grammar: Grammar, role: str, surname: str) -> str:
@@ -175,7 +175,7 @@ def _user_units(
         for side in sides:
             lines = wordings(topic.ask, side)
             if topic.good:
-                yield from _good_questions(grammar, speaker, name, lines, amounts, rng)
+                yield from _good_questions(grammar, speaker, name, lines, side, amounts, rng)
                 continue
             for line in _some(lines, amounts.questions, rng):
                 yield Unit(speaker, f"ask/{name}", line, side=side)
@@ -189,8 +189,11 @@ def _user_units(
         **{f"story/{name}": story.lines for name, story in talk.story.items()},
     }
     for act, lines in fixed.items():
-        for line in _some(lines, amounts.others, rng):
+        for line in _some(lines, amounts.user_others, rng):
             yield Unit(speaker, act, line)
+    vocabulary = load_vocabulary(held_out=speaker.is_held_out)
+    for _ in range(amounts.heard):
+        yield Unit(speaker, "hear", sentence(vocabulary, rng))
 
 
 def _good_questions(
@@ -198,17 +201,19 @@ def _good_questions(
     speaker: Speaker,
     name: str,
     lines: Sequence[str],
+    side: Side,
     amounts: Amounts,
     rng: random.Random,
 ) -> Iterator[Unit]:
     roles = list(grammar.roles.businesses)
+    start = rng.randrange(len(roles))  # no speaker has all of them
     for number in range(amounts.good_questions):
-        role = roles[number % len(roles)]
+        role = roles[(start + number) % len(roles)]
         good = rng.choice(grammar.roles.businesses[role].goods)
         line = rng.choice(lines)
         assert "good" in slots_in(line)
         text = filled(line, {"good": good})
-        yield Unit(speaker, f"ask/{name}", text, role, (("good", good),))
+        yield Unit(speaker, f"ask/{name}", text, role, (("good", good),), side)
 
 
 def _some(lines: Sequence[str], count: int, rng: random.Random) -> list[str]:

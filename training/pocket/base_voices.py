@@ -7,12 +7,14 @@ never trained on. No user speaks with an agent's variant (pipeline/engines/espea
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Literal
 
 from duplex.base import Emotion, canonical_json
 from duplex.config_data import TimelineSection
 from pipeline.engines.emotions import with_emotion
+from training.pocket.speech_pool import ACCENTS, VARIANTS
 
 Params = dict[str, str | int | float]
 Gender = Literal["female", "male"]
@@ -29,20 +31,29 @@ AGENT_VOICES: dict[str, tuple[Gender, Params]] = {
     "cal": ("male", _params("en-us", "m3", 45, 175)),
     "dov": ("male", _params("en-us", "m7", 35, 165, 45)),
 }
-USER_VOICES: dict[str, Params] = {
-    "u0": _params("en-us", "steph", 50, 175),
-    "u1": _params("en-gb", "michel", 42, 165),
-    "u2": _params("en-us", "belinda", 58, 185),
-    "u3": _params("en-gb", "Andy", 38, 170),
-    "u4": _params("en-gb", "steph", 62, 180, 55),
-    "u5": _params("en-us", "michel", 46, 175, 45),
-    "u6": _params("en-gb-scotland", "belinda", 50, 170),
-    "u7": _params("en-us", "Andy", 46, 180, 55),
-}
-HELD_USER_VOICES: dict[str, Params] = {
-    "h0": _params("en-us", "anika", 50, 175),
-    "h1": _params("en-gb", "edward", 42, 170),
-}
+# Of users: variants that the codec knows and no agent has; those held out are never trained on.
+HELD_USER_VARIANTS = ("anika", "edward", "Alicia", "john")
+USER_VARIANTS = tuple(
+    variant
+    for variant in VARIANTS
+    if variant not in (*HELD_USER_VARIANTS, *(v[1]["variant"] for v in AGENT_VOICES.values()))
+)
+
+
+def _user_voices(variants: tuple[str, ...], name: str) -> dict[str, Params]:
+    """Two voices of each variant, in accents in turn; pitch, range and rate are drawn."""
+    rng = random.Random(name)
+    return {
+        f"{name}{number}": _params(
+            ACCENTS[number % len(ACCENTS)], variant, rng.randint(30, 70), rng.randint(150, 195),
+            rng.randint(40, 65),
+        )
+        for number, variant in enumerate((*variants, *variants))
+    }  # fmt: skip
+
+
+USER_VOICES = _user_voices(USER_VARIANTS, "u")
+HELD_USER_VOICES = _user_voices(HELD_USER_VARIANTS, "h")
 # Under the user's channel; the agent's is digital silence outside of its turns.
 ROOMS: dict[str, TimelineSection] = {
     "quiet": TimelineSection(),
@@ -71,6 +82,13 @@ def agent_speaker(voice: str, mood: str) -> Speaker:
 
 def user_speaker(voice: str, room: str) -> Speaker:
     return Speaker(f"{voice}-{room}", "user", voice, room)
+
+
+def users(side: Literal["train", "held"]) -> list[Speaker]:
+    """Each voice of a side in one room: they take turns."""
+    voices = USER_VOICES if side == "train" else HELD_USER_VOICES
+    rooms = list(ROOMS)
+    return [user_speaker(v, rooms[n % len(rooms)]) for n, v in enumerate(voices)]
 
 
 def gender_of(voice: str) -> Gender:

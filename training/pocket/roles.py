@@ -115,13 +115,17 @@ class Grammar:
     talk: Talk
 
     def values(self, slot: str, side: Side) -> tuple[str, ...]:
-        """Values of a slot on one side of the split; all of them on both where there are few."""
+        """Values of a slot on one side of the split; all of them on both where there are
+        few, or none is held out."""
         if slot == "name":
             return (*self.values("female", side), *self.values("male", side))
         every = self.slots[slot]
         if len(every) < HELD_OUT_ONE_IN:
             return every
-        return tuple(v for v in every if (side_of(slot, v) == side))
+        held = tuple(v for v in every if side_of(v) == "held")
+        if not held or side == "train":
+            return tuple(v for v in every if v not in held)
+        return held
 
     @cached_property
     def digest(self) -> str:
@@ -144,9 +148,9 @@ class Grammar:
         )
 
 
-def side_of(slot: str, value: str) -> Side:
+def side_of(value: str) -> Side:
     """The side of the split that a value is on, whatever other values there are."""
-    digest = hashlib.sha256(f"{slot}\0{value}".encode()).digest()
+    digest = hashlib.sha256(value.encode()).digest()  # the same in every slot
     return "held" if digest[0] % HELD_OUT_ONE_IN == 0 else "train"
 
 

@@ -14,6 +14,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pipeline.engines.listening import COMMON
@@ -63,6 +64,7 @@ class Vocabulary:
     words: tuple[str, ...]
 
 
+@lru_cache
 def load_vocabulary(held_out: bool) -> Vocabulary:
     """
     Raises:
