@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from duplex.characters import GapRange
+from duplex.errors import WorkError
 from duplex.mixing import VoicedTurn, mix_turns
 from duplex.records import Speech
 from duplex.sinks import FolderBlobs
@@ -221,6 +222,17 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path, grammar, bank, t
     assert all(torch.equal(whole[name], other[name]) for name in whole), "a finished run stays"
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_kept(
+    tmp_path, grammar, bank, tokenizer
+):
+    lm, source = build_lm(TINY_LM_CONFIG, 1), Source(grammar, ClipMaker(bank, tokenizer), SETTINGS)
+    with torch.no_grad():
+        lm.text_linear.weight[0, 0] = torch.nan
+    with pytest.raises(WorkError, match="must be finite, found nan at step 1"):
+        train(lm, source, SETTINGS, tmp_path, "run", checkpoint_every=1)
+    assert not list(tmp_path.glob("step-*"))
+
+
 def test_another_run_takes_up_no_foreign_checkpoint(tmp_path, grammar, bank, tokenizer):
     source = Source(grammar, ClipMaker(bank, tokenizer), SETTINGS)
     first = build_lm(TINY_LM_CONFIG, 1)
@@ -258,7 +270,7 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
     from training.pocket import base_command
 
     monkeypatch.setattr(base_command, "speak_and_encode", lambda *_: bank)
-    monkeypatch.setattr(base_command, "load_pocket_codec", lambda _: (codec, {}))
+    monkeypatch.setattr(base_command, "load_pocket_codec", lambda _: codec)
     monkeypatch.setattr(base_command, "VALID_CLIPS", 2)
     config = {**TINY_LM_CONFIG, "text_card": pocket.TEXT_CARD}
     monkeypatch.setattr(pocket, "LM_CONFIG", config)

@@ -18,7 +18,7 @@ from training.launch import run_workers
 from training.pocket.base_clips import ClipMaker, masked_batch
 from training.pocket.base_hearing import LAG, Hearing
 from training.pocket.base_initial import DISTANCES, prepare
-from training.pocket.base_loop import ALONE, LoopSettings, Source, _gradients
+from training.pocket.base_loop import ALONE, LoopSettings, Source, accumulate_gradients
 from training.projection import rms_norm
 
 PIECES = 40
@@ -153,5 +153,5 @@ def gradients(batches, rank, count):
 
     lm = build_lm(TINY_LM_CONFIG, 1).train()
     section = LoopSettings(1).section()
-    _gradients(FastForward(lm), batches, section, Share(rank, count, torch.device("cpu")))
+    accumulate_gradients(FastForward(lm), batches, section, Share(rank, count, torch.device("cpu")))
     return {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
