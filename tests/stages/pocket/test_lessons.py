@@ -12,6 +12,7 @@ from pipeline.engines.pocket import LM_CONFIG, build_lm
 from tests.stages.conftest import TINY_LM_CONFIG
 from tests.stages.pocket.ranks_worker import trained
 from training.attention import causal_attention, rotate, turns_of
+from training.batches import Batch
 from training.distributed import Ranks
 from training.fast import FastForward, delayed
 from training.launch import run_workers
@@ -114,7 +115,7 @@ def utterances_in(codes, bank) -> list[tuple[int, str]]:
 
 
 def test_ranks_share_a_batch_and_their_gradients_add_up(grammar, bank, tokenizer):
-    """Each rank's share of the loss is weighed by the counts of the whole batch."""
+    """Whatever a loss is taken from, shares or batches, it is weighed by the counts of the whole."""
     settings = LoopSettings(9, batch_size=3, reading_steps=1, word_steps=1, longest_frames=350)
     source = Source(grammar, ClipMaker(bank, tokenizer), settings)
     for step in range(3):  # reading; words alone; all
@@ -122,6 +123,8 @@ def test_ranks_share_a_batch_and_their_gradients_add_up(grammar, bank, tokenizer
         assert len(batches) == (1 if step == 0 else 2)
         assert any(batch.loss_mask[:, 1:].any() for batch in batches) == (step == 2)
         whole = gradients(batches, 0, 1)
+        for name, gradient in gradients(one_clip_each(batches), 0, 1).items():
+            torch.testing.assert_close(gradient, whole[name])
         for count in (2, 3):  # of three, the last has no lesson where there are two
             shares = [gradients(batches, rank, count) for rank in range(count)]
             for name, gradient in whole.items():
@@ -144,6 +147,14 @@ def test_two_processes_train_as_one_and_resume_to_the_same_bits(tiny_checkpoint,
         map(json.loads, log), map(json.loads, found["whole"]["log"]), strict=True
     ):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+
+
+def one_clip_each(batches):
+    return [
+        Batch(codes[None], mask[None], codes.shape[-1])
+        for batch in batches
+        for codes, mask in zip(batch.codes, batch.loss_mask, strict=True)
+    ]
 
 
 def gradients(batches, rank, count):
