@@ -115,7 +115,7 @@ def utterances_in(codes, bank) -> list[tuple[int, str]]:
 
 
 def test_ranks_share_a_batch_and_their_gradients_add_up(grammar, bank, tokenizer):
-    """Whatever a loss is taken from, shares or batches, it is weighed by the counts of the whole."""
+    """Shares and batches of any size: the loss is weighed by the counts of the whole update."""
     settings = LoopSettings(9, batch_size=3, reading_steps=1, word_steps=1, longest_frames=350)
     source = Source(grammar, ClipMaker(bank, tokenizer), settings)
     for step in range(3):  # reading; words alone; all
