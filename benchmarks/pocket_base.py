@@ -100,7 +100,7 @@ def main() -> None:
 def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[str, Any]:
     grammar = load_grammar()
     lm, tokenizer = load_base(base), load_tokenizer(base)
-    codec, _ = load_pocket_codec(codec_folder)
+    codec = load_pocket_codec(codec_folder)
     seed = base_config(base)["seed"]
     units = held_out_units(inventory(grammar, Amounts(), seed))
     bank = speak_and_encode(units, grammar, codec, places, print)

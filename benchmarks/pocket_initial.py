@@ -22,9 +22,9 @@ from duplex.datafiles import CHECKOUT
 from duplex.files import write_atomic, write_json
 from duplex.streams import TEXT_PAD, TEXT_ROW
 from pipeline.engines.pocket import LM_CONFIG, build_lm
-from training.fast import FastForward, delayed, turns_of
+from training.batches import Batch
 from training.pocket.base_initial import prepare
-from training.pocket.base_loop import ALONE, LoopSettings
+from training.pocket.base_loop import ALONE, LoopSettings, accumulate_gradients, means
 from training.pocket.base_optimizer import Masters, mixed_forward
 
 RESULTS = CHECKOUT / "docs" / "results"
@@ -58,19 +58,20 @@ def run(seed: int, prepared: bool, steps: int) -> list[float]:
     if prepared:
         prepare(lm, seed)
     lm.train().requires_grad_(True)
-    masters = Masters(lm, LoopSettings(steps, learning_rate=1.2e-3).section())
+    section = LoopSettings(steps, learning_rate=1.2e-3).section()
+    masters = Masters(lm, section)
     forward = mixed_forward(lm, torch.bfloat16)
     losses = []
     for step in range(steps):
-        loss = loss_of(lm, forward, *sequences(np.random.default_rng([seed, step])))
-        loss.backward()
-        losses.append(float(loss.detach()))
+        drawn = batch(np.random.default_rng([seed, step]))
+        sums = accumulate_gradients(forward, [drawn], section, ALONE)
+        losses.append(means(sums, "repeated")["repeated_words"])
         masters.update(lm, step, ALONE)
     return [float(np.mean(losses[at : at + EVERY])) for at in range(0, steps, EVERY)]
 
 
-def sequences(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """codes int64 [B, 17, 2 L] of silent audio, and bool [B, 2 L] where a span goes on."""
+def batch(rng: np.random.Generator) -> Batch:
+    """codes [B, 17, 2 L] of silent audio; loss where a span goes on in the text row."""
     codes = np.zeros((SEQUENCES, 17, 2 * PIECES), dtype=np.int64)
     codes[:, 1:] = np.random.default_rng(0).integers(0, LM_CONFIG["card"], (16, 1))
     goes_on = np.zeros((SEQUENCES, 2 * PIECES), dtype=bool)
@@ -83,17 +84,9 @@ def sequences(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
             row[at : at + len(span)] = span
             mask[at + 1 : at + len(span)] = True
             at += len(span)
-    return torch.from_numpy(codes), torch.from_numpy(goes_on)
-
-
-def loss_of(lm: Any, forward: FastForward, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean nats of the masked pieces."""
-    inputs, targets = delayed(codes, lm.card, lm.text_card)
-    x = forward.embedding(inputs)
-    turns = turns_of(lm.transformer, x.shape[-1], x.shape[1], x.device)
-    for layer in forward.layers:
-        x = layer(x, turns)
-    return forward.text_head(x, targets[:, TEXT_ROW], mask.float() / mask.sum(), mask)[1]
+    loss_mask = torch.zeros(SEQUENCES, 9, 2 * PIECES, dtype=torch.bool)
+    loss_mask[:, TEXT_ROW] = torch.from_numpy(goes_on)
+    return Batch(torch.from_numpy(codes), loss_mask, codes.shape[0] * codes.shape[2])
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from duplex.frames import FRAME_RATE
 WORDS = (35, 80)  # of a prompt
 PROMPTS = 3
 MOST_FRAMES = 1000  # a third of the model's context of 3,000
-LONG_FRAMES = 200  # 16 s before anybody can speak
+LONG_FRAMES = 250  # 20 s before anybody can speak, with the pocket tokenizer's short pieces
 NEAR = 0.5  # Jaccard similarity of two-word shingles
 LONG_GAP_FRAMES = 40  # 3.2 s of silence inside a conversation
 GAP_RATIO = 3.0  # of two personas of one type

@@ -224,7 +224,7 @@ def _domain_of(values: dict[Path, Any]) -> str:
 def prompt_frames(persona: Persona) -> list[int]:
     """Frames that each prompt takes: one a piece of the pocket tokenizer, and the silence.
 
-    Its 1,000 pieces are words of a coffee shop: 1.65 a word there, 2.4 elsewhere (measured on the
+    Its 600 pieces are half words: 2.3 a word in the coffee shop, 3.0 elsewhere (measured on the
     shipped personas). A 7B model's 32,000 pieces are longer, so it needs fewer frames.
     """
     tokenizer = _pocket_tokenizer()

@@ -143,15 +143,14 @@ def test_the_page_says_what_is_not_proven_not_played_and_not_shown(hostile):
     assert "Training" not in Page(render(hostile, log=[])["report.html"]).text
 
 
-def test_random_weights_are_said_to_be_random_and_only_what_was_shown_is_claimed(hostile):
+def test_the_pocket_model_is_named_and_only_what_was_shown_is_claimed(hostile):
     changed = " ".join(Page(render(hostile)["report.html"]).text.split())
-    assert "Its weights are random" in changed
-    assert "proves is that the path works" in changed
-    assert "that tuning changed the model. It says nothing" in changed
+    assert "This is the pocket model" in changed and "seldom tells the right fact" in changed
+    assert "it says that the path works, from the prompt to these numbers." in changed
     same = [hostile[0], hostile[0]]
     unchanged = " ".join(Page(render(same)["report.html"]).text.split())
     assert "these conversations do not show" in unchanged
-    assert "random" not in Page(render(hostile, {"base": "owner/name"})["report.html"]).text
+    assert "pocket model" not in Page(render(hostile, {"base": "owner/name"})["report.html"]).text
 
 
 def test_one_server_by_itself_has_a_page_too(hostile):

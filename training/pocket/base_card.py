@@ -9,6 +9,7 @@ from duplex.files import write_atomic
 from duplex.frames import FRAME_RATE
 from training.pocket.base_bank import Bank
 from training.pocket.base_loop import LoopSettings, Trained
+from training.pocket.base_voices import AGENT_VOICES, HELD_USER_VOICES, ROOMS, USER_VOICES
 from training.pocket.base_weights import CONFIG, TOKENIZER, WEIGHTS
 from training.pocket.roles import Grammar
 from training.prompt_swap import Margin
@@ -70,8 +71,10 @@ def card(folder: Path, made: Made) -> str:
         f"| roles | {len(grammar.roles.businesses)} businesses, {len(grammar.roles.personal)} "
         "personal; no customers |",
         f"| facts | {len(grammar.talk.topics)} topics |",
-        f"| utterances | {len(bank.units)}, {minutes:.0f} minutes with their tails; four agent "
-        "voices in four moods, ten user voices in three rooms, two of them held out |",
+        f"| utterances | {len(bank.units)}, {minutes:.0f} minutes with their tails; "
+        f"{len(AGENT_VOICES)} agent voices in {len(grammar.talk.moods)} moods, "
+        f"{len(USER_VOICES) + len(HELD_USER_VOICES)} user voices in {len(ROOMS)} rooms, "
+        f"{len(HELD_USER_VOICES)} of them held out |",
         f"| training | {settings.steps} steps: {settings.reading_steps} of prompts and words "
         f"alone, {settings.word_steps} of dialogues and lessons in reading and hearing with loss "
         f"on words alone, the others of {settings.batch_size} dialogues drawn anew; AdamW at "
@@ -101,7 +104,7 @@ def card(folder: Path, made: Made) -> str:
         + ".",
         "",
         "Held out: about one value in eight of each slot, some wordings of prompts and questions, "
-        "two user voices.",
+        f"{len(HELD_USER_VOICES)} user voices.",
         "",
         "It knows nothing but its grammar: English, short questions about facts in its prompt, "
         "small talk. It is no assistant, and what it says about the world means nothing.",

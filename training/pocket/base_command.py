@@ -104,7 +104,7 @@ def _bank(
 ) -> tuple[Bank, str]:
     """All utterances' codes, and the digest of the codec."""
     units = inventory(grammar, SMALL if arguments.small else Amounts(), arguments.seed)
-    codec, _ = load_pocket_codec(arguments.codec)
+    codec = load_pocket_codec(arguments.codec)
     return speak_and_encode(units, grammar, codec, Places(arguments.work), report), codec.digest
 
 

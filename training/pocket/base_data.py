@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from training.pocket.base_bank import Bank, Codec, Espeak, build_bank
 from training.pocket.base_dialogue import draw_dialogue
 from training.pocket.base_units import Unit, UnitIndex
 from training.pocket.roles import Grammar
-from training.pocket.weights import CONFIG, codes_digest, load_codec
+from training.pocket.weights import codes_digest, load_codec
 
 CORPUS_DIALOGUES, COFFEE_TIMES = 800, 2  # about as much of each
 REPORT_EVERY_S = 20.0
@@ -39,8 +37,8 @@ class Places:
         return self.work / "losses.jsonl"
 
 
-def load_pocket_codec(folder: Path) -> tuple[Codec, dict[str, Any]]:
-    """The codec of a folder, as the bank takes it, and its configuration.
+def load_pocket_codec(folder: Path) -> Codec:
+    """The codec of a folder, as the bank takes it.
 
     Raises:
         MissingInputError, CorruptFileError
@@ -48,8 +46,7 @@ def load_pocket_codec(folder: Path) -> tuple[Codec, dict[str, Any]]:
     from pipeline.engines.codec import measure_tokens
 
     mimi = load_codec(folder)
-    config = json.loads((folder / CONFIG).read_text())
-    return Codec(mimi, codes_digest(mimi), measure_tokens(mimi)), config
+    return Codec(mimi, codes_digest(mimi), measure_tokens(mimi))
 
 
 def speak_and_encode(

@@ -146,9 +146,9 @@ class Source:
         return batches
 
     def held_out_lessons(self, count: int) -> dict[str, list[TrainingClip]]:
-        """Lessons by name: hearing what training's voices and unheard ones say, and reading."""
+        """Lessons by name: to hear what training holds and what other voices say, and to read."""
         return {
-            "hearing, voices of training": [self.heard(f"lesson-{n}") for n in range(count)],
+            "hearing, utterances of training": [self.heard(f"lesson-{n}") for n in range(count)],
             "hearing, unheard voices": [self.heard(f"lesson-{n}", "held") for n in range(count)],
             "reading": [self.reading(f"lesson-{n}") for n in range(count)],
         }
@@ -218,7 +218,7 @@ def train(
     seen, started_s, written_s = 0, time.monotonic(), time.monotonic()
     for step in range(first, settings.steps if until is None else min(until, settings.steps)):
         batches = source.batches(step)
-        sums = _gradients(forward, batches, masters.section, ranks)
+        sums = accumulate_gradients(forward, batches, masters.section, ranks)
         noted = masters.update(lm, step, ranks)
         require_finite("the gradient's norm", noted["norm"], step + 1, [], folder)
         seen += sum(batch.num_frames for batch in batches)
@@ -251,7 +251,7 @@ def train(
     return Trained(log, sum(by_step.values()), rate)
 
 
-def _gradients(
+def accumulate_gradients(
     forward: FastForward, batches: Sequence[Batch], section: TrainSection, ranks: Ranks
 ) -> StreamSums:
     """Leave the gradients of this rank's share of the batches in the model; sums of the whole."""
