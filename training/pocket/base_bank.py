@@ -33,7 +33,7 @@ from duplex.room import room_of
 from duplex.streams import CODEBOOKS, CodecTokens
 from pipeline.engines.encoding import quantize
 from pipeline.engines.voicesample import voice_sample
-from training.pocket.base_units import SAMPLE_ACT, Unit
+from training.pocket.base_units import SAMPLE_ACT, WORDS_ACT, Unit
 from training.pocket.base_voices import ROOMS, Params, Speaker, spoken_params
 from training.pocket.roles import Grammar
 
@@ -114,10 +114,11 @@ def build_bank(
 
 
 def _sheets(units: Sequence[Unit]) -> Iterator[list[int]]:
-    """Places of units, a speaker's at a time; samples apart from the others."""
-    groups: dict[tuple[str, bool], list[int]] = {}
+    """Places of units, a speaker's at a time; samples and words apart from the others."""
+    groups: dict[tuple[str, str], list[int]] = {}
     for place, unit in enumerate(units):
-        groups.setdefault((unit.speaker.id, unit.act == SAMPLE_ACT), []).append(place)
+        apart = unit.act if unit.act in (SAMPLE_ACT, WORDS_ACT) else ""
+        groups.setdefault((unit.speaker.id, apart), []).append(place)
     for places in groups.values():
         for start in range(0, len(places), UNITS_A_SHEET):
             yield places[start : start + UNITS_A_SHEET]

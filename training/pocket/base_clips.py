@@ -29,6 +29,8 @@ from duplex.streams import build_prompt, prompt_tokens
 from training.batches import Batch, Clip, make_batch
 from training.pocket.base_bank import Bank
 from training.pocket.base_dialogue import Dialogue, Said
+from training.pocket.base_phones import Phones, no_labels
+from training.pocket.codec_labels import HALVES, IGNORED
 
 SILENT_SHARE = 0.2  # of the agent's silent frames carry audio loss
 SETTLING_FRAMES = 3  # after speech; these carry it always
@@ -50,18 +52,21 @@ class PlacedTurn:
 
 @dataclass(frozen=True)
 class DialogueClip:
-    """A clip with its turns, frames counted from the first frame after the prompt."""
+    """A clip with its turns, frames counted from the first frame after the prompt. phones: int16
+    [T, 2] of the user's channel."""
 
     clip: Clip
     turns: tuple[PlacedTurn, ...]
+    phones: np.ndarray | None = None
 
 
 class ClipMaker:
     """Dialogues -> clips of one bank and one tokenizer (a SentencePieceProcessor)."""
 
-    def __init__(self, bank: Bank, tokenizer: Any):
+    def __init__(self, bank: Bank, tokenizer: Any, phones: Phones | None = None):
         self.bank = bank
         self.tokenizer = tokenizer
+        self.phones = phones
         self._tokens: dict[str, tuple[int, ...]] = {}
 
     def clip(self, dialogue: Dialogue, rng: random.Random, name: str) -> DialogueClip:
@@ -71,18 +76,25 @@ class ClipMaker:
         num_frames = max(turn.end for turn, _ in placed) + dialogue.tail
         agent = np.repeat(np.asarray(self.bank.tokens.silence)[:, None], num_frames, axis=1)
         user = room_codes(self.bank, dialogue.user.state, num_frames, rng)
+        heard = []
         for turn, pieces in placed:
             channel = agent if turn.role == "agent" else user
-            for start, codes in pieces:
+            for start, codes, unit in pieces:
                 length = min(codes.shape[1], num_frames - start)
                 channel[:, start : start + length] = codes[:, :length]
+                if turn.role == "user":
+                    heard.append((start, unit))
         text = align(self._text_turns([turn for turn, _ in placed]), num_frames)
         prompt = self._prompt(dialogue)
         codes = assemble(prompt, text.row, np.stack([agent, user])).astype(np.int16)
         frames = prompt.shape[1]
         turns = tuple(turn for turn, _ in placed)
         spans = tuple((t.role, frames + t.start, frames + t.end) for t in turns)
-        return DialogueClip(Clip(name, codes, frames, frames, spans), turns)
+        phones = None
+        if self.phones is not None:
+            track = self.phones.track(heard, num_frames)
+            phones = np.concatenate([no_labels(frames), track])
+        return DialogueClip(Clip(name, codes, frames, frames, spans), turns, phones)
 
     def _prompt(self, dialogue: Dialogue) -> np.ndarray:
         voice = None
@@ -118,7 +130,7 @@ def room_codes(bank: Bank, room: str, num_frames: int, rng: random.Random) -> np
     return noise[:, places].astype(np.int64)
 
 
-Pieces = list[tuple[int, np.ndarray]]  # first frame and codes [8, n]
+Pieces = list[tuple[int, np.ndarray, int]]  # first frame, codes [8, n], the unit's place
 
 
 def place(dialogue: Dialogue, bank: Bank, rng: random.Random) -> list[tuple[PlacedTurn, Pieces]]:
@@ -143,9 +155,9 @@ def place(dialogue: Dialogue, bank: Bank, rng: random.Random) -> list[tuple[Plac
         if said.cut:
             cut_at = _cut_frame(said, bank, start, length, rng)
             end = min(end, cut_at + said.yields)
-            pieces = [(at, codes[:, : max(0, end - start - at)]) for at, codes in pieces]
+            pieces = [(at, codes[:, : max(0, end - start - at)], u) for at, codes, u in pieces]
         turn = PlacedTurn(said.role, start, end, text, said.kind, said.cut)
-        placed.append((turn, [(start + at, codes) for at, codes in pieces]))
+        placed.append((turn, [(start + at, codes, unit) for at, codes, unit in pieces]))
         if said.kind == "turn":
             cursor = max(cursor, end) if cut_at is None else cut_at
     return placed
@@ -156,7 +168,7 @@ def _pieces(said: Said, bank: Bank, pauses: Sequence[int]) -> tuple[Pieces, int]
     pieces: Pieces = []
     at = end = 0
     for unit, pause in zip(said.units, pauses, strict=True):
-        pieces.append((at, bank.codes[unit]))
+        pieces.append((at, bank.codes[unit], unit))
         end = at + bank.speech_frames(unit)
         at = end + pause
     return pieces, end
@@ -170,10 +182,20 @@ def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Rand
 
 @dataclass(frozen=True)
 class TrainingClip:
-    """A clip, and in which of its frames the agent's codes carry loss: bool [T]."""
+    """A clip; in which of its frames the agent's codes carry loss, bool [T]; and what phones the
+    user says, int16 [T, 2] (`base_phones`), None where that is not told."""
 
     clip: Clip
     audible: np.ndarray
+    phones: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch, with the phones in the user's channel: int16 [B, T, 2]."""
+
+    batch: Batch
+    phones: torch.Tensor
 
 
 def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
@@ -182,17 +204,20 @@ def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
     for role, start, end in one.clip.turns:
         if role == "agent":
             audible[start : end + SETTLING_FRAMES] = True
-    return TrainingClip(one.clip, audible)
+    return TrainingClip(one.clip, audible, one.phones)
 
 
 def silenced(one: TrainingClip) -> TrainingClip:
     """The same clip, of which words alone carry loss."""
-    return TrainingClip(one.clip, np.zeros_like(one.audible))
+    return TrainingClip(one.clip, np.zeros_like(one.audible), one.phones)
 
 
-def masked_batch(clips: Sequence[TrainingClip]) -> Batch:
+def lesson(clips: Sequence[TrainingClip]) -> Lesson:
     """Clips side by side; the agent's codes carry loss where they are audible."""
     batch = make_batch([one.clip for one in clips])
+    phones = torch.full((len(clips), batch.codes.shape[2], HALVES), IGNORED, dtype=torch.int16)
     for row, one in enumerate(clips):
         batch.loss_mask[row, 1:, : len(one.audible)] &= torch.from_numpy(one.audible)
-    return batch
+        if one.phones is not None:
+            phones[row, : len(one.phones)] = torch.from_numpy(one.phones)
+    return Lesson(batch, phones)

@@ -23,6 +23,7 @@ import torch
 
 from duplex.base import canonical_json
 from duplex.files import write_atomic
+from pipeline.engines.espeak import EspeakEngine
 from training.distributed import Ranks, digest_of
 from training.fast import FastForward
 from training.launch import run_workers
@@ -35,6 +36,7 @@ from training.pocket.base_data import (
     speak_and_encode,
     train_tokenizer,
 )
+from training.pocket.base_ear import LAYER, SHARE
 from training.pocket.base_initial import prepare
 from training.pocket.base_loop import (
     ALONE,
@@ -46,13 +48,14 @@ from training.pocket.base_loop import (
     score,
     train,
 )
+from training.pocket.base_phones import Phones, find_phones
 from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import voices_digest
 from training.pocket.base_weights import POCKET, load_base, save_base
 from training.pocket.roles import Grammar, load_grammar
 from training.prompt_swap import plan_swaps, score_swaps
 
-SMALL = Amounts(6, 2, 1, 4, 1, 2, 1, 3, 4)
+SMALL = Amounts(6, 2, 1, 4, 1, 2, 1, 3, 4, 4)
 VALID_CLIPS = 48
 WORKER = "training.pocket.base_worker"
 SWAPS = 2
@@ -89,10 +92,10 @@ def make_base(
     arguments = _parse(argv)
     started_s = time.monotonic()
     grammar = load_grammar()
-    bank, codec_digest = _bank(arguments, grammar, report)
+    bank, phones, codec_digest = _bank(arguments, grammar, report)
     encoded_s += time.monotonic() - started_s
     tokenizer = train_tokenizer(grammar, bank.units, arguments.seed)
-    run = _Run(arguments, ranks, grammar, bank, tokenizer, codec_digest)
+    run = _Run(arguments, ranks, grammar, bank, phones, tokenizer, codec_digest)
     trained = run.train(report)
     if ranks.first:
         run.write(trained, encoded_s)
@@ -101,11 +104,15 @@ def make_base(
 
 def _bank(
     arguments: argparse.Namespace, grammar: Grammar, report: Callable[[str], None]
-) -> tuple[Bank, str]:
-    """All utterances' codes, and the digest of the codec."""
+) -> tuple[Bank, Phones, str]:
+    """All utterances' codes, the phones of users' ones, and the digest of the codec."""
     units = inventory(grammar, SMALL if arguments.small else Amounts(), arguments.seed)
     codec = load_pocket_codec(arguments.codec)
-    return speak_and_encode(units, grammar, codec, Places(arguments.work), report), codec.digest
+    places = Places(arguments.work)
+    bank = speak_and_encode(units, grammar, codec, places, report)
+    with EspeakEngine() as engine:
+        phones = find_phones(units, places.codes, engine, engine.revision, report)
+    return bank, phones, codec.digest
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -120,7 +127,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--codec", type=Path, default=POCKET, help="folder of the pocket codec")
     add("--steps", type=int, default=6000, help="updates in all")
     add("--reading-steps", type=int, default=150, help="first steps, of prompts and words alone")
-    add("--word-steps", type=int, default=2000, help="steps behind them: dialogues, but words alone")
+    add(
+        "--word-steps", type=int, default=2000, help="steps behind them: dialogues, but words alone"
+    )
     add("--seed", type=int, default=1)
     add("--processes", type=int, default=2, help="which share the work; each takes a core")
     add("--batch-size", type=int, default=8)
@@ -154,6 +163,7 @@ class _Run:
     ranks: Ranks
     grammar: Grammar
     bank: Bank
+    phones: Phones
     tokenizer: bytes
     codec_digest: str
 
@@ -163,7 +173,7 @@ class _Run:
         from pipeline.engines.pocket import LM_CONFIG
 
         processor = sentencepiece.SentencePieceProcessor(model_proto=self.tokenizer)
-        self.maker = ClipMaker(self.bank, processor)
+        self.maker = ClipMaker(self.bank, processor, self.phones)
         self.lm_config = LM_CONFIG
         self.lm = first_lm(self.arguments.seed)
         steps = self.arguments.steps
@@ -233,10 +243,14 @@ class _Run:
         codes themselves and a batch of each phase, which show any change of how clips are made."""
         phases = (0, self.settings.reading_steps, self.settings.steps - 1)
         batches = {
-            f"{step}.{place}.{name}": getattr(batch, name)
+            f"{step}.{place}.{name}": tensor
             for step in phases
-            for place, batch in enumerate(self.source.batches(step))
-            for name in ("codes", "loss_mask")
+            for place, one in enumerate(self.source.batches(step))
+            for name, tensor in (
+                ("codes", one.batch.codes),
+                ("loss_mask", one.batch.loss_mask),
+                ("phones", one.phones),
+            )
         }
         codes = {f"unit {n}": torch.from_numpy(part) for n, part in enumerate(self.bank.codes)}
         material = [
@@ -246,6 +260,7 @@ class _Run:
             hashlib.sha256(self.tokenizer).hexdigest(),
             asdict(self.settings),
             LOSS.model_dump(mode="json"),
+            [SHARE, LAYER],
             self.ranks.count,  # sums of shares are rounded otherwise than the whole
             self.lm_config,
             *(digest_of(tensors) for tensors in (self.lm.state_dict(), batches, codes)),

@@ -23,7 +23,7 @@ import torch
 
 from duplex.config_train import LossSection, TrainSection
 from duplex.files import append_line, read_lines
-from training.batches import Batch, Clip, make_batch
+from training.batches import Clip, make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
 from training.distributed import Ranks
 from training.failures import require_finite
@@ -32,16 +32,19 @@ from training.loss import AUDIO, WORDS, StreamSums, coefficients, part_counts
 from training.pocket.base_clips import (
     ClipMaker,
     DialogueClip,
+    Lesson,
     TrainingClip,
-    masked_batch,
+    lesson,
     silenced,
     thinned,
 )
 from training.pocket.base_dialogue import draw_dialogue
+from training.pocket.base_ear import SHARE, Ear
 from training.pocket.base_hearing import Hearing
 from training.pocket.base_optimizer import Masters, mixed_forward
 from training.pocket.base_reading import reading_clip
 from training.pocket.base_units import UnitIndex
+from training.pocket.codec_labels import IGNORED
 from training.pocket.roles import Grammar, Side
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -50,7 +53,7 @@ TIMING = "timing.jsonl"
 POOL_STEPS = 4
 VALID_BATCH = 8
 LOG_EVERY = 10
-LESSONS_ONE_TO = 8  # a reading and a hearing clip to so many dialogues
+READ_ONE_TO, HEARD_ONE_TO = 8, 4  # a reading, a hearing clip to so many dialogues
 READING_CLIPS = 2  # in the place of one dialogue, while there are no others
 
 
@@ -59,9 +62,9 @@ class LoopSettings:
     """What decides a training, besides the bank, the tokenizer and the model's configuration.
 
     reading_steps: how many of the first updates are of reading clips alone (base_reading.py).
-    word_steps: how many follow on which the text row alone carries loss, of dialogues, reading
-    and hearing clips (base_hearing.py) in equal parts. Later there is one of each to
-    `LESSONS_ONE_TO` dialogues. mixed: compute in bfloat16 over float32 weights.
+    word_steps: how many follow on which the text row alone carries loss, of dialogues, as many
+    hearing clips (base_hearing.py) and half as many reading ones. Later there are fewer
+    (`READ_ONE_TO`, `HEARD_ONE_TO`). mixed: compute in bfloat16 over float32 weights.
     """
 
     steps: int
@@ -95,7 +98,8 @@ class Source:
     def __init__(self, grammar: Grammar, maker: ClipMaker, settings: LoopSettings):
         self.grammar, self.maker, self.settings = grammar, maker, settings
         self.index = UnitIndex(maker.bank.units)
-        self.hearing = Hearing(maker.bank, maker.tokenizer)
+        assert maker.phones is not None, "lessons in hearing need labels"
+        self.hearing = Hearing(maker.bank, maker.tokenizer, maker.phones)
         self._pool: tuple[int, list[list[DialogueClip]]] = (-1, [])
 
     def clip(self, name: str, side: Side) -> DialogueClip:
@@ -104,23 +108,22 @@ class Source:
         dialogue = draw_dialogue(self.grammar, self.index, rng, side)
         return cropped(self.maker.clip(dialogue, rng, name), self.settings.longest_frames)
 
-    def batches(self, step: int) -> list[Batch]:
+    def batches(self, step: int) -> list[Lesson]:
         """What update `step`, from 0, is made of: dialogues, and lessons, which are shorter."""
         settings = self.settings
         if step < settings.reading_steps:
             count = READING_CLIPS * settings.batch_size
-            return [masked_batch([self.reading(f"{step}.{number}") for number in range(count)])]
+            return [lesson([self.reading(f"{step}.{number}") for number in range(count)])]
         spoken = step >= settings.reading_steps + settings.word_steps
-        share = LESSONS_ONE_TO if spoken else 1
-        lessons = []
-        for number in range(max(1, settings.batch_size // share)):
-            lessons.append(self.reading(f"{step}.{number}"))
-            lessons.append(self.heard(f"{step}.{number}"))
+        size = settings.batch_size
+        to_read, to_hear = (READ_ONE_TO, HEARD_ONE_TO) if spoken else (2, 1)
+        lessons = [self.reading(f"{step}.{number}") for number in range(max(1, size // to_read))]
+        lessons += [self.heard(f"{step}.{number}") for number in range(max(1, size // to_hear))]
         noise = np.random.default_rng([settings.seed, step])
         clips = [thinned(one, noise) for one in self._dialogues(step)]
         if not spoken:
             clips = [silenced(one) for one in clips]
-        return [masked_batch(clips), masked_batch(lessons)]
+        return [lesson(clips), lesson(lessons)]
 
     def _dialogues(self, step: int) -> list[DialogueClip]:
         group, place = divmod(step, POOL_STEPS)
@@ -130,7 +133,9 @@ class Source:
 
     def heard(self, name: str, side: Side = "train") -> TrainingClip:
         """A clip that teaches to hear."""
-        return self.hearing.clip(random.Random(f"{self.settings.seed}/{side}/{name}"), name, side)
+        return self.hearing.clip(
+            random.Random(f"{self.settings.seed}/hearing/{side}/{name}"), name, side
+        )
 
     def reading(self, name: str) -> TrainingClip:
         """A clip that teaches to read."""
@@ -165,7 +170,8 @@ def cropped(one: DialogueClip, longest: int) -> DialogueClip:
     spans = tuple((r, s, min(e, longest)) for r, s, e in clip.turns if s < longest)
     codes = clip.codes[:, :longest]
     short = Clip(clip.id, codes, clip.prompt_frames, clip.loss_from, spans)
-    return DialogueClip(short, one.turns[: len(spans)])
+    phones = None if one.phones is None else one.phones[:longest]
+    return DialogueClip(short, one.turns[: len(spans)], phones)
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,8 @@ def train(
         ranks: the processes that share each batch, and make the same update.
     """
     dtype = torch.bfloat16 if settings.mixed else torch.float32
+    assert source.maker.phones is not None
+    Ear.add(lm, len(source.maker.phones.names), settings.seed)
     lm.train().requires_grad_(True)
     masters = Masters(lm, settings.section())
     if ranks.first:
@@ -215,17 +223,18 @@ def train(
         masters.restore(state.tensors)
     masters.copy_to(lm)
     forward = mixed_forward(lm, dtype)
+    ear = Ear(lm, forward)
     seen, started_s, written_s = 0, time.monotonic(), time.monotonic()
     for step in range(first, settings.steps if until is None else min(until, settings.steps)):
         batches = source.batches(step)
-        sums = accumulate_gradients(forward, batches, masters.section, ranks)
+        sums = accumulate_gradients(forward, batches, masters.section, ranks, ear)
         noted = masters.update(lm, step, ranks)
         require_finite("the gradient's norm", noted["norm"], step + 1, [], folder)
-        seen += sum(batch.num_frames for batch in batches)
+        seen += sum(one.batch.num_frames for one in batches)
         done = step + 1
         line: dict[str, Any] = {}
         if done % LOG_EVERY == 0 or done == settings.steps:
-            line |= {"step": done, **noted, **means(sums, "train")}
+            line |= {"step": done, **noted, **means(sums, "train"), "phones": ear.share(ranks)}
         if valid and (done % valid_every == 0 or done == settings.steps):
             line |= {"step": done, **means(score(forward, valid, ranks), "held")}
         if line:
@@ -245,6 +254,7 @@ def train(
             ranks.wait()
     lm.float().eval()
     masters.copy_to(lm)
+    ear.remove()
     rate = seen / (time.monotonic() - started_s) if seen else None
     # Of all calls that led here; of a step that was done twice the last time.
     by_step = {line["step"]: line["seconds"] for line in read_lines(folder / TIMING)}
@@ -252,17 +262,28 @@ def train(
 
 
 def accumulate_gradients(
-    forward: FastForward, batches: Sequence[Batch], section: TrainSection, ranks: Ranks
+    forward: FastForward,
+    lessons: Sequence[Lesson],
+    section: TrainSection,
+    ranks: Ranks,
+    ear: Ear | None = None,
 ) -> StreamSums:
-    """Leave the gradients of this rank's share of the batches in the model; sums of the whole."""
+    """Leave the gradients of this rank's share of the lessons in the model; sums of the whole."""
+    batches = [one.batch for one in lessons]
     counts = [part_counts(batch.codes, batch.loss_mask) for batch in batches]
     whole = sum(counts[1:], counts[0])
     weights = coefficients(whole, section.loss)
+    labels = max(1, sum(int((one.phones != IGNORED).sum()) for one in lessons))
     total = StreamSums(torch.zeros_like(whole), torch.zeros_like(whole)).detached()
-    for batch in batches:
-        codes, mask = (rows[ranks.rank :: ranks.count] for rows in (batch.codes, batch.loss_mask))
+    for one in lessons:
+        codes, mask, phones = (
+            rows[ranks.rank :: ranks.count]
+            for rows in (one.batch.codes, one.batch.loss_mask, one.phones)
+        )
         if len(codes):  # a batch of few clips leaves nothing for the last ranks
             loss, sums = forward(codes, mask, weights)
+            if ear is not None:
+                loss = loss + SHARE / labels * ear.nll(phones)
             loss.backward()
             total = total + sums.detached()
     return _over_all(total, ranks)

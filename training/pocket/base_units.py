@@ -11,6 +11,7 @@ An act is what a unit does: `ask/price`, `answer/price`, `refusal`, `greeting/bu
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,9 @@ from training.pocket.sentences import load_vocabulary, sentence
 
 NEUTRAL = "neutral"
 SAMPLE_ACT = "sample"
+HEAR_ACT = "hear"
+WORDS_ACT = "words"
+WORDS_A_UNIT = (2, 3, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Amounts:
     user_others: int = 2
     samples: int = 16
     heard: int = 30
+    words: int = 250
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,28 @@ def inventory(grammar: Grammar, amounts: Amounts, seed: int) -> list[Unit]:
     for speaker in user_speakers():
         rng = random.Random(f"{seed}/{speaker.id}")
         units += _distinct(_user_units(grammar, speaker, amounts, rng))
+    vocabulary = words_of(units)
+    for speaker in user_speakers():
+        rng = random.Random(f"{seed}/words/{speaker.id}")
+        units += _distinct(_word_units(vocabulary, speaker, amounts.words, rng))
     return units
+
+
+def words_of(units: Iterable[Unit]) -> list[str]:
+    """All words that dialogues are made of, in lower case and order."""
+    texts = (unit.text for unit in units if unit.act not in (HEAR_ACT, SAMPLE_ACT))
+    return sorted(
+        {word.lower() for text in texts for word in re.findall(r"[A-Za-z][A-Za-z']*", text)}
+    )
+
+
+def _word_units(
+    vocabulary: Sequence[str], speaker: Speaker, count: int, rng: random.Random
+) -> Iterator[Unit]:
+    """Words in an order that says nothing: who writes them down has heard them."""
+    for _ in range(count):
+        text = " ".join(rng.sample(vocabulary, rng.choice(WORDS_A_UNIT)))
+        yield Unit(speaker, WORDS_ACT, f"{text}.")
 
 
 def agent_speakers(grammar: Grammar) -> list[Speaker]:
@@ -193,7 +219,7 @@ def _user_units(
             yield Unit(speaker, act, line)
     vocabulary = load_vocabulary(held_out=speaker.is_held_out)
     for _ in range(amounts.heard):
-        yield Unit(speaker, "hear", sentence(vocabulary, rng))
+        yield Unit(speaker, HEAR_ACT, sentence(vocabulary, rng))
 
 
 def _good_questions(

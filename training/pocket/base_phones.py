@@ -1,0 +1,113 @@
+"""When each word and phone of a user's utterance sounds: labels for lessons in hearing.
+
+espeak tells both while it speaks. Codes don't hold them, so the utterances are spoken once more
+(10 ms each), without being encoded, and the labels kept in a file beside the codes.
+
+Shapes: T_i frames of an utterance, two halves each (`codec_labels`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from duplex.base import canonical_json
+from duplex.files import atomic_path
+from duplex.frames import FRAME_SAMPLES, frame_at, frames_covering_samples
+from training.pocket.base_units import Unit
+from training.pocket.base_voices import spoken_params
+from training.pocket.codec_labels import IGNORED, PhoneSet, frame_labels, phones_on_grid
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """Of one utterance. phones: int16 [T_i, 2], `IGNORED` where a phone is too rare for a class;
+    word_ends: by word of the text, the frame in which it ends."""
+
+    phones: np.ndarray
+    word_ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Phones:
+    """names: classes, silence first; sounds: by place of the unit, users' alone."""
+
+    names: tuple[str, ...]
+    sounds: dict[int, Sounds]
+
+    def track(self, heard: Sequence[tuple[int, int]], num_frames: int) -> np.ndarray:
+        """int16 [num_frames, 2] of a channel; silence where nobody speaks.
+
+        Args:
+            heard: (first frame, place) of its utterances, in order.
+        """
+        row = np.zeros((num_frames, 2), dtype=np.int16)
+        for start, place in heard:
+            phones = self.sounds[place].phones
+            row[start : start + len(phones)] = phones[: max(0, num_frames - start)]
+        return row
+
+
+def find_phones(
+    units: Sequence[Unit], folder: Path, engine: Any, revision: str, report: Callable[[str], None]
+) -> Phones:
+    """Labels of all users' units; read where `folder` has them.
+
+    Args:
+        engine: an `EspeakEngine`.
+    """
+    places = [place for place, unit in enumerate(units) if unit.speaker.side == "user"]
+    said = [[units[p].text, spoken_params(units[p].speaker)] for p in places]
+    key = hashlib.sha256(canonical_json([VERSION, revision, said]).encode()).hexdigest()[:32]
+    path = folder / f"phones-{key}.safetensors"
+    if not path.exists():
+        report(f"listening for the phones of {len(places)} utterances …")
+        _write(path, [engine.synthesize_with_phones(text, params) for text, params in said])
+    return _read(path, places)
+
+
+def _write(path: Path, spoken: Sequence[tuple[Any, Any]]) -> None:
+    grids, ends = [], []
+    for utterance, phones in spoken:
+        frames = frames_covering_samples(len(utterance.samples))
+        grids.append(phones_on_grid(phones, frames * FRAME_SAMPLES))
+        ends.append([frame_at(word.end_s) for word in utterance.words])
+    classes = PhoneSet.of(grids)
+    labels = [frame_labels(classes.indices(grid)) for grid in grids]
+    metadata = {
+        "names": json.dumps(classes.names),
+        "lengths": json.dumps([len(one) for one in labels]),
+        "word_ends": json.dumps(ends),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        save_file({"phones": np.concatenate(labels).astype(np.int16)}, temporary, metadata=metadata)
+
+
+def _read(path: Path, places: Sequence[int]) -> Phones:
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        labels = file.get_tensor("phones")
+    edges = np.cumsum(json.loads(metadata["lengths"]))[:-1]
+    parts = np.split(labels, edges)
+    ends = json.loads(metadata["word_ends"])
+    sounds = {
+        place: Sounds(part, tuple(own))
+        for place, part, own in zip(places, parts, ends, strict=True)
+    }
+    return Phones(tuple(json.loads(metadata["names"])), sounds)
+
+
+def no_labels(num_frames: int) -> np.ndarray:
+    """int16 [num_frames, 2] of a clip whose user is not labelled."""
+    return np.full((num_frames, 2), IGNORED, dtype=np.int16)
