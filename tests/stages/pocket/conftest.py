@@ -5,13 +5,15 @@ import pytest
 
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.engines.codec import measure_tokens
+from pipeline.engines.script_words import script_words
 from tests.stages.conftest import TINY_CARD
 from training.pocket.base_bank import Bank, Codec
+from training.pocket.base_phones import Phones, Sounds
 from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import ROOMS
 from training.pocket.roles import load_grammar
 
-FEW = Amounts(2, 1, 1, 4, 1, 1, 1)
+FEW = Amounts(2, 1, 1, 4, 1, 1, 1, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,23 @@ def tokenizer(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def bank(grammar, codec):
     return random_bank(grammar, codec.tokens)
+
+
+@pytest.fixture(scope="module")
+def phones(bank):
+    return random_phones(bank)
+
+
+def random_phones(bank):
+    """Labels of the users' utterances, any phones, the words as long as each other."""
+    rng, sounds = np.random.default_rng(1), {}
+    for place, unit in enumerate(bank.units):
+        if unit.speaker.side == "user":
+            frames, words = bank.speech_frames(place), len(script_words(unit.text))
+            labels = rng.integers(0, 5, (frames, 2)).astype(np.int16)
+            ends = tuple(frames * (number + 1) // words for number in range(words))
+            sounds[place] = Sounds(labels, ends)
+    return Phones(("_", "a", "b", "c", "d"), sounds)
 
 
 def random_bank(grammar, tokens):

@@ -9,7 +9,7 @@ from pipeline.engines.checkpoint import Checkpoint
 from pipeline.engines.codec import measure_tokens
 from pipeline.engines.pocket import build_lm
 from tests.stages.conftest import TINY_LM_CONFIG
-from tests.stages.pocket.conftest import random_bank
+from tests.stages.pocket.conftest import random_bank, random_phones
 from training.distributed import digest_of
 from training.launch import work
 from training.pocket.base_clips import ClipMaker
@@ -26,7 +26,9 @@ def trained(checkpoint: Path, folder: Path, ranks: Any, stops: list[int | None])
     """The model after runs to each of `stops`, the last one to the end."""
     opened, grammar = Checkpoint.open(checkpoint), load_grammar()
     bank = random_bank(grammar, measure_tokens(opened.load_mimi()))
-    source = Source(grammar, ClipMaker(bank, opened.load_tokenizer()), SETTINGS)
+    source = Source(
+        grammar, ClipMaker(bank, opened.load_tokenizer(), random_phones(bank)), SETTINGS
+    )
     valid = source.held_out(3)
     for until in stops:
         lm = build_lm(TINY_LM_CONFIG, 1)

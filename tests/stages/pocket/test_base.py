@@ -24,7 +24,7 @@ from tests.stages.tensor_factories import finish
 from tests.stages.test_tensors import prompt_end, run
 from training.pocket import base_weights
 from training.pocket.base_bank import LEAD_FRAMES, TAIL_FRAMES, build_bank
-from training.pocket.base_clips import ClipMaker, masked_batch, place, thinned
+from training.pocket.base_clips import ClipMaker, lesson, place, thinned
 from training.pocket.base_dialogue import Character, Dialogue, Said, draw_dialogue
 from training.pocket.base_loop import LoopSettings, Source, train
 from training.pocket.base_probe import RUN_FRAMES, draw_probe, probe_clip
@@ -127,7 +127,9 @@ def test_codes_are_made_once_and_read_again(tmp_path, grammar, codec):
         calls.append(text)
         return speak(text, params)
 
-    units = [u for u in inventory(grammar, FEW, 0) if u.speaker.id == "u1-place"][:30]
+    units = [
+        u for u in inventory(grammar, FEW, 0) if u.speaker.id == "u2-place" and u.act != "words"
+    ][:30]
     first = build_bank(units, grammar, codec, tmp_path, counted, "noise")
     assert len(calls) == 30
     again = build_bank(units, grammar, codec, tmp_path, counted, "noise")
@@ -137,9 +139,11 @@ def test_codes_are_made_once_and_read_again(tmp_path, grammar, codec):
     assert len(calls) == 60
 
 
-def test_clips_are_valid_and_seeded(grammar, bank, tokenizer):
+def test_clips_are_valid_and_seeded(grammar, bank, tokenizer, phones):
     source = Source(
-        grammar, ClipMaker(bank, tokenizer), LoopSettings(1, seed=3, reading_steps=0, word_steps=0)
+        grammar,
+        ClipMaker(bank, tokenizer, phones),
+        LoopSettings(1, seed=3, reading_steps=0, word_steps=0),
     )
     for side in ("train", "held"):
         for number in range(30):
@@ -186,12 +190,12 @@ def test_who_is_cut_short_stops_in_text_and_sound(grammar, bank, tokenizer):
     assert found > 5
 
 
-def test_silence_is_thinned_out_and_speech_is_not(grammar, bank, tokenizer):
+def test_silence_is_thinned_out_and_speech_is_not(grammar, bank, tokenizer, phones):
     source = Source(
-        grammar, ClipMaker(bank, tokenizer), LoopSettings(1, reading_steps=0, word_steps=0)
+        grammar, ClipMaker(bank, tokenizer, phones), LoopSettings(1, reading_steps=0, word_steps=0)
     )
     one = source.clip("0", "train")
-    batch = masked_batch([thinned(one, np.random.default_rng(0))])
+    batch = lesson([thinned(one, np.random.default_rng(0))]).batch
     mask = batch.loss_mask[0].numpy()
     speaks = np.zeros(one.clip.num_frames, dtype=bool)
     for role, start, end in one.clip.turns:
@@ -206,11 +210,11 @@ SETTINGS = LoopSettings(
 )
 
 
-def test_a_killed_training_ends_with_the_same_weights(tmp_path, grammar, bank, tokenizer):
+def test_a_killed_training_ends_with_the_same_weights(tmp_path, grammar, bank, tokenizer, phones):
     def weights(folder, stops):
         for until in (*stops, None):
             lm = build_lm(TINY_LM_CONFIG, 1)
-            source = Source(grammar, ClipMaker(bank, tokenizer), SETTINGS)
+            source = Source(grammar, ClipMaker(bank, tokenizer, phones), SETTINGS)
             done = train(lm, source, SETTINGS, folder, "run", checkpoint_every=2, until=until)
         return lm.state_dict(), done.log
 
@@ -223,9 +227,12 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path, grammar, bank, t
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_kept(
-    tmp_path, grammar, bank, tokenizer
+    tmp_path, grammar, bank, tokenizer, phones
 ):
-    lm, source = build_lm(TINY_LM_CONFIG, 1), Source(grammar, ClipMaker(bank, tokenizer), SETTINGS)
+    lm, source = (
+        build_lm(TINY_LM_CONFIG, 1),
+        Source(grammar, ClipMaker(bank, tokenizer, phones), SETTINGS),
+    )
     with torch.no_grad():
         lm.text_linear.weight[0, 0] = torch.nan
     with pytest.raises(WorkError, match="must be finite, found nan at step 1"):
@@ -233,8 +240,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_kept(
     assert not list(tmp_path.glob("step-*"))
 
 
-def test_another_run_takes_up_no_foreign_checkpoint(tmp_path, grammar, bank, tokenizer):
-    source = Source(grammar, ClipMaker(bank, tokenizer), SETTINGS)
+def test_another_run_takes_up_no_foreign_checkpoint(tmp_path, grammar, bank, tokenizer, phones):
+    source = Source(grammar, ClipMaker(bank, tokenizer, phones), SETTINGS)
     first = build_lm(TINY_LM_CONFIG, 1)
     train(first, source, SETTINGS, tmp_path, "one", until=2)
     second = build_lm(TINY_LM_CONFIG, 2)
@@ -319,7 +326,7 @@ def test_a_reading_clip_says_what_its_prompt_holds_and_nothing_is_heard(grammar,
         assert not check_codes(
             clip.codes.astype(np.int64), card=TINY_CARD, text_card=TINY_TEXT_CARD
         )
-        batch = masked_batch([one])
+        batch = lesson([one]).batch
         assert batch.loss_mask[0, 0, clip.prompt_frames :].all()
         assert not batch.loss_mask[:, 1:].any()
         rows = clip.codes[:, clip.prompt_frames :]

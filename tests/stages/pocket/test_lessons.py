@@ -16,10 +16,12 @@ from training.batches import Batch
 from training.distributed import Ranks
 from training.fast import FastForward, delayed
 from training.launch import run_workers
-from training.pocket.base_clips import ClipMaker, masked_batch
+from training.pocket.base_clips import ClipMaker, Lesson, lesson
+from training.pocket.base_ear import BEHIND, Ear
 from training.pocket.base_hearing import LAG, Hearing
 from training.pocket.base_initial import DISTANCES, prepare
 from training.pocket.base_loop import ALONE, LoopSettings, Source, accumulate_gradients
+from training.pocket.codec_labels import IGNORED
 from training.projection import rms_norm
 
 PIECES = 40
@@ -84,44 +86,50 @@ def test_the_first_heads_look_at_their_distance_whatever_is_said(lm):
 
 
 @pytest.fixture(scope="module")
-def hearing(grammar, bank, tokenizer):
-    return Hearing(bank, tokenizer)
+def hearing(bank, tokenizer, phones):
+    return Hearing(bank, tokenizer, phones)
 
 
-def test_a_hearing_clip_writes_what_is_said_while_it_is_said(hearing, bank, tokenizer):
+def test_a_hearing_clip_writes_what_is_said_while_it_is_said(hearing, bank, tokenizer, phones):
     for seed in range(8):
         one = hearing.clip(random.Random(seed), "h", "held" if seed % 2 else "train")
         codes, frames = one.clip.codes, one.clip.prompt_frames
         text = codes[TEXT_ROW, frames:]
         written = tokenizer.decode([int(piece) for piece in text if piece > TEXT_PAD])
         heard = utterances_in(codes[USER_ROWS, frames:], bank)
-        assert len(heard) >= 2 and all(line in written for _, line in heard)
+        assert len(heard) >= 2 and all(line in written for _, _, line in heard)
         pieces = np.flatnonzero(text > TEXT_PAD)
-        assert pieces[0] == min(start for start, _ in heard) + LAG
+        first, place, _ = min(heard)
+        assert pieces[0] == first + phones.sounds[place].word_ends[0] + LAG
+        assert one.phones is not None and (one.phones[:frames] == IGNORED).all()
+        told = one.phones[frames:]
+        for start, place, _ in heard:
+            labels = phones.sounds[place].phones
+            assert np.array_equal(told[start : start + len(labels)], labels)
         assert (codes[AGENT_ROWS, frames:] == np.asarray(bank.tokens.silence)[:, None]).all()
-        assert not masked_batch([one]).loss_mask[:, 1:].any()
+        assert not lesson([one]).batch.loss_mask[:, 1:].any()
 
 
-def utterances_in(codes, bank) -> list[tuple[int, str]]:
-    """First frame and text of each user's utterance that stands in codes [8, T]."""
+def utterances_in(codes, bank) -> list[tuple[int, int, str]]:
+    """First frame, place and text of each user's utterance that stands in codes [8, T]."""
     found = []
-    for unit, part in zip(bank.units, bank.codes, strict=True):
+    for place, (unit, part) in enumerate(zip(bank.units, bank.codes, strict=True)):
         if unit.speaker.side != "user":
             continue
         for at in np.flatnonzero((codes[:, : codes.shape[1]] == part[:, :1]).all(0)):
             if np.array_equal(codes[:, at : at + part.shape[1]], part):
-                found.append((int(at), unit.text))
+                found.append((int(at), place, unit.text))
     return found
 
 
-def test_ranks_share_a_batch_and_their_gradients_add_up(grammar, bank, tokenizer):
+def test_ranks_share_a_batch_and_their_gradients_add_up(grammar, bank, tokenizer, phones):
     """Shares and batches of any size: the loss is weighed by the counts of the whole update."""
     settings = LoopSettings(9, batch_size=3, reading_steps=1, word_steps=1, longest_frames=350)
-    source = Source(grammar, ClipMaker(bank, tokenizer), settings)
+    source = Source(grammar, ClipMaker(bank, tokenizer, phones), settings)
     for step in range(3):  # reading; words alone; all
         batches = source.batches(step)
         assert len(batches) == (1 if step == 0 else 2)
-        assert any(batch.loss_mask[:, 1:].any() for batch in batches) == (step == 2)
+        assert any(one.batch.loss_mask[:, 1:].any() for one in batches) == (step == 2)
         whole = gradients(batches, 0, 1)
         for name, gradient in gradients(one_clip_each(batches), 0, 1).items():
             torch.testing.assert_close(gradient, whole[name])
@@ -130,6 +138,36 @@ def test_ranks_share_a_batch_and_their_gradients_add_up(grammar, bank, tokenizer
             for name, gradient in whole.items():
                 total = sum(share[name] for share in shares if name in share)
                 torch.testing.assert_close(total, gradient)
+
+
+def test_the_ear_is_taught_the_phones_it_has_read_and_leaves_no_trace(
+    grammar, bank, tokenizer, phones
+):
+    settings = LoopSettings(9, batch_size=2, reading_steps=0, word_steps=8, longest_frames=300)
+    source = Source(grammar, ClipMaker(bank, tokenizer, phones), settings)
+    lm = build_lm(TINY_LM_CONFIG, 1)
+    before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    Ear.add(lm, 5, seed=1)
+    forward = FastForward(lm)
+    ear = Ear(lm, forward)
+    heard = source.batches(0)[1]
+    codes, mask = heard.batch.codes, heard.batch.loss_mask
+    with torch.no_grad():
+        forward(codes, mask, torch.zeros(10))
+        first = float(ear.nll(heard.phones))
+        # Labels of the frames that are not yet read when they are due change nothing.
+        late = heard.phones.clone()
+        late[:, -BEHIND:] = 1
+        assert float(ear.nll(late)) == first
+        early = heard.phones.clone()
+        early[:, :-BEHIND] = (early[:, :-BEHIND] + 1) % 5
+        assert float(ear.nll(early)) != first
+    assert 0 <= ear.share(ALONE) < 0.6 and ear.share(ALONE) == 0
+    ear.remove()
+    assert {n: t.shape for n, t in lm.state_dict().items()} == {
+        n: t.shape for n, t in before.items()
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
 
 
 def test_two_processes_train_as_one_and_resume_to_the_same_bits(tiny_checkpoint, tmp_path):
@@ -151,9 +189,11 @@ def test_two_processes_train_as_one_and_resume_to_the_same_bits(tiny_checkpoint,
 
 def one_clip_each(batches):
     return [
-        Batch(codes[None], mask[None], codes.shape[-1])
-        for batch in batches
-        for codes, mask in zip(batch.codes, batch.loss_mask, strict=True)
+        Lesson(Batch(codes[None], mask[None], codes.shape[-1]), phones[None])
+        for one in batches
+        for codes, mask, phones in zip(
+            one.batch.codes, one.batch.loss_mask, one.phones, strict=True
+        )
     ]
 
 
@@ -162,7 +202,9 @@ def gradients(batches, rank, count):
         def sum(self, values):
             return values  # of this rank alone
 
-    lm = build_lm(TINY_LM_CONFIG, 1).train()
-    section = LoopSettings(1).section()
-    accumulate_gradients(FastForward(lm), batches, section, Share(rank, count, torch.device("cpu")))
+    lm = build_lm(TINY_LM_CONFIG, 1)
+    Ear.add(lm, 5, seed=1)
+    forward = FastForward(lm.train())
+    ranks = Share(rank, count, torch.device("cpu"))
+    accumulate_gradients(forward, batches, LoopSettings(1).section(), ranks, Ear(lm, forward))
     return {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
