@@ -1,14 +1,15 @@
-"""One conversation over one WebSocket. It knows aiohttp; the model it reaches by two calls.
+"""One conversation over one WebSocket. It knows aiohttp; the model it reaches through the desk.
 
     reader task    WebSocket -> Opus or PCM -> frames of 1 920 samples -> inbox (64 frames)
-    conversation   inbox -> `Speaker.step` in the worker thread -> text, then audio
+    conversation   inbox -> the desk's next step -> text, then audio
 
-The inbox is bounded, so a client that sends faster than the model answers is slowed down by
-TCP. What arrives before `00` is decoded (an Ogg stream needs its start) and dropped: it was
-said before the conversation began.
+Nobody waits for anyone: a conversation takes its next frame when its last answer is sent, so one
+that does not read is alone in standing still, and loses its slot after `Limits.stall_s`. The inbox
+is bounded too: a client that sends faster than the model answers is slowed down by TCP.
 
-A client that vanishes frees the model within a frame: a closed socket ends the reader, and a
-silent one (cable pulled, or nobody reads) fails aiohttp's heartbeat within 45 s.
+What arrives before `00` is decoded (an Ogg stream needs its start) and dropped: it was said
+before the conversation began. Metadata (`04`) says what was fed at first, and at the end why it
+ends.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import asyncio
 import json
 import logging
 import secrets
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sphn
@@ -29,17 +29,32 @@ from aiohttp import WSMsgType, web
 
 from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
 from pipeline.serving import wire
+from pipeline.serving.desk import Desk, FullError
+from pipeline.serving.limits import Limits
 from pipeline.serving.text import TextAssembler
 from pipeline.serving.wire import ChatRequest, Kind
 
 if TYPE_CHECKING:
-    from pipeline.serving.conversation import FedPrompt, Speaker
+    from pipeline.serving.model import FedPrompt
 
 INBOX_FRAMES = 64
 HEARTBEAT_S = 30
 
 log = logging.getLogger(__name__)
-ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a conversation ended. reason: a word for metrics; code, text: for the client, None where
+    it has gone itself."""
+
+    reason: str
+    code: int | None = None
+    text: str = ""
+    is_fault: bool = False
+
+
+GONE = Ending("left")
 
 
 class BadAudioError(ValueError):
@@ -77,77 +92,69 @@ class AudioIn:
             raise BadAudioError(f"audio must be an Ogg-Opus stream: {error}") from None
 
 
-class ChatDesk:
-    """Lets one client at a time talk to the speaker. `busy` and `speaker` are read by routes."""
-
-    def __init__(self, worker: ThreadPoolExecutor):
-        self.speaker: Speaker | None = None
-        self.busy = False
-        self._worker = worker
-
-    async def run(self, function: Callable[..., ResultT], *args: Any) -> ResultT:
-        """Call `function` in the one thread that touches the model."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
-
-    async def welcome(self, ws: web.WebSocketResponse, wanted: ChatRequest) -> None:
-        """Hold a conversation, or refuse it because there is one. Closes `ws`."""
-        if self.busy:
-            await _refuse(
-                ws, wire.CLOSE_BUSY, "this server holds one conversation at a time and is in one"
-            )
-            return
-        self.busy = True
-        refusal: tuple[int, str] | None = None
+async def converse(
+    desk: Desk, request: web.Request, ws: web.WebSocketResponse, wanted: ChatRequest, limits: Limits
+) -> None:
+    """Hold a conversation in a free slot, or refuse it because there is none. Closes `ws`."""
+    try:
+        slot = desk.take()
+    except FullError:
+        places = f"{desk.num_slots} conversation{'s' if desk.num_slots != 1 else ''}"
+        ending = Ending(
+            "busy", wire.CLOSE_BUSY, f"this server holds {places} at a time and is full", True
+        )
+    else:
         try:
-            await Conversation(self, ws, wanted).hold()
-        except BadAudioError as fault:
-            refusal = wire.CLOSE_UNSUPPORTED, str(fault)
-        except ConnectionError:
-            pass  # the client went while we were sending
-        except Exception:
-            log.exception("a conversation ended by an error of the server")
-            refusal = wire.CLOSE_INTERNAL, "the server failed; its log says why"
+            ending = await _Conversation(desk, slot, ws, wanted, limits).hold()
         finally:
-            self.busy = False  # before closing, which waits for the client's answer
-        if refusal:
-            await _refuse(ws, *refusal)
-        await ws.close()
+            desk.free(slot)  # before closing, which waits for the client's answer
+    desk.counts.ended.labels(ending.reason).inc()
+    if ending.reason == "stalled" and request.transport is not None:
+        request.transport.abort()  # what it does not read would keep `close` waiting
+    await _close(ws, ending)
 
 
-class Conversation:
-    def __init__(self, desk: ChatDesk, ws: web.WebSocketResponse, wanted: ChatRequest):
-        assert desk.speaker is not None
-        self._desk = desk
-        self._speaker = desk.speaker
+class _Conversation:
+    def __init__(
+        self, desk: Desk, slot: int, ws: web.WebSocketResponse, wanted: ChatRequest, limits: Limits
+    ):
+        assert desk.model is not None
+        self._desk, self._slot, self._model = desk, slot, desk.model
         self._ws = ws
         self._wanted = wanted
-        self._ready = False
-        self._gone = threading.Event()  # read by the worker thread too
+        self._limits = limits
+        self._ready = self._gone = False
         # A frame, what ended the reader early, or None when the client has gone.
         self._inbox: asyncio.Queue[np.ndarray | Exception | None] = asyncio.Queue(INBOX_FRAMES)
 
-    async def hold(self) -> None:
-        from pipeline.serving.conversation import Cancelled
-
-        wanted = self._wanted
-        seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
+    async def hold(self) -> Ending:
+        """From prompt to end; never raises but on cancellation."""
         reader = asyncio.create_task(self._read())
         try:
-            begin = partial(
-                self._speaker.begin, voice=wanted.voice_prompt, greeting=wanted.greeting
-            )
-            fed = await self._desk.run(
-                begin, wanted.text_prompt, wanted.sampling, seed, self._gone.is_set
-            )
-            self._ready = True
-            await self._ws.send_bytes(wire.message(Kind.READY))
-            await self._ws.send_bytes(wire.message(Kind.METADATA, self._metadata(fed)))
-            await self._talk()
-        except Cancelled:
-            pass
+            return await self._hold()
+        except BadAudioError as fault:
+            return Ending("bad audio", wire.CLOSE_UNSUPPORTED, str(fault), True)
+        except _StalledError:
+            return Ending("stalled")
+        except ConnectionError:  # the client went while we were sending
+            return GONE
+        except Exception:
+            log.exception("a conversation ended by an error of the server")
+            return Ending("error", wire.CLOSE_INTERNAL, "the server failed; its log says why", True)
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+
+    async def _hold(self) -> Ending:
+        seed = self._wanted.seed
+        seed = secrets.randbelow(2**31) if seed is None else seed
+        fed = await self._desk.begin(self._slot, self._wanted, seed, lambda: self._gone)
+        if fed is None:
+            return GONE
+        self._ready = True
+        await self._send(Kind.READY)
+        await self._send(Kind.METADATA, self._metadata(fed))
+        return await self._talk()
 
     def _metadata(self, fed: FedPrompt) -> bytes:
         return json.dumps(
@@ -158,13 +165,22 @@ class Conversation:
                 "count": fed.count,
                 "frames": fed.frames.shape[1],
                 "frames_digest": fed.frames_digest,
-                "model_digest": self._speaker.model_digest,
+                "model_digest": self._model.model_digest,
                 "prefill_s": round(fed.prefill_s, 4),
+                "prefill_kept": fed.from_cache,
                 "seed": fed.seed,
                 "voice_prompt": self._wanted.voice_prompt,
                 "greeting": self._wanted.greeting,
+                "sampling": self._wanted.sampling.model_dump(),
+                "slots": self._desk.num_slots,
+                "seconds_left": self._seconds_left(),
             }
         ).encode()
+
+    def _seconds_left(self) -> float | None:
+        """Until the model's context is full, where the conversation ends then."""
+        frames = self._model.slots.left(self._slot)
+        return None if frames is None or self._limits.roll else round(frames * 0.08, 2)
 
     async def _read(self) -> None:
         audio = AudioIn(self._wanted.audio_format)
@@ -178,32 +194,68 @@ class Conversation:
         except Exception as fault:  # noqa: BLE001 - raised again by whoever reads the inbox
             await self._inbox.put(fault)
             return
-        self._gone.set()
+        self._gone = True
         await self._inbox.put(None)
 
-    async def _talk(self) -> None:
-        pieces = TextAssembler(self._speaker.tokenizer)
+    async def _talk(self) -> Ending:
+        pieces = TextAssembler(self._model.tokenizer)
         is_opus = self._wanted.audio_format == "opus"
         opus = sphn.OpusStreamWriter(SAMPLE_RATE) if is_opus else None
-        while not self._gone.is_set():
-            frame = await self._inbox.get()
+        ends_s = time.monotonic() + self._limits.session_s
+        while not self._gone:
+            if not self._limits.roll and self._model.slots.left(self._slot) == 0:
+                return await self._end("context", "the model's context is full")
+            if time.monotonic() > ends_s:
+                return await self._end(
+                    "time", f"a conversation lasts {self._limits.session_s:g} s at most"
+                )
+            try:
+                frame = await asyncio.wait_for(self._inbox.get(), self._limits.idle_s)
+            except TimeoutError:
+                return await self._end(
+                    "idle", f"no audio came for {self._limits.idle_s:g} s", wire.CLOSE_POLICY
+                )
             if frame is None:
-                return
+                return GONE
             if isinstance(frame, Exception):
                 raise frame
-            pcm, token = await self._desk.run(self._speaker.step, frame)
+            pcm, token = await self._desk.step(self._slot, frame)
             text = pieces.append(token) if token is not None else ""
             if text:
-                await self._ws.send_bytes(wire.message(Kind.TEXT, text.encode()))
+                await self._send(Kind.TEXT, text.encode())
             payload = opus.append_pcm(pcm) if opus else wire.pcm_bytes(pcm)
             if payload:
-                await self._ws.send_bytes(wire.message(Kind.AUDIO, payload))
+                await self._send(Kind.AUDIO, payload)
+        return GONE
+
+    async def _end(self, reason: str, text: str, code: int = wire.CLOSE_DONE) -> Ending:
+        end = {"type": "end", "reason": reason, "text": text}
+        await self._send(Kind.METADATA, json.dumps(end).encode())
+        return Ending(reason, code, text)
+
+    async def _send(self, kind: Kind, payload: bytes = b"") -> None:
+        """
+        Raises:
+            _StalledError: the client does not read.
+        """
+        try:
+            async with asyncio.timeout(self._limits.stall_s):
+                await self._ws.send_bytes(wire.message(kind, payload))
+        except TimeoutError:
+            raise _StalledError from None
 
 
-async def _refuse(ws: web.WebSocketResponse, code: int, reason: str) -> None:
+class _StalledError(Exception):
+    """The client left what it was sent unread for too long."""
+
+
+async def _close(ws: web.WebSocketResponse, ending: Ending) -> None:
     try:
-        if not ws.closed:
-            await ws.send_bytes(wire.message(Kind.ERROR, reason.encode()))
-        await ws.close(code=code, message=reason.encode()[:120])
+        if ending.is_fault and not ws.closed:
+            await ws.send_bytes(wire.message(Kind.ERROR, ending.text.encode()))
+        if ending.code is None:
+            await ws.close()
+        else:
+            await ws.close(code=ending.code, message=ending.text.encode()[:120])
     except ConnectionError:
         pass

@@ -14,9 +14,9 @@ from aiohttp import web
 from yarl import URL
 
 from pipeline.serving import wire
-from pipeline.serving.app import make_runner
-from pipeline.serving.chat import ChatDesk
+from pipeline.serving.desk import Desk
 from pipeline.serving.probe import probe
+from pipeline.serving.routes import ServerSettings, make_runner
 from pipeline.serving.wire import Kind
 
 PROMPT = 'You work for "Sunrise" & Co. Your name is Maria + 100% ☕ #1'
@@ -27,11 +27,11 @@ WIDE = "".join(chr(ord(c) + 0xFEE0) if c.isascii() and c.isalpha() else c for c 
 
 
 @asynccontextmanager
-async def serving(speaker, token=None):
+async def serving(model, token=None, **settings):
     with ThreadPoolExecutor(1) as worker:
-        desk = ChatDesk(worker)
-        desk.speaker = speaker
-        runner = make_runner(desk, token)
+        desk = Desk(worker)
+        desk.model = model
+        runner = make_runner(desk, ServerSettings(token=token, **settings))
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", 0).start()

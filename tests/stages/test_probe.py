@@ -10,7 +10,7 @@ from aiohttp import web
 
 from duplex.errors import ServerError
 from pipeline.serving import wire
-from pipeline.serving.conversation import Speaker
+from pipeline.serving.model import ServedModel
 from pipeline.serving.probe import probe
 from tests.stages.serving_helpers import PROMPT, WIDE, in_loop
 
@@ -19,9 +19,9 @@ from tests.stages.serving_helpers import PROMPT, WIDE, in_loop
 def deaf(tiny_checkpoint):
     """The planted fault: it reads the prompt, checks it, and feeds none of it."""
 
-    class Deaf(Speaker):
-        def begin(self, prompt_text, *rest, **audio):
-            return super().begin("", *rest, **audio)
+    class Deaf(ServedModel):
+        def plan(self, prompt_text, *audio):
+            return super().plan("", *audio)
 
     return Deaf.load(tiny_checkpoint, "cpu")
 

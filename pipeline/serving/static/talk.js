@@ -1,0 +1,121 @@
+// One conversation with one server, over its WebSocket: frames out, frames and words in.
+import { FRAME_S, Player, fromInt16, loudness, toInt16 } from "./sound.js";
+
+const READY = 0, AUDIO = 1, TEXT = 2, METADATA = 4, ERROR = 5;
+const CLOSE_BUSY = 1013, CLOSE_DONE = 1000;
+
+export class Talk {
+  // server: {base, headers, query}; onEnd is called once.
+  constructor(server, wanted, pane, onEnd) {
+    this.server = server; this.wanted = wanted; this.pane = pane; this.onEnd = onEnd;
+    this.ready = this.opened = this.ended = false;
+    this.sent = []; this.got = [];   // frames of both sides
+    this.fed = null;
+  }
+
+  url() {
+    const query = new URLSearchParams(this.wanted);
+    query.set("format", "pcm");
+    for (const [key, value] of Object.entries(this.server.query)) query.set(key, value);
+    return `${this.server.base}/api/chat?${query}`;
+  }
+
+  start(context, pan) {
+    this.player = new Player(context, pan);
+    this.pane.show("Connecting; the model reads the prompt …");
+    this.socket = new WebSocket(this.url().replace(/^http/, "ws"));
+    this.socket.binaryType = "arraybuffer";
+    this.socket.onopen = () => { this.opened = true; };
+    this.socket.onmessage = (event) => this.receive(new Uint8Array(event.data));
+    this.socket.onclose = (event) => this.closed(event);
+  }
+
+  send(frame) {
+    if (!this.ready || this.socket.readyState !== WebSocket.OPEN) return;
+    const samples = toInt16(frame), message = new Uint8Array(1 + samples.length);
+    message[0] = AUDIO;
+    message.set(samples, 1);
+    this.socket.send(message);
+    this.sent.push(frame);
+    const behind = this.sent.length - this.got.length;
+    if (behind > 12) this.pane.show(`The server is ${(behind * FRAME_S).toFixed(1)} s behind: too slow, or the network is.`, "bad");
+    else if (this.pane.part("state").dataset.kind === "bad") this.pane.show("Connected. Speak.", "good");
+  }
+
+  receive(message) {
+    const kind = message[0], payload = message.subarray(1);
+    const text = () => new TextDecoder().decode(payload);
+    if (kind === READY) {
+      this.ready = true;
+      this.pane.show("Connected. Speak.", "good");
+    } else if (kind === AUDIO) {
+      const frame = fromInt16(payload);
+      this.got.push(frame);
+      this.player.play(frame);
+      this.pane.frame(loudness(this.sent[this.got.length - 1] || new Float32Array(1)), loudness(frame));
+      this.status();
+    } else if (kind === TEXT) {
+      this.pane.said(text());
+    } else if (kind === METADATA) {
+      this.metadata(JSON.parse(text()));
+    } else if (kind === ERROR) {
+      this.fault = text();
+      this.pane.show(this.fault, "bad");
+    }
+  }
+
+  status() {
+    const left = this.fed && this.fed.seconds_left ? this.fed.seconds_left - this.got.length * FRAME_S : null;
+    const median = this.pane.median;
+    this.pane.lag(
+      `· ${(this.got.length * FRAME_S).toFixed(0)} s · ${((this.sent.length - this.got.length) * 80)} ms behind` +
+      (median === undefined ? "" : ` · answers after ${median.toFixed(2)} s`) +
+      (left !== null && left < 30 ? ` · ends in ${Math.max(0, left).toFixed(0)} s` : ""));
+  }
+
+  metadata(said) {
+    if (said.type === "prompt") {
+      this.fed = said;
+      const kept = said.prefill_kept ? "kept ready" : `${said.prefill_s.toFixed(2)} s`;
+      this.pane.part("proof").textContent = said.count
+        ? `The model was fed ${said.count} tokens of prompt (${kept}), digest ${said.digest.slice(0, 12)}, seed ${said.seed}.`
+        : `The model was fed no system text, seed ${said.seed}.`;
+    } else if (said.type === "heard") {
+      this.pane.heard(said);
+    } else if (said.type === "end") {
+      this.ending = said.text;
+    }
+  }
+
+  async closed(event) {
+    if (this.ended) return;
+    if (!this.opened) {
+      // A browser hides why a WebSocket was refused; a plain request of the same URL says it.
+      this.fault = await fetch(this.url(), { headers: this.server.headers }).then((r) => r.text())
+        .catch(() => "the server does not answer");
+    }
+    this.end();
+    if (event.code === CLOSE_BUSY) this.pane.show("The server is busy: all its places are taken. Try again later.", "bad");
+    else if (this.fault) this.pane.show("Refused: " + this.fault, "bad");
+    else if (this.ending) this.pane.show(`The conversation is over: ${this.ending}.`);
+    else this.pane.show(event.code === CLOSE_DONE ? "The conversation is over." : `The connection was lost (${event.code}).`);
+  }
+
+  end() {
+    if (this.ended) return;
+    this.ended = true;
+    if (this.socket) this.socket.close();
+    this.onEnd(this);
+  }
+
+  record() {
+    return {
+      prompt_digest: this.fed ? this.fed.digest : "",
+      seed: this.fed ? this.fed.seed : null,
+      seconds: Number((this.got.length * FRAME_S).toFixed(2)),
+      words: this.pane.lines.map(({ start_s, text }) => ({ start_s, text: text.trim() })),
+      delays_s: this.pane.delays,
+      echoes: this.pane.echoes,
+    };
+  }
+}
