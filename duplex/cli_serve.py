@@ -45,6 +45,10 @@ def serve(
     grades: Annotated[
         Path | None, typer.Option(help="File for people's grades; the run folder's for a config.")
     ] = None,
+    friend: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="A server whose page may talk to this one too."),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="duplex, or moshi: python -m moshi.server, without prompts.")
     ] = "duplex",
@@ -59,7 +63,7 @@ def serve(
 
     options = serve_command.ServeOptions(
         host=host, port=port, token=token, base=base, adapter=adapter, voices=voices, slots=slots,
-        roll=roll, ssl=ssl, grades=grades, engine=engine,
+        roll=roll, ssl=ssl, grades=grades, engine=engine, friends=tuple(friend or ()),
     )  # fmt: skip
     serve_command.serve(target, options, runs, overrides or [])
 

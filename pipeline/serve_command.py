@@ -36,6 +36,7 @@ class ServeOptions:
     ssl: Path | None = None
     grades: Path | None = None
     engine: str = "duplex"
+    friends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
     command += ["--label", served.label]
     command += ["--adapter", str(served.adapter)] if served.adapter else []
     command += ["--roll"] if options.roll else []
+    for friend in options.friends:
+        command += ["--friend", friend]
     for name in ("ssl", "voices"):
         given = getattr(options, name)
         command += [f"--{name}", str(given)] if given else []

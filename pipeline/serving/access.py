@@ -19,7 +19,7 @@ import hmac
 import ipaddress
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from urllib.parse import urlsplit
 
@@ -85,10 +85,19 @@ class Denied(Exception):
 
 
 class Access:
-    """The rules of one server. token None: loopback alone, and everyone is an owner."""
+    """The rules of one server.
 
-    def __init__(self, token: str | None):
+    Args:
+        token: None: loopback alone, and everyone is an owner.
+        friends: origins of other servers, whose pages may ask as our own may.
+    """
+
+    def __init__(self, token: str | None, friends: Sequence[str] = ()):
         self._token = token
+        self._friends = frozenset(friend.rstrip("/") for friend in friends)
+
+    def is_friend(self, origin: str | None) -> bool:
+        return origin is not None and origin in self._friends
 
     @property
     def has_token(self) -> bool:
@@ -169,6 +178,8 @@ class Access:
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
         origin = headers.get("Origin")
+        if self.is_friend(origin):
+            return
         # A proxy in front of a pod may put its own name into Host; browsers cannot set the other.
         hosts = {headers.get("Host", ""), headers.get("X-Forwarded-Host", "")} - {""}
         if origin is not None and _authority(origin) not in hosts:

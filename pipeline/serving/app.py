@@ -101,6 +101,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--ssl", type=Path, metavar="DIR", help=f"serve https by DIR/{CERTIFICATE} and DIR/{KEY}"
     )
     parser.add_argument("--label", default="", help="what is served, in a word, for the page")
+    parser.add_argument(
+        "--friend", action="append", default=[], metavar="ORIGIN",
+        help="another server whose page may talk to this one too, as http://127.0.0.1:8998",
+    )  # fmt: skip
     parser.add_argument("--grades", type=Path, help="file that gets people's grades, as JSON lines")
     parser.add_argument("--personas", type=json.loads, default=[], help=argparse.SUPPRESS)
     parser.add_argument("--ready-file", type=Path, help='gets {"url": …} once it is up')
@@ -223,6 +227,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         label=args.label,
         grades=args.grades,
         is_secure=args.ssl is not None,
+        friends=tuple(args.friend),
     )
 
 

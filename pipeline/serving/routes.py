@@ -57,6 +57,7 @@ class ServerSettings:
     personas: {id, name, text_prompt, voice_prompt, greeting}, for the page to choose from.
     label: what is served, in a word: base, merged, adapter.
     grades: file that gets what people think of their conversations; None: they are refused.
+    friends: origins whose pages may talk to this server, for two models side by side.
     """
 
     token: str | None = None
@@ -66,6 +67,7 @@ class ServerSettings:
     label: str = ""
     grades: Path | None = None
     is_secure: bool = False
+    friends: tuple[str, ...] = ()
 
 
 class Routes:
@@ -74,7 +76,7 @@ class Routes:
     def __init__(self, desk: Desk, settings: ServerSettings):
         self._desk = desk
         self._settings = settings
-        self._access = Access(settings.token)
+        self._access = Access(settings.token, settings.friends)
         self._grades = None if settings.grades is None else GradeBook(settings.grades)
         self._sockets: set[web.WebSocketResponse] = set()
         self._prompts: OrderedDict[str, str] = OrderedDict()
@@ -96,6 +98,8 @@ class Routes:
         app.router.add_post("/api/prompts", self._keep_prompt)
         app.router.add_post("/api/links", self._make_link)
         app.router.add_post("/api/grades", self._grade)
+        app.router.add_route("OPTIONS", "/api/info", self._preflight)
+        app.on_response_prepare.append(self._tell_friends)  # pyright: ignore[reportArgumentType]
         app.on_shutdown.append(self._close_sockets)  # pyright: ignore[reportArgumentType]
         return app
 
@@ -106,7 +110,7 @@ class Routes:
         if self.guard is not None:
             self.guard.heard(request.protocol)
         try:
-            if request.path not in OPEN_PATHS:
+            if request.path not in OPEN_PATHS and request.method != "OPTIONS":
                 request[VISITOR] = self._access.visitor(
                     request.headers, request.query, request.cookies
                 )
@@ -130,6 +134,16 @@ class Routes:
         if owner and not visitor.is_owner:
             raise Denied(403, "that is for who holds the server's token, a pass is not enough")
         return visitor
+
+    async def _preflight(self, _: web.Request) -> web.StreamResponse:
+        """What a browser asks before it sends a friend's request with a token."""
+        return web.Response(status=204, headers={"Access-Control-Allow-Headers": "Authorization"})
+
+    async def _tell_friends(self, request: web.Request, response: web.StreamResponse) -> None:
+        origin = request.headers.get("Origin")
+        if origin is not None and self._access.is_friend(origin):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Vary"] = "Origin"
 
     # -- the page
 

@@ -4,6 +4,7 @@ import { FRAME_S } from "./sound.js";
 const SHOWN_FRAMES = 250;   // 20 s
 const PAUSE_S = 1.0;        // a longer one starts a new line
 const LOUD = 0.012;         // RMS from which a frame counts as speech
+const QUIET_FRAMES = 3;     // before an answer
 const SPOKEN_FRAMES = 4;    // so many make a turn of the user's
 
 export class Pane {
@@ -38,11 +39,17 @@ export class Pane {
     if (user > LOUD) {
       this.spoken += 1;
       this.quietSince = at;
-    } else if (this.quietSince !== null && model > LOUD && at >= this.quietSince) {
+    } else if (this.quietSince !== null && this.begins()) {
       if (this.spoken >= SPOKEN_FRAMES) this.answered((at - 1 - this.quietSince) * FRAME_S);
       this.spoken = 0; this.quietSince = null;
     }
     this.draw();
+  }
+
+  // Whether the model starts to speak in this frame: what it said while you spoke is no answer.
+  begins() {
+    const last = this.model.slice(-QUIET_FRAMES - 1);
+    return last.pop() > LOUD && last.every((loud) => loud <= LOUD);
   }
 
   answered(delay) {
@@ -104,15 +111,16 @@ export class Pane {
     const width = canvas.clientWidth || 600, height = canvas.clientHeight || 96;
     if (canvas.width !== Math.round(width * ratio)) canvas.width = Math.round(width * ratio);
     if (canvas.height !== Math.round(height * ratio)) canvas.height = Math.round(height * ratio);
-    const pen = canvas.getContext("2d"), style = getComputedStyle(this.root);
+    const pen = canvas.getContext("2d");
+    const colour = (name) => getComputedStyle(this.part(name)).backgroundColor;  // as resolved
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, width, height);
-    pen.fillStyle = style.getPropertyValue("--line");
+    pen.fillStyle = "#8886";
     pen.fillRect(0, height / 2, width, 1);
     const first = Math.max(0, this.model.length - SHOWN_FRAMES), step = width / SHOWN_FRAMES;
     const size = (loud) => Math.min(1, Math.max(0, 1 + Math.log10(Math.max(loud, 1e-4)) / 2.5)) * (height / 2 - 3);
-    [[this.user, "--you", -1], [this.model, "--it", 1]].forEach(([frames, name, side]) => {
-      pen.fillStyle = style.getPropertyValue(name);
+    [[this.user, "key.you", -1], [this.model, "key.it", 1]].forEach(([frames, name, side]) => {
+      pen.fillStyle = colour(name);
       for (let i = first; i < frames.length; i++) {
         const tall = frames[i] > 0.001 ? size(frames[i]) : 0;
         pen.fillRect((i - first) * step, side < 0 ? height / 2 - tall : height / 2 + 1, Math.max(1, step - 0.5), tall);
