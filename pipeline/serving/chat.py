@@ -1,11 +1,11 @@
 """One conversation over one WebSocket. It knows aiohttp; the model it reaches through the desk.
 
-    reader task    WebSocket -> Opus or PCM -> frames of 1 920 samples -> inbox (64 frames)
-    conversation   inbox -> the desk's next step -> text, then audio
+    reader task    WebSocket -> Opus or PCM -> frames of 1 920 samples -> inbox of the seat
+    conversation   outbox of the seat -> text, then audio
 
-Nobody waits for anyone: a conversation takes its next frame when its last answer is sent, so one
-that does not read is alone in standing still, and loses its slot after `Limits.stall_s`. The inbox
-is bounded too: a client that sends faster than the model answers is slowed down by TCP.
+Nobody waits for anyone: a seat whose answers are not sent takes no part in steps, so one that does
+not read is alone in standing still, and loses its slot after `Limits.stall_s`. The inbox is
+bounded too: a client that sends faster than the model answers is slowed down by TCP.
 
 What arrives before `00` is decoded (an Ogg stream needs its start) and dropped: it was said
 before the conversation began. Metadata (`04`) says what was fed at first, and at the end why it
@@ -27,9 +27,9 @@ import numpy as np
 import sphn
 from aiohttp import WSMsgType, web
 
-from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
+from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
 from pipeline.serving import wire
-from pipeline.serving.desk import Desk, FullError
+from pipeline.serving.desk import Desk, FullError, Seat
 from pipeline.serving.limits import Limits
 from pipeline.serving.text import TextAssembler
 from pipeline.serving.wire import ChatRequest, Kind
@@ -37,7 +37,6 @@ from pipeline.serving.wire import ChatRequest, Kind
 if TYPE_CHECKING:
     from pipeline.serving.model import FedPrompt
 
-INBOX_FRAMES = 64
 HEARTBEAT_S = 30
 
 log = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ async def converse(
 ) -> None:
     """Hold a conversation in a free slot, or refuse it because there is none. Closes `ws`."""
     try:
-        slot = desk.take()
+        seat = desk.take()
     except FullError:
         places = f"{desk.num_slots} conversation{'s' if desk.num_slots != 1 else ''}"
         ending = Ending(
@@ -105,9 +104,9 @@ async def converse(
         )
     else:
         try:
-            ending = await _Conversation(desk, slot, ws, wanted, limits).hold()
+            ending = await _Conversation(desk, seat, ws, wanted, limits).hold()
         finally:
-            desk.free(slot)  # before closing, which waits for the client's answer
+            desk.free(seat)  # before closing, which waits for the client's answer
     desk.counts.ended.labels(ending.reason).inc()
     if ending.reason == "stalled" and request.transport is not None:
         request.transport.abort()  # what it does not read would keep `close` waiting
@@ -116,16 +115,14 @@ async def converse(
 
 class _Conversation:
     def __init__(
-        self, desk: Desk, slot: int, ws: web.WebSocketResponse, wanted: ChatRequest, limits: Limits
+        self, desk: Desk, seat: Seat, ws: web.WebSocketResponse, wanted: ChatRequest, limits: Limits
     ):
         assert desk.model is not None
-        self._desk, self._slot, self._model = desk, slot, desk.model
+        self._desk, self._seat, self._model = desk, seat, desk.model
         self._ws = ws
         self._wanted = wanted
         self._limits = limits
         self._ready = self._gone = False
-        # A frame, what ended the reader early, or None when the client has gone.
-        self._inbox: asyncio.Queue[np.ndarray | Exception | None] = asyncio.Queue(INBOX_FRAMES)
 
     async def hold(self) -> Ending:
         """From prompt to end; never raises but on cancellation."""
@@ -148,9 +145,10 @@ class _Conversation:
     async def _hold(self) -> Ending:
         seed = self._wanted.seed
         seed = secrets.randbelow(2**31) if seed is None else seed
-        fed = await self._desk.begin(self._slot, self._wanted, seed, lambda: self._gone)
+        fed = await self._desk.begin(self._seat, self._wanted, seed, lambda: self._gone)
         if fed is None:
             return GONE
+        self._seat.room = None if self._limits.roll else self._model.slots.left(self._seat.slot)
         self._ready = True
         await self._send(Kind.READY)
         await self._send(Kind.METADATA, self._metadata(fed))
@@ -173,14 +171,9 @@ class _Conversation:
                 "greeting": self._wanted.greeting,
                 "sampling": self._wanted.sampling.model_dump(),
                 "slots": self._desk.num_slots,
-                "seconds_left": self._seconds_left(),
+                "seconds_left": None if self._seat.room is None else self._seat.room * FRAME_S,
             }
         ).encode()
-
-    def _seconds_left(self) -> float | None:
-        """Until the model's context is full, where the conversation ends then."""
-        frames = self._model.slots.left(self._slot)
-        return None if frames is None or self._limits.roll else round(frames * 0.08, 2)
 
     async def _read(self) -> None:
         audio = AudioIn(self._wanted.audio_format)
@@ -190,36 +183,38 @@ class _Conversation:
                     continue  # control, pings and kinds to come
                 for frame in audio.append(message.data[1:]):
                     if self._ready:
-                        await self._inbox.put(frame)
-        except Exception as fault:  # noqa: BLE001 - raised again by whoever reads the inbox
-            await self._inbox.put(fault)
+                        await self._desk.hear(self._seat, frame)
+        except Exception as fault:  # noqa: BLE001 - raised again by whoever reads the outbox
+            self._seat.outbox.put_nowait(fault)
             return
         self._gone = True
-        await self._inbox.put(None)
+        self._seat.outbox.put_nowait(None)
 
     async def _talk(self) -> Ending:
         pieces = TextAssembler(self._model.tokenizer)
         is_opus = self._wanted.audio_format == "opus"
         opus = sphn.OpusStreamWriter(SAMPLE_RATE) if is_opus else None
         ends_s = time.monotonic() + self._limits.session_s
+        answered = 0
         while not self._gone:
-            if not self._limits.roll and self._model.slots.left(self._slot) == 0:
+            if answered == self._seat.room:
                 return await self._end("context", "the model's context is full")
             if time.monotonic() > ends_s:
                 return await self._end(
                     "time", f"a conversation lasts {self._limits.session_s:g} s at most"
                 )
             try:
-                frame = await asyncio.wait_for(self._inbox.get(), self._limits.idle_s)
+                answer = await asyncio.wait_for(self._desk.answer(self._seat), self._limits.idle_s)
             except TimeoutError:
                 return await self._end(
                     "idle", f"no audio came for {self._limits.idle_s:g} s", wire.CLOSE_POLICY
                 )
-            if frame is None:
+            if answer is None:
                 return GONE
-            if isinstance(frame, Exception):
-                raise frame
-            pcm, token = await self._desk.step(self._slot, frame)
+            if isinstance(answer, Exception):
+                raise answer
+            pcm, token = answer
+            answered += 1
             text = pieces.append(token) if token is not None else ""
             if text:
                 await self._send(Kind.TEXT, text.encode())

@@ -1,10 +1,11 @@
 """Who talks in which slot, and one step of the model for all whose frame is there.
 
-    conversations (event loop)  --frame-->  waiting, by slot  --step-->  worker thread: the model
+    reader  --frame-->  inbox of the seat  --step-->  outbox of the seat  -->  sender
 
-A step starts as soon as the one before is done, with every frame that came in meanwhile. So a
-lone conversation is answered at once, many share their steps, and nobody waits for more than two
-of them. Prompts are filled in blocks by the same thread, in between.
+A step takes one frame of every seat that has one, and starts as soon as the one before is done. So
+a lone conversation is answered at once, many share their steps, and nobody waits for more than
+two of them. Seats whose outbox is not read are left out. Prompts are filled in blocks by the same
+thread, in between.
 """
 
 from __future__ import annotations
@@ -24,12 +25,35 @@ if TYPE_CHECKING:
     from pipeline.serving.prefill import FilledPrompt
     from pipeline.serving.wire import ChatRequest
 
+INBOX_FRAMES = 64
+UNSENT_FRAMES = 8
 Answer = tuple[np.ndarray, "int | None"]
 ResultT = TypeVar("ResultT")
 
 
 class FullError(Exception):
     """Every slot is taken."""
+
+
+class Seat:
+    """A slot, while a conversation has it.
+
+    inbox: float32 [1920] of the user's. outbox: answers in the same order; an exception where the
+    model failed; whatever else the conversation puts there. room: frames that the conversation
+    may last, None without a limit.
+    """
+
+    def __init__(self, slot: int):
+        self.slot = slot
+        self.inbox: asyncio.Queue[np.ndarray] = asyncio.Queue(INBOX_FRAMES)
+        self.outbox: asyncio.Queue[Answer | Exception | None] = asyncio.Queue()
+        self.room: int | None = None
+        self.stepped = 0
+
+    @property
+    def is_due(self) -> bool:
+        has_room = self.room is None or self.stepped < self.room
+        return has_room and not self.inbox.empty() and self.outbox.qsize() < UNSENT_FRAMES
 
 
 class Desk:
@@ -39,8 +63,7 @@ class Desk:
         self.model: ServedModel | None = None
         self.counts = counts or Counts()
         self._worker = worker
-        self._taken: set[int] = set()
-        self._waiting: dict[int, tuple[np.ndarray, asyncio.Future[Answer]]] = {}
+        self._seats: dict[int, Seat] = {}
         self._stepping: asyncio.Task[None] | None = None
 
     @property
@@ -49,35 +72,32 @@ class Desk:
 
     @property
     def num_taken(self) -> int:
-        return len(self._taken)
+        return len(self._seats)
 
-    def take(self) -> int:
-        """A free slot, to be given back by `free`.
+    def take(self) -> Seat:
+        """A seat at a free slot, to be given back by `free`.
 
         Raises:
             FullError: there is none.
         """
         for slot in range(self.num_slots):
-            if slot not in self._taken:
-                self._taken.add(slot)
-                self.counts.slots_taken.set(len(self._taken))
-                return slot
+            if slot not in self._seats:
+                self._seats[slot] = seat = Seat(slot)
+                self.counts.slots_taken.set(len(self._seats))
+                return seat
         raise FullError
 
-    def free(self, slot: int) -> None:
+    def free(self, seat: Seat) -> None:
         """The next conversation of the slot starts afresh, whatever state this one left."""
-        self._taken.discard(slot)
-        self.counts.slots_taken.set(len(self._taken))
-        waiting = self._waiting.pop(slot, None)
-        if waiting is not None:
-            waiting[1].cancel()
+        del self._seats[seat.slot]
+        self.counts.slots_taken.set(len(self._seats))
 
     async def run(self, function: Callable[..., ResultT], *args: Any) -> ResultT:
         """Call `function` in the one thread that touches the model."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
     async def begin(
-        self, slot: int, wanted: ChatRequest, seed: int, has_gone: Callable[[], bool]
+        self, seat: Seat, wanted: ChatRequest, seed: int, has_gone: Callable[[], bool]
     ) -> FedPrompt | None:
         """Feed a prompt and start a conversation; None if `has_gone` before the prompt was fed.
 
@@ -98,7 +118,7 @@ class Desk:
             model.cache.put(planned.key, filled)
             self.counts.prefill_s.observe(filled.prefill_s)
         self.counts.prompts.labels("kept" if from_cache else "fed").inc()
-        return await self.run(self._open, slot, filled, wanted, seed, from_cache)
+        return await self.run(self._open, seat.slot, filled, wanted, seed, from_cache)
 
     def _open(
         self, slot: int, filled: FilledPrompt, wanted: ChatRequest, seed: int, from_cache: bool
@@ -106,34 +126,39 @@ class Desk:
         assert self.model is not None
         return self.model.open(slot, filled, wanted.sampling, seed, from_cache=from_cache)
 
-    async def step(self, slot: int, frame: np.ndarray) -> Answer:
-        """What the agent says while its user says `frame`, float32 [1920]."""
-        assert slot not in self._waiting, "a conversation has one frame under way"
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[slot] = frame, future
-        if self._stepping is None:
-            self._stepping = asyncio.create_task(self._step_all())
-        return await future
+    async def hear(self, seat: Seat, frame: np.ndarray) -> None:
+        """Put the user's next frame, float32 [1920], into the inbox, once there is room."""
+        await seat.inbox.put(frame)
+        self.wake()
 
-    async def _step_all(self) -> None:
+    async def answer(self, seat: Seat) -> Answer | Exception | None:
+        """What comes next out of the outbox."""
+        found = await seat.outbox.get()
+        self.wake()
+        return found
+
+    def wake(self) -> None:
+        """Step, if a seat is due and no step is under way."""
+        if self._stepping is None and any(seat.is_due for seat in self._seats.values()):
+            self._stepping = asyncio.create_task(self._step())
+
+    async def _step(self) -> None:
         assert self.model is not None
         try:
-            while self._waiting:
-                waiting, self._waiting = self._waiting, {}
-                heard = {slot: frame for slot, (frame, _) in waiting.items()}
+            while due := [seat for seat in self._seats.values() if seat.is_due]:
+                heard = {seat.slot: seat.inbox.get_nowait() for seat in due}
                 started_s = time.perf_counter()
                 try:
                     answers = await self.run(self.model.step, heard)
                 except Exception as error:  # noqa: BLE001 - each conversation ends by it
-                    for _, future in waiting.values():
-                        if not future.done():
-                            future.set_exception(error)
+                    for seat in due:
+                        seat.outbox.put_nowait(error)
+                    await asyncio.sleep(0)
                     continue
                 self.counts.step_s.observe(time.perf_counter() - started_s)
                 self.counts.frames.inc(len(heard))
-                for slot, (_, future) in waiting.items():
-                    if not future.done():
-                        future.set_result(answers[slot])
-                await asyncio.sleep(0)  # who has its next frame already joins the next step
+                for seat in due:
+                    seat.stepped += 1
+                    seat.outbox.put_nowait(answers[seat.slot])
         finally:
             self._stepping = None
