@@ -220,7 +220,10 @@ def probe(
         show_json(asdict(result))
     else:
         for key, value in asdict(result).items():
-            print(f"{key:>16}: {value}")
+            if value is None or value == ():
+                continue
+            for line in value if isinstance(value, tuple) else (value,):
+                print(f"{key:>16}: {line}")
     if not result.proven:
         sys.exit(EXIT_WORK_FAILED)
 
