@@ -45,6 +45,13 @@ def serve(
     grades: Annotated[
         Path | None, typer.Option(help="File for people's grades; the run folder's for a config.")
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECOGNISER[:MODEL]",
+            help="Show what users say and warn of echoes: faster-whisper:small, pocketsphinx.",
+        ),
+    ] = None,
     friend: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="A server whose page may talk to this one too."),
@@ -63,7 +70,8 @@ def serve(
 
     options = serve_command.ServeOptions(
         host=host, port=port, token=token, base=base, adapter=adapter, voices=voices, slots=slots,
-        roll=roll, ssl=ssl, grades=grades, engine=engine, friends=tuple(friend or ()),
+        roll=roll, ssl=ssl, grades=grades, engine=engine,
+        friends=tuple(friend or ()), listen=listen,
     )  # fmt: skip
     serve_command.serve(target, options, runs, overrides or [])
 

@@ -37,6 +37,7 @@ class ServeOptions:
     grades: Path | None = None
     engine: str = "duplex"
     friends: tuple[str, ...] = ()
+    listen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
     command += ["--label", served.label]
     command += ["--adapter", str(served.adapter)] if served.adapter else []
     command += ["--roll"] if options.roll else []
+    command += ["--listen", options.listen] if options.listen else []
     for friend in options.friends:
         command += ["--friend", friend]
     for name in ("ssl", "voices"):

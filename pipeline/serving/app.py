@@ -39,6 +39,7 @@ from pipeline.serving.routes import STOP_GRACE_S, ServerSettings, make_runner
 
 if TYPE_CHECKING:
     from pipeline.serving.desk import Desk
+    from pipeline.serving.hearing import Recognition
     from pipeline.serving.model import ServedModel
 
 DEFAULT_SLOTS = 4
@@ -105,6 +106,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--friend", action="append", default=[], metavar="ORIGIN",
         help="another server whose page may talk to this one too, as http://127.0.0.1:8998",
     )  # fmt: skip
+    parser.add_argument(
+        "--listen", metavar="RECOGNISER[:MODEL]",
+        help="show what users say, and warn of replies that repeat it: faster-whisper:small, "
+        "pocketsphinx",
+    )  # fmt: skip
     parser.add_argument("--grades", type=Path, help="file that gets people's grades, as JSON lines")
     parser.add_argument("--personas", type=json.loads, default=[], help=argparse.SUPPRESS)
     parser.add_argument("--ready-file", type=Path, help='gets {"url": …} once it is up')
@@ -140,6 +146,7 @@ async def _serve(args: argparse.Namespace) -> int:
 
     worker = ThreadPoolExecutor(1, thread_name_prefix="model")
     desk = Desk(worker)
+    desk.recognition = _recognition(args.listen)
     runner = make_runner(desk, _settings(args))
     await runner.setup()
     stopped = asyncio.create_task(stop.wait())
@@ -210,6 +217,20 @@ def _load(args: argparse.Namespace) -> ServedModel:
     )
     model.warm_up()
     return model
+
+
+def _recognition(wanted: str | None) -> Recognition | None:
+    """
+    Raises:
+        RequestError, MissingInputError: no such recogniser, or its package is not installed.
+    """
+    if wanted is None:
+        return None
+    from pipeline.engines.recogniser import make_recogniser
+    from pipeline.serving.hearing import Recognition
+
+    name, _, model = wanted.partition(":")
+    return Recognition(make_recogniser(name, model or None, "en"))
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:

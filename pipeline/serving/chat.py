@@ -19,9 +19,10 @@ import json
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sphn
@@ -30,6 +31,7 @@ from aiohttp import WSMsgType, web
 from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
 from pipeline.serving import wire
 from pipeline.serving.desk import Desk, FullError, Seat
+from pipeline.serving.hearing import Hearing
 from pipeline.serving.limits import Limits
 from pipeline.serving.text import TextAssembler
 from pipeline.serving.wire import ChatRequest, Kind
@@ -123,6 +125,10 @@ class _Conversation:
         self._wanted = wanted
         self._limits = limits
         self._ready = self._gone = False
+        self._hearing: Hearing | None = None
+        self._unanswered: deque[np.ndarray] = deque()
+        if desk.recognition is not None:
+            self._hearing = Hearing(desk.recognition, self._tell)
 
     async def hold(self) -> Ending:
         """From prompt to end; never raises but on cancellation."""
@@ -139,8 +145,14 @@ class _Conversation:
             log.exception("a conversation ended by an error of the server")
             return Ending("error", wire.CLOSE_INTERNAL, "the server failed; its log says why", True)
         finally:
+            if self._hearing is not None:
+                self._hearing.close()
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+
+    def _tell(self, said: dict[str, Any]) -> None:
+        """To be sent between two answers, in its turn."""
+        self._seat.outbox.put_nowait(json.dumps(said).encode())
 
     async def _hold(self) -> Ending:
         seed = self._wanted.seed
@@ -182,8 +194,11 @@ class _Conversation:
                 if message.type != WSMsgType.BINARY or message.data[:1] != bytes([Kind.AUDIO]):
                     continue  # control, pings and kinds to come
                 for frame in audio.append(message.data[1:]):
-                    if self._ready:
-                        await self._desk.hear(self._seat, frame)
+                    if not self._ready:
+                        continue
+                    if self._hearing is not None:
+                        self._unanswered.append(frame)
+                    await self._desk.hear(self._seat, frame)
         except Exception as fault:  # noqa: BLE001 - raised again by whoever reads the outbox
             self._seat.outbox.put_nowait(fault)
             return
@@ -213,9 +228,15 @@ class _Conversation:
                 return GONE
             if isinstance(answer, Exception):
                 raise answer
+            if isinstance(answer, bytes):
+                await self._send(Kind.METADATA, answer)
+                continue
             pcm, token = answer
             answered += 1
             text = pieces.append(token) if token is not None else ""
+            if self._hearing is not None:
+                self._hearing.user(self._unanswered.popleft())
+                self._hearing.model(text)
             if text:
                 await self._send(Kind.TEXT, text.encode())
             payload = opus.append_pcm(pcm) if opus else wire.pcm_bytes(pcm)

@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.serving.counts import Counts
 
 if TYPE_CHECKING:
+    from pipeline.serving.hearing import Recognition
     from pipeline.serving.model import FedPrompt, ServedModel
     from pipeline.serving.prefill import FilledPrompt
     from pipeline.serving.wire import ChatRequest
@@ -39,14 +40,14 @@ class Seat:
     """A slot, while a conversation has it.
 
     inbox: float32 [1920] of the user's. outbox: answers in the same order; an exception where the
-    model failed; whatever else the conversation puts there. room: frames that the conversation
-    may last, None without a limit.
+    model failed; and what the conversation puts there: metadata as bytes, None at its end.
+    room: frames that the conversation may last, None without a limit.
     """
 
     def __init__(self, slot: int):
         self.slot = slot
         self.inbox: asyncio.Queue[np.ndarray] = asyncio.Queue(INBOX_FRAMES)
-        self.outbox: asyncio.Queue[Answer | Exception | None] = asyncio.Queue()
+        self.outbox: asyncio.Queue[Answer | Exception | bytes | None] = asyncio.Queue()
         self.room: int | None = None
         self.stepped = 0
 
@@ -61,6 +62,7 @@ class Desk:
 
     def __init__(self, worker: ThreadPoolExecutor, counts: Counts | None = None):
         self.model: ServedModel | None = None
+        self.recognition: Recognition | None = None
         self.counts = counts or Counts()
         self._worker = worker
         self._seats: dict[int, Seat] = {}
@@ -131,7 +133,7 @@ class Desk:
         await seat.inbox.put(frame)
         self.wake()
 
-    async def answer(self, seat: Seat) -> Answer | Exception | None:
+    async def answer(self, seat: Seat) -> Answer | Exception | bytes | None:
         """What comes next out of the outbox."""
         found = await seat.outbox.get()
         self.wake()

@@ -27,10 +27,11 @@ WIDE = "".join(chr(ord(c) + 0xFEE0) if c.isascii() and c.isalpha() else c for c 
 
 
 @asynccontextmanager
-async def serving(model, token=None, **settings):
+async def serving(model, token=None, recognition=None, **settings):
     with ThreadPoolExecutor(1) as worker:
         desk = Desk(worker)
         desk.model = model
+        desk.recognition = recognition
         runner = make_runner(desk, ServerSettings(token=token, **settings))
         await runner.setup()
         try:

@@ -85,17 +85,18 @@ export class Pane {
     return node;
   }
 
-  // What the server's recogniser heard of the user, and whether the reply only repeated it.
-  heard({ text, start_s, echo }) {
-    const node = this.newLine(start_s, "heard");
-    node.firstChild.nextSibling.textContent = "You: " + text;
-    if (echo) {
-      this.echoes += 1;
-      this.part("warning").hidden = false;
-      this.part("warning").textContent =
-        `The model repeated you instead of answering (${this.echoes}×). Reload for a fresh start, or word the prompt more firmly.`;
-    }
+  // What the server's recogniser heard of the user.
+  heard({ text, start_s }) {
+    this.newLine(start_s, "heard").firstChild.nextSibling.textContent = "You: " + text;
     this.scroll();
+  }
+
+  // The reply only repeated the user.
+  echoed() {
+    this.echoes += 1;
+    this.part("warning").hidden = false;
+    this.part("warning").textContent =
+      `The model repeated you instead of answering (${this.echoes}×). Start afresh, or word the prompt more firmly.`;
   }
 
   scroll() {

@@ -82,6 +82,8 @@ export class Talk {
         : `The model was fed no system text, seed ${said.seed}.`;
     } else if (said.type === "heard") {
       this.pane.heard(said);
+    } else if (said.type === "echo") {
+      this.pane.echoed();
     } else if (said.type === "end") {
       this.ending = said.text;
     }
