@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NAME = "duplex-workbench"
 PAGES = Path(__file__).parent / "static"
-SCRIPTS = ("page.css", "main.js", "talk.js", "pane.js", "sound.js", "capture.js")
+SCRIPTS = ("page.css", "main.js", "talk.js", "pane.js", "sound.js", "opus.js", "capture.js")
 OPEN_PATHS = ("/health", "/ready", "/ping")  # for load balancers, which hold no token
 STOP_GRACE_S = 10
 MAX_BODY_BYTES = 256 * 1024

@@ -1,4 +1,5 @@
 // The form around the conversations: what is asked for, start and stop, grades, files, links.
+import { hasOpus } from "./opus.js";
 import { Microphone, RATE, wavFile } from "./sound.js";
 import { Pane } from "./pane.js";
 import { Talk } from "./talk.js";
@@ -35,6 +36,10 @@ async function begin() {
   $("prompt").value = (query.get("text_prompt") || "").trim();
   servers.forEach((_, number) => { panes[number] = new Pane($("panes"), servers.length > 1 ? "…" : ""); });
   for (const key of [...SAMPLING, "seed"]) if (query.get(key)) $(key).value = query.get(key);
+  const opus = await hasOpus();
+  const near = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);  // bytes cost nothing
+  $("format").value = opus && (query.get("format") || (near ? "pcm" : "opus")) === "opus" ? "opus" : "pcm";
+  $("format").querySelector("[value=opus]").disabled = !opus;
   const found = await Promise.allSettled(servers.map(describe));
   found.forEach((one, number) => {
     if (one.status === "rejected") return panes[number].show(String(one.reason.message || one.reason), "bad");
@@ -87,6 +92,7 @@ function own(info) {
 function wanted() {
   const asked = new URLSearchParams(query);
   for (const key of ["with", "token", "pass", "text_prompt", "seed", ...SAMPLING, ...Object.keys(AUDIO_KEYS)]) asked.delete(key);
+  asked.set("format", $("format").value);
   if (servers[0].info && servers[0].info.pass) return asked;
   const set = (key, value) => { if (value) asked.set(key, value); };
   set("text_prompt", $("prompt").value.trim());

@@ -1,11 +1,12 @@
 // One conversation with one server, over its WebSocket: frames out, frames and words in.
+import { OpusReader, OpusWriter } from "./opus.js";
 import { FRAME_S, Player, fromInt16, loudness, toInt16 } from "./sound.js";
 
 const READY = 0, AUDIO = 1, TEXT = 2, METADATA = 4, ERROR = 5;
 const CLOSE_BUSY = 1013, CLOSE_DONE = 1000;
 
 export class Talk {
-  // server: {base, headers, query}; onEnd is called once.
+  // server: {base, headers, query}; wanted: the query, `format` opus or pcm; onEnd is called once.
   constructor(server, wanted, pane, onEnd) {
     this.server = server; this.wanted = wanted; this.pane = pane; this.onEnd = onEnd;
     this.ready = this.opened = this.ended = false;
@@ -15,7 +16,6 @@ export class Talk {
 
   url() {
     const query = new URLSearchParams(this.wanted);
-    query.set("format", "pcm");
     for (const [key, value] of Object.entries(this.server.query)) query.set(key, value);
     return `${this.server.base}/api/chat?${query}`;
   }
@@ -25,17 +25,31 @@ export class Talk {
     this.pane.show("Connecting; the model reads the prompt …");
     this.socket = new WebSocket(this.url().replace(/^http/, "ws"));
     this.socket.binaryType = "arraybuffer";
-    this.socket.onopen = () => { this.opened = true; };
+    this.socket.onopen = () => {
+      this.opened = true;
+      (this.held || []).splice(0).forEach((message) => this.socket.send(message));
+    };
     this.socket.onmessage = (event) => this.receive(new Uint8Array(event.data));
     this.socket.onclose = (event) => this.closed(event);
+    if (this.wanted.get("format") !== "opus") return;
+    const fail = (error) => { this.fault = `Opus: ${error.message}`; this.end(); this.pane.show(this.fault, "bad"); };
+    this.held = [];  // pages from before the socket opened: a stream needs its start
+    this.writer = new OpusWriter((page) => this.transmit(page), fail);
+    this.reader = new OpusReader((frame) => this.heard(frame), fail);
+  }
+
+  transmit(payload) {
+    const message = new Uint8Array(1 + payload.length);
+    message[0] = AUDIO;
+    message.set(payload, 1);
+    if (this.socket.readyState === WebSocket.CONNECTING) this.held.push(message);
+    else if (this.socket.readyState === WebSocket.OPEN) this.socket.send(message);
   }
 
   send(frame) {
     if (!this.ready || this.socket.readyState !== WebSocket.OPEN) return;
-    const samples = toInt16(frame), message = new Uint8Array(1 + samples.length);
-    message[0] = AUDIO;
-    message.set(samples, 1);
-    this.socket.send(message);
+    if (this.writer) this.writer.add(frame);
+    else this.transmit(toInt16(frame));
     this.sent.push(frame);
     const behind = this.sent.length - this.got.length;
     if (behind > 12) this.pane.show(`The server is ${(behind * FRAME_S).toFixed(1)} s behind: too slow, or the network is.`, "bad");
@@ -49,11 +63,8 @@ export class Talk {
       this.ready = true;
       this.pane.show("Connected. Speak.", "good");
     } else if (kind === AUDIO) {
-      const frame = fromInt16(payload);
-      this.got.push(frame);
-      this.player.play(frame);
-      this.pane.frame(loudness(this.sent[this.got.length - 1] || new Float32Array(1)), loudness(frame));
-      this.status();
+      if (this.reader) this.reader.add(payload);
+      else this.heard(fromInt16(payload));
     } else if (kind === TEXT) {
       this.pane.said(text());
     } else if (kind === METADATA) {
@@ -62,6 +73,14 @@ export class Talk {
       this.fault = text();
       this.pane.show(this.fault, "bad");
     }
+  }
+
+  heard(frame) {
+    if (this.ended) return;
+    this.got.push(frame);
+    this.player.play(frame);
+    this.pane.frame(loudness(this.sent[this.got.length - 1] || new Float32Array(1)), loudness(frame));
+    this.status();
   }
 
   status() {
@@ -107,6 +126,7 @@ export class Talk {
     if (this.ended) return;
     this.ended = true;
     if (this.socket) this.socket.close();
+    for (const part of [this.writer, this.reader]) if (part) part.close();
     this.onEnd(this);
   }
 
