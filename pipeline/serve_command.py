@@ -16,7 +16,7 @@ from duplex.configfile import load_config
 from duplex.errors import MissingInputError, RequestError, ServerError
 from pipeline.run import plan, run_folder_of
 
-GRADES = "grades.jsonl"
+GRADES, LINKS = "grades.jsonl", "links.jsonl"
 # Linux takes 128 KiB an argument. # personas beyond are left out of the page's list
 MAX_ARGUMENT_BYTES = 100_000
 
@@ -57,17 +57,17 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
     """
     config = None if Path(target).is_dir() else load_config(Path(target), list(overrides))
     served = served_model(target, config, options, runs)
-    if options.engine != "duplex":
+    if options.engine not in ("duplex", "moshi"):
         raise RequestError(f"--engine must be duplex or moshi, found {options.engine}")
     runtime = (config or Config(name="any")).serve.runtime
     host = options.host or runtime.host
     port = runtime.port if options.port is None else options.port
+    require_free_port(host, port)
     if options.engine == "moshi":
         from pipeline.serving.stock import serve_stock
 
         code = serve_stock(served.folder, served.adapter, host=host, port=port, ssl=options.ssl)
         raise SystemExit(code)
-    require_free_port(host, port)
     if config is not None:
         scheme = "http" if options.ssl is None else "https"
         for name, url in persona_urls(config, runs, f"{scheme}://{host}:{port}"):
@@ -93,6 +93,7 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
         command += [] if config.tensors.prompt else ["--bare"]
         command += ["--personas", _fitting(persona_entries(config, runs))]
         grades = grades or run_folder_of(config, runs) / GRADES
+        command += ["--links", str(run_folder_of(config, runs) / LINKS)]
     command += ["--grades", str(grades)] if grades else []
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     token = options.token or runtime.token

@@ -2,49 +2,25 @@
 
     owner     knows the server's token: in a header, once in a page's URL (then a cookie), or in
               a WebSocket's query, as stock clients have it
-    trainee   holds a pass: a prompt, a name and an end, signed with the token. Talks with that
-              prompt alone and does not see it
+    trainee   opened a link (`links`): talks with its prompt alone, and does not see it
     local     on loopback without a token everyone is an owner, but only by a page of our own
 
-A pass is `payload.signature` in URL-safe base64: JSON and its HMAC-SHA256. Another token ends all
-passes. Comparisons take constant time.
+Comparisons take constant time. Cookies carry the token's digest in their name: they know no ports,
+and two servers of one host would take each other's.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 import ipaddress
-import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from duplex.errors import RequestError
+from pipeline.serving.links import LinkBook, Pass
 from pipeline.serving.wire import ChatRequest
-
-TOKEN_COOKIE = "duplex_token"
-PASS_COOKIE = "duplex_pass"
-LONGEST_PASS_H = 24 * 31
-NAME_CHARS = 80
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What a trainee was given. expires: seconds since 1970."""
-
-    name: str
-    text_prompt: str
-    voice_prompt: str
-    greeting: str
-    expires: int
-
-    def signed(self, token: str) -> str:
-        payload = json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False).encode()
-        return f"{_encode(payload)}.{_encode(_signature(payload, token))}"
 
 
 @dataclass(frozen=True)
@@ -90,10 +66,16 @@ class Access:
     Args:
         token: None: loopback alone, and everyone is an owner.
         friends: origins of other servers, whose pages may ask as our own may.
+        links: of trainees.
     """
 
-    def __init__(self, token: str | None, friends: Sequence[str] = ()):
+    def __init__(
+        self, token: str | None, friends: Sequence[str] = (), links: LinkBook | None = None
+    ):
         self._token = token
+        self.links = links or LinkBook()
+        mark = hashlib.sha256(f"duplex cookie {token}".encode()).hexdigest()[:8]
+        self.token_cookie, self.pass_cookie = f"duplex_token_{mark}", f"duplex_pass_{mark}"
         self._friends = frozenset(friend.rstrip("/") for friend in friends)
 
     def is_friend(self, origin: str | None) -> bool:
@@ -123,51 +105,27 @@ class Access:
         # A browser sends cookies for whatever page asks: only our own may use them.
         if "pass" in query:
             return Visitor(self.read_pass(query["pass"]))
-        if TOKEN_COOKIE in cookies or PASS_COOKIE in cookies:
+        if self.token_cookie in cookies or self.pass_cookie in cookies:
             self._check_origin(headers)
-        if _equal(cookies.get(TOKEN_COOKIE, ""), token):
+        if _equal(cookies.get(self.token_cookie, ""), token):
             return Visitor()
-        if PASS_COOKIE in cookies:
-            return Visitor(self.read_pass(cookies[PASS_COOKIE]))
+        if self.pass_cookie in cookies:
+            return Visitor(self.read_pass(cookies[self.pass_cookie]))
         raise Denied(
             401, "needs the server's token: `Authorization: Bearer …`, or `?token=…` in the URL"
         )
 
-    def read_pass(self, text: str) -> Pass:
+    def read_pass(self, link: str) -> Pass:
         """
         Raises:
-            Denied: not signed by this server's token, or over.
+            Denied: no link of this server's, or one that is over.
         """
-        assert self._token is not None
-        payload, _, signature = text.partition(".")
-        content = _decode(payload)
-        if not content or not hmac.compare_digest(
-            _decode(signature), _signature(content, self._token)
-        ):
-            raise Denied(401, "that pass is none of this server's; ask for a new link")
-        found = Pass(**json.loads(content))
-        if found.expires < time.time():
-            raise Denied(401, "that pass is over; ask for a new link")
-        return found
-
-    def sign(self, name: str, wanted: ChatRequest, hours: float) -> str:
-        """A pass with the prompt of `wanted`.
-
-        Raises:
-            RequestError: no token to sign with, or not a time or name to give.
-        """
-        if self._token is None:
-            raise RequestError(
-                "a link for others must be signed with a token, this server has none. Start it "
-                "with DUPLEX_TOKEN set."
+        found = self.links.find(link)
+        if found is None:
+            raise Denied(
+                401, "that link is none of this server's, or it is over; ask for a new one"
             )
-        if not 0 < hours <= LONGEST_PASS_H:
-            raise RequestError(f"hours must be more than 0 and at most {LONGEST_PASS_H}")
-        if not 0 < len(name) <= NAME_CHARS:
-            raise RequestError(f"name must be 1 to {NAME_CHARS} characters, found {len(name)}")
-        expires = int(time.time() + hours * 3600)
-        given = Pass(name, wanted.text_prompt, wanted.voice_prompt, wanted.greeting, expires)
-        return given.signed(self._token)
+        return found
 
     def _check_local(self, headers: Mapping[str, str]) -> None:
         # Any page in the user's browser can reach loopback: only our own may talk to us.
@@ -209,21 +167,5 @@ def _host_name(host: str) -> str:
 
 
 def _equal(given: str, secret: str) -> bool:
-    return hmac.compare_digest(given.encode(), secret.encode())
-
-
-def _signature(payload: bytes, token: str) -> bytes:
-    # Another use of the token than showing it: a signature tells nothing about it.
-    key = hmac.new(token.encode(), b"duplex pass", hashlib.sha256).digest()
-    return hmac.new(key, payload, hashlib.sha256).digest()
-
-
-def _encode(content: bytes) -> str:
-    return base64.urlsafe_b64encode(content).decode().rstrip("=")
-
-
-def _decode(text: str) -> bytes:
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        return b""
+    # Headers may hold any bytes, as surrogates.
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), secret.encode())

@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from duplex.config import SamplingSection
 from duplex.errors import EXIT_DONE, EXIT_WORK_FAILED, DuplexError, RequestError
 from duplex.files import write_json
 from pipeline.serving.access import is_loopback
-from pipeline.serving.limits import Limits
+from pipeline.serving.limits import HEADER_S, Limits
 from pipeline.serving.routes import STOP_GRACE_S, ServerSettings, make_runner
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--session-s", type=float, default=1800, help="longest conversation")
     parser.add_argument("--idle-s", type=float, default=60, help="longest time without audio")
-    parser.add_argument("--max-connections", type=int, default=64)
+    parser.add_argument("--max-strangers", type=int, default=64, help="connections without a token")
     parser.add_argument(
         "--ssl", type=Path, metavar="DIR", help=f"serve https by DIR/{CERTIFICATE} and DIR/{KEY}"
     )
@@ -112,13 +113,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "pocketsphinx",
     )  # fmt: skip
     parser.add_argument("--grades", type=Path, help="file that gets people's grades, as JSON lines")
+    parser.add_argument("--links", type=Path, help="file of trainees' links, kept over starts")
     parser.add_argument("--personas", type=json.loads, default=[], help=argparse.SUPPRESS)
     parser.add_argument("--ready-file", type=Path, help='gets {"url": …} once it is up')
     parser.add_argument(
         "--die-with-stdin", action="store_true", help="stop when standard input ends"
     )
     args = parser.parse_args(argv)
-    for name, least in (("slots", 1), ("max_connections", 1), ("session_s", 1), ("idle_s", 1)):
+    for name, least in (("slots", 1), ("max_strangers", 1), ("session_s", 1), ("idle_s", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     return args
@@ -173,13 +175,18 @@ async def _listen(
     loading: asyncio.Future[ServedModel],
     secure: ssl.SSLContext | None,
 ) -> int:
+    assert runner.server is not None
+    # Not by aiohttp's site: before a handshake a connection of https is nobody's, for a minute.
+    wait_s = None if secure is None else HEADER_S
     try:
-        await web.TCPSite(runner, args.host, args.port, ssl_context=secure).start()
+        listener = await asyncio.get_running_loop().create_server(
+            runner.server, args.host, args.port, ssl=secure, ssl_handshake_timeout=wait_s
+        )
     except OSError as error:
         print(f"error: {_cannot_listen(args, error)}", file=sys.stderr)
         return EXIT_WORK_FAILED
     scheme = "http" if secure is None else "https"
-    url = f"{scheme}://{_authority(args.host, runner.addresses[0][1])}"
+    url = f"{scheme}://{_authority(args.host, listener.sockets[0].getsockname()[1])}"
     await asyncio.wait({stopped, loading}, return_when=asyncio.FIRST_COMPLETED)
     if not stopped.done():
         model = desk.model = loading.result()
@@ -197,6 +204,7 @@ async def _listen(
         if args.ready_file:
             write_json(args.ready_file, {"url": url})
         await stopped
+    listener.close()
     return EXIT_DONE
 
 
@@ -235,7 +243,7 @@ def _recognition(wanted: str | None) -> Recognition | None:
 
 def _settings(args: argparse.Namespace) -> ServerSettings:
     limits = Limits(
-        max_connections=args.max_connections,
+        max_strangers=args.max_strangers,
         session_s=args.session_s,
         idle_s=args.idle_s,
         roll=args.roll,
@@ -248,7 +256,8 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
         label=args.label,
         grades=args.grades,
         is_secure=args.ssl is not None,
-        friends=tuple(args.friend),
+        friends=tuple(friend.rstrip("/") for friend in args.friend),
+        links=args.links,
     )
 
 
@@ -310,8 +319,16 @@ class _Redacting(logging.Formatter):
         return text
 
 
+def _without_content(record: logging.LogRecord) -> bool:
+    """aiohttp quotes a request that is none in its traceback: it may hold prompts and links."""
+    if record.exc_info and isinstance(record.exc_info[1], BadHttpMessage):
+        record.exc_info = None
+    return True
+
+
 def _log_to_stderr(token: str | None) -> None:
     handler = logging.StreamHandler()
+    handler.addFilter(_without_content)
     handler.setFormatter(_Redacting(token))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 

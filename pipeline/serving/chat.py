@@ -37,7 +37,7 @@ from pipeline.serving.text import TextAssembler
 from pipeline.serving.wire import ChatRequest, Kind
 
 if TYPE_CHECKING:
-    from pipeline.serving.model import FedPrompt
+    from pipeline.serving.model import FedPrompt, PlannedPrompt
 
 HEARTBEAT_S = 30
 
@@ -94,9 +94,18 @@ class AudioIn:
 
 
 async def converse(
-    desk: Desk, request: web.Request, ws: web.WebSocketResponse, wanted: ChatRequest, limits: Limits
+    desk: Desk,
+    request: web.Request,
+    ws: web.WebSocketResponse,
+    wanted: ChatRequest,
+    planned: PlannedPrompt,
+    limits: Limits,
 ) -> None:
-    """Hold a conversation in a free slot, or refuse it because there is none. Closes `ws`."""
+    """Hold a conversation in a free slot, or refuse it because there is none. Closes `ws`.
+
+    Args:
+        planned: the prompt of `wanted`, in frames.
+    """
     try:
         seat = desk.take()
     except FullError:
@@ -106,23 +115,32 @@ async def converse(
         )
     else:
         try:
-            ending = await _Conversation(desk, seat, ws, wanted, limits).hold()
+            ending = await _Conversation(desk, seat, ws, wanted, planned, limits).hold()
         finally:
             desk.free(seat)  # before closing, which waits for the client's answer
     desk.counts.ended.labels(ending.reason).inc()
-    if ending.reason == "stalled" and request.transport is not None:
-        request.transport.abort()  # what it does not read would keep `close` waiting
-    await _close(ws, ending)
+    try:
+        async with asyncio.timeout(0.0 if ending.reason == "stalled" else limits.stall_s):
+            await _close(ws, ending)
+    except TimeoutError:  # what it does not read would keep us waiting
+        if request.transport is not None:
+            request.transport.abort()
 
 
 class _Conversation:
     def __init__(
-        self, desk: Desk, seat: Seat, ws: web.WebSocketResponse, wanted: ChatRequest, limits: Limits
+        self,
+        desk: Desk,
+        seat: Seat,
+        ws: web.WebSocketResponse,
+        wanted: ChatRequest,
+        planned: PlannedPrompt,
+        limits: Limits,
     ):
         assert desk.model is not None
         self._desk, self._seat, self._model = desk, seat, desk.model
         self._ws = ws
-        self._wanted = wanted
+        self._wanted, self._planned = wanted, planned
         self._limits = limits
         self._ready = self._gone = False
         self._hearing: Hearing | None = None
@@ -157,7 +175,9 @@ class _Conversation:
     async def _hold(self) -> Ending:
         seed = self._wanted.seed
         seed = secrets.randbelow(2**31) if seed is None else seed
-        fed = await self._desk.begin(self._seat, self._wanted, seed, lambda: self._gone)
+        fed = await self._desk.begin(
+            self._seat, self._planned, self._wanted.sampling, seed, lambda: self._gone
+        )
         if fed is None:
             return GONE
         self._seat.room = None if self._limits.roll else self._model.slots.left(self._seat.slot)

@@ -21,10 +21,10 @@ import numpy as np
 from pipeline.serving.counts import Counts
 
 if TYPE_CHECKING:
+    from duplex.config import SamplingSection
     from pipeline.serving.hearing import Recognition
-    from pipeline.serving.model import FedPrompt, ServedModel
+    from pipeline.serving.model import FedPrompt, PlannedPrompt, ServedModel
     from pipeline.serving.prefill import FilledPrompt
-    from pipeline.serving.wire import ChatRequest
 
 INBOX_FRAMES = 64
 UNSENT_FRAMES = 8
@@ -99,16 +99,16 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
     async def begin(
-        self, seat: Seat, wanted: ChatRequest, seed: int, has_gone: Callable[[], bool]
+        self,
+        seat: Seat,
+        planned: PlannedPrompt,
+        sampling: SamplingSection,
+        seed: int,
+        has_gone: Callable[[], bool],
     ) -> FedPrompt | None:
-        """Feed a prompt and start a conversation; None if `has_gone` before the prompt was fed.
-
-        Raises:
-            RequestError: as `ServedModel.plan`.
-        """
+        """Feed a prompt and start a conversation; None if `has_gone` before the prompt was fed."""
         model = self.model
         assert model is not None
-        planned = model.plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
         filled = model.filled(planned)
         from_cache = filled is not None
         if filled is None:
@@ -120,13 +120,18 @@ class Desk:
             model.cache.put(planned.key, filled)
             self.counts.prefill_s.observe(filled.prefill_s)
         self.counts.prompts.labels("kept" if from_cache else "fed").inc()
-        return await self.run(self._open, seat.slot, filled, wanted, seed, from_cache)
+        return await self.run(self._open, seat.slot, filled, sampling, seed, from_cache)
 
     def _open(
-        self, slot: int, filled: FilledPrompt, wanted: ChatRequest, seed: int, from_cache: bool
+        self,
+        slot: int,
+        filled: FilledPrompt,
+        sampling: SamplingSection,
+        seed: int,
+        from_cache: bool,
     ) -> FedPrompt:
         assert self.model is not None
-        return self.model.open(slot, filled, wanted.sampling, seed, from_cache=from_cache)
+        return self.model.open(slot, filled, sampling, seed, from_cache=from_cache)
 
     async def hear(self, seat: Seat, frame: np.ndarray) -> None:
         """Put the user's next frame, float32 [1920], into the inbox, once there is room."""

@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from duplex.errors import RequestError
 from duplex.files import append_line
+from pipeline.serving.bodies import read_body
 
 MAX_FILE_BYTES = 64 << 20
 
@@ -58,13 +59,7 @@ class GradeBook:
         Raises:
             RequestError: it is no grade, or the file is full.
         """
-        try:
-            grade = Grade.model_validate(content)
-        except ValidationError as error:
-            faults = [
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
-            ]
-            raise RequestError("; ".join(faults[:5])) from None
+        grade = read_body(Grade, content)
         if self._path.exists() and self._path.stat().st_size > MAX_FILE_BYTES:
             raise RequestError(f"{self._path.name} is full; move it away to keep more grades")
         self._path.parent.mkdir(parents=True, exist_ok=True)

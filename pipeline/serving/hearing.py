@@ -60,7 +60,8 @@ class Turns:
         """The next frame, float32 [1920]; a turn, if it ended with it."""
         self._place += 1
         level = float(np.sqrt(np.mean(frame**2)))
-        self._levels.append(level)
+        if not self._frames:  # of the room between turns: who talks on is not its noise
+            self._levels.append(level)
         room = float(np.percentile(self._levels, 20))
         is_speech = level > max(QUIETEST, OVER_NOISE * room if len(self._levels) > 20 else 0)
         if not self._frames and not is_speech:
@@ -75,6 +76,8 @@ class Turns:
             return None
         frames, spoken, quiet = self._frames, self._spoken, self._quiet
         self._frames, self._spoken, self._quiet = [], 0, 0
+        self._before.clear()
+        self._before.extend(frames[-min(quiet, LEAD_FRAMES) :] if quiet else ())
         if spoken < SHORTEST_FRAMES:
             return None
         end = self._place - quiet

@@ -204,7 +204,7 @@ class ServedModel:
 
     def planned(self, prompt: Prompt, voice: VoiceEmbeddings | None = None) -> PlannedPrompt:
         """A prompt in frames with its key."""
-        stored = b"" if voice is None else voice.embeddings.float().numpy().tobytes()
+        stored = b"" if voice is None else voice.digest
         parts = [self.model_digest.encode(), prompt.codes.tobytes(), stored]
         return PlannedPrompt(prompt, voice, sha256_bytes(b"\0".join(parts)))
 

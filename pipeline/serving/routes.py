@@ -6,7 +6,6 @@ There is no access log, and what is logged goes through a formatter that blanks 
 from __future__ import annotations
 
 import json
-import math
 import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,9 +21,11 @@ from duplex.errors import RequestError
 from duplex.files import sha256_bytes
 from duplex.frames import SAMPLE_RATE
 from pipeline.serving import counts, wire
-from pipeline.serving.access import PASS_COOKIE, TOKEN_COOKIE, Access, Denied, Visitor
+from pipeline.serving.access import Access, Denied, Visitor
+from pipeline.serving.bodies import LinkBody, PromptBody, read_body
 from pipeline.serving.grades import GradeBook
 from pipeline.serving.limits import KEEPALIVE_S, ConnectionGuard, Limits
+from pipeline.serving.links import LinkBook
 
 if TYPE_CHECKING:
     from pipeline.serving.desk import Desk
@@ -40,11 +41,11 @@ KEPT_PROMPTS = 256
 MAX_PROMPT_CHARS = 20_000
 UNREAD_BYTES = 64 * 1024  # 1.3 s of PCM; Linux takes twice as much
 COOKIE_S = 30 * 24 * 3600
-# All of the page comes from here; no other site may frame it. Two servers side by side need `*`.
+# All of the page comes from here, it talks to this server and its friends, and nobody may frame it.
 POLICY = (
     "default-src 'none'; script-src 'self' blob:; style-src 'self'; img-src data:; "
-    "media-src blob:; connect-src 'self' http: https: ws: wss:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
+    "media-src blob:; connect-src 'self'{friends}; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 VISITOR = "visitor"  # key of a request
@@ -57,7 +58,9 @@ class ServerSettings:
     personas: {id, name, text_prompt, voice_prompt, greeting}, for the page to choose from.
     label: what is served, in a word: base, merged, adapter.
     grades: file that gets what people think of their conversations; None: they are refused.
-    friends: origins whose pages may talk to this server, for two models side by side.
+    friends: origins of other servers: their pages may talk to this one, and this one's page to
+        them, for two models side by side.
+    links: file of trainees' links, which a later start reads again.
     """
 
     token: str | None = None
@@ -68,6 +71,7 @@ class ServerSettings:
     grades: Path | None = None
     is_secure: bool = False
     friends: tuple[str, ...] = ()
+    links: Path | None = None
 
 
 class Routes:
@@ -76,7 +80,7 @@ class Routes:
     def __init__(self, desk: Desk, settings: ServerSettings):
         self._desk = desk
         self._settings = settings
-        self._access = Access(settings.token, settings.friends)
+        self._access = Access(settings.token, settings.friends, LinkBook(settings.links))
         self._grades = None if settings.grades is None else GradeBook(settings.grades)
         self._sockets: set[web.WebSocketResponse] = set()
         self._prompts: OrderedDict[str, str] = OrderedDict()
@@ -107,16 +111,19 @@ class Routes:
 
     @web.middleware
     async def _check(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self.guard is not None:
-            self.guard.heard(request.protocol)
         try:
-            if request.path not in OPEN_PATHS and request.method != "OPTIONS":
-                request[VISITOR] = self._access.visitor(
-                    request.headers, request.query, request.cookies
-                )
+            if request.path in OPEN_PATHS or request.method == "OPTIONS":
+                response = await handler(request)
+                response.force_close()  # who has not said who they are keeps no connection
+                return response
+            request[VISITOR] = self._access.visitor(request.headers, request.query, request.cookies)
+            if self.guard is not None:
+                self.guard.known(request.protocol)
             return await handler(request)
         except Denied as denied:
-            return self._refused(denied.status, str(denied))
+            refusal = self._refused(denied.status, str(denied))
+            refusal.force_close()
+            return refusal
         except RequestError as error:
             return self._refused(400, str(error))
         except web.HTTPException as error:
@@ -152,7 +159,10 @@ class Routes:
         self._visitor(request)
         shown = {key: request.query[key] for key in ("token", "pass") if key in request.query}
         if not shown or not self._access.has_token:
-            headers = {"Content-Security-Policy": POLICY, **_HEADERS}
+            friends = "".join(
+                f" {friend} ws{friend.removeprefix('http')}" for friend in self._settings.friends
+            )
+            headers = {"Content-Security-Policy": POLICY.format(friends=friends), **_HEADERS}
             return web.FileResponse(PAGES / "index.html", headers=headers)
         rest = request.url.without_query_params("token", "pass")
         # Relative, so that it holds behind a proxy too.
@@ -162,7 +172,10 @@ class Routes:
         if not rest.raw_query_string:
             answer.headers["Location"] = "./"
         secure = self._settings.is_secure or request.headers.get("X-Forwarded-Proto") == "https"
-        for key, name in (("token", TOKEN_COOKIE), ("pass", PASS_COOKIE)):
+        for key, name in (
+            ("token", self._access.token_cookie),
+            ("pass", self._access.pass_cookie),
+        ):
             if key in shown:
                 answer.set_cookie(
                     name, shown[key], max_age=COOKIE_S, httponly=True, samesite="Strict",
@@ -212,6 +225,7 @@ class Routes:
             "bare": model.bare,
             "sampling": self._settings.sampling.model_dump(),
             "takes_grades": self._grades is not None,
+            "friends": list(self._settings.friends),
             "visitor": "owner" if visitor.is_owner else "trainee",
         }
         if visitor.given is None:
@@ -235,7 +249,7 @@ class Routes:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         visitor, model = self._visitor(request), self._model()
         wanted = visitor.limited(self._wanted(request.query.items()))
-        model.plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
+        planned = model.plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
         from pipeline.serving.chat import HEARTBEAT_S, converse
 
         ws = web.WebSocketResponse(
@@ -245,7 +259,7 @@ class Routes:
         _bound_unread(request)
         self._sockets.add(ws)
         try:
-            await converse(self._desk, request, ws, wanted, self._settings.limits)
+            await converse(self._desk, request, ws, wanted, planned, self._settings.limits)
         finally:
             self._sockets.discard(ws)
         return ws
@@ -269,7 +283,7 @@ class Routes:
     async def _keep_prompt(self, request: web.Request) -> web.StreamResponse:
         """A prompt that is too long for a URL gets an id for one."""
         self._visitor(request, owner=True)
-        text = str((await _json(request)).get("text_prompt", "")).strip()
+        text = read_body(PromptBody, await _json(request)).text_prompt.strip()
         if not 0 < len(text) <= MAX_PROMPT_CHARS:
             raise RequestError(
                 f"text_prompt must be 1 to {MAX_PROMPT_CHARS} characters, found {len(text)}"
@@ -283,21 +297,21 @@ class Routes:
         return web.json_response({"prompt_id": name})
 
     async def _make_link(self, request: web.Request) -> web.StreamResponse:
-        """A pass for a trainee: with its own prompt, which it does not show, and an end."""
+        """A link for a trainee: with its own prompt, which it does not show, and an end."""
         self._visitor(request, owner=True)
-        body = await _json(request)
-        hours = body.pop("hours", 24)
-        if (
-            isinstance(hours, bool)
-            or not isinstance(hours, (int, float))
-            or not math.isfinite(hours)
-        ):
-            raise RequestError(f"hours must be a number, found {str(hours)[:40]!r}")
-        name = str(body.pop("name", "")).strip()
-        wanted = self._wanted((key, str(value)) for key, value in body.items())
+        if not self._access.has_token:
+            raise RequestError(
+                "who has no token needs no link: this server answers on loopback alone. Start it "
+                "with DUPLEX_TOKEN set to let others in."
+            )
+        body = read_body(LinkBody, await _json(request))
+        query = body.model_dump(exclude={"name", "hours"}).items()
+        wanted = self._wanted((key, value) for key, value in query if value)
         self._model().plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
-        given = self._access.sign(name, wanted, float(hours))
-        return web.json_response({"pass": given, "path": f"/?pass={given}"})
+        link = self._access.links.add(
+            body.name.strip(), wanted.text_prompt, wanted.voice_prompt, wanted.greeting, body.hours
+        )
+        return web.json_response({"pass": link, "path": f"/?pass={link}"})
 
     async def _grade(self, request: web.Request) -> web.StreamResponse:
         visitor, model = self._visitor(request), self._model()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from duplex.errors import EXIT_WORK_FAILED, ServerError
+from duplex.errors import EXIT_WORK_FAILED, RequestError, ServerError
 from pipeline.engines.checkpoint import Checkpoint
+from pipeline.serving.access import is_loopback
 
 IGNORES_PROMPT = (
     "moshi.server ignores text_prompt, voice_prompt, seed and sampling in its URL: who talks there "
@@ -110,9 +112,16 @@ def serve_stock(
         ssl: folder of cert.pem and key.pem.
 
     Raises:
-        ServerError: there is no CUDA; with what the same files gave when loaded here.
+        RequestError: others could reach it: it asks for no token.
+        ServerError: moshi's loader gives other logits than ours.
     """
     import torch
+
+    if not is_loopback(host):
+        raise RequestError(
+            f"moshi.server asks for no token, so it must listen on loopback, found {host}. Reach "
+            "it through an ssh tunnel, or serve without --engine moshi."
+        )
 
     print(IGNORES_PROMPT, flush=True)
     checkpoint = Checkpoint.open(folder)
@@ -123,7 +132,7 @@ def serve_stock(
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             command += ["--static", "none"]  # else it fetches its page from the hub
         if torch.cuda.is_available():
-            return subprocess.run(command, check=False).returncode
+            return _run(command)
         apart = compare(files, checkpoint)
         if apart > MOST_APART:
             raise ServerError(
@@ -140,6 +149,14 @@ def serve_stock(
             file=sys.stderr,
         )
         return EXIT_WORK_FAILED
+
+
+def _run(command: list[str]) -> int:
+    """Run until it ends; a request to stop is passed on, so that it lets go of GPU and port."""
+    process = subprocess.Popen(command)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, _: process.send_signal(number))
+    return process.wait()
 
 
 def compare(files: StockFiles, checkpoint: Checkpoint) -> float:

@@ -11,6 +11,7 @@ Letters: K = 17 rows, C the model's width.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,11 @@ LONGEST_FRAMES = 750  # a minute
 
 @dataclass(frozen=True)
 class VoiceEmbeddings:
-    """embeddings: [V - 1, C]; cache: int64 [K, columns]."""
+    """embeddings: [V - 1, C]; cache: int64 [K, columns]; digest: of the file."""
 
     embeddings: torch.Tensor
     cache: np.ndarray
+    digest: bytes
 
     @property
     def num_positions(self) -> int:
@@ -81,7 +83,8 @@ def read_voice_embeddings(path: Path, lm: Any) -> VoiceEmbeddings:
     ring = cache.reshape(-1, cache.shape[-1]) if cache.ndim >= 2 else cache
     if ring.ndim != 2 or ring.shape[0] != NUM_ROWS or ring.shape[1] < 2:
         raise RequestError(f"{must} [1, {NUM_ROWS}, columns], found {list(cache.shape)}")
-    found = VoiceEmbeddings(embeddings, ring.long().numpy())
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    found = VoiceEmbeddings(embeddings, ring.long().numpy(), digest)
     _check_codes(found, lm, must)
     return found
 

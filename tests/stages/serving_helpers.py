@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -27,7 +28,7 @@ WIDE = "".join(chr(ord(c) + 0xFEE0) if c.isascii() and c.isalpha() else c for c 
 
 
 @asynccontextmanager
-async def serving(model, token=None, recognition=None, **settings):
+async def serving(model, port=0, token=None, recognition=None, **settings):
     with ThreadPoolExecutor(1) as worker:
         desk = Desk(worker)
         desk.model = model
@@ -35,7 +36,7 @@ async def serving(model, token=None, recognition=None, **settings):
         runner = make_runner(desk, ServerSettings(token=token, **settings))
         await runner.setup()
         try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            await web.TCPSite(runner, "127.0.0.1", port).start()
             yield f"http://127.0.0.1:{runner.addresses[0][1]}"
         finally:
             await runner.cleanup()
@@ -98,3 +99,8 @@ async def probe_when_free(url, within_s=2.0):
         if result.proven or time.monotonic() > deadline:
             return result
         await asyncio.sleep(0.02)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        return holder.getsockname()[1]

@@ -15,6 +15,7 @@ from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.serving_helpers import (
     LONG,
     PROMPT,
+    free_port,
     in_loop,
     ready,
     serving,
@@ -293,7 +294,10 @@ def test_two_servers_stand_side_by_side_and_hear_the_same(tiny_speaker, tmp_path
     from playwright.async_api import async_playwright, expect
 
     async def both(url):
-        async with serving(other, friends=(url,)) as second, async_playwright() as playwright:
+        async with (
+            serving(other, port, friends=(url,)) as second,
+            async_playwright() as playwright,
+        ):
             browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS])
             page = await browser.new_page()
             await page.goto(wire.page_url(url, PROMPT) + "&seed=3&with=" + second)
@@ -307,11 +311,24 @@ def test_two_servers_stand_side_by_side_and_hear_the_same(tiny_speaker, tmp_path
                 )
             await expect(page.locator(".transcript").nth(1)).not_to_be_empty()
             await page.click("#stop")
-            # Without being named, a stranger's page is refused.
-            await page.goto(second + "/?with=" + url)
-            stranger = page.locator(".pane").nth(1).locator(".state")
-            await expect(stranger).not_to_have_text("Not connected.")
             await browser.close()
 
     other = ServedModel.load(write_tiny_checkpoint(tmp_path / "other", lm_seed=8), "cpu")
-    in_loop(tiny_speaker, both)
+    port = free_port()
+    in_loop(tiny_speaker, both, friends=(f"http://127.0.0.1:{port}",))
+
+
+def test_a_link_cannot_send_what_is_said_to_a_stranger(tiny_speaker, tmp_path):
+    from playwright.async_api import expect
+
+    heard = []
+
+    async def look(page, url):
+        page.on("websocket", lambda ws: heard.append(ws.url))
+        await page.goto(wire.page_url(url, PROMPT) + "&with=https://evil.example")
+        await expect(page.locator(".state")).to_contain_text("does not know https://evil.example")
+        assert await page.locator(".pane").count() == 1
+        await connect(page)
+
+    assert in_browser(tiny_speaker, look) == []
+    assert heard and all(address.startswith("ws://127.0.0.1") for address in heard)

@@ -13,7 +13,7 @@ from duplex.config import SamplingSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes
 from pipeline.serving import chat, wire
-from pipeline.serving.prefill import Prefill
+from pipeline.serving.prefill import Prefill, PromptCache
 from pipeline.serving.probe import probe
 from pipeline.serving.text import TextAssembler
 from pipeline.serving.wire import Kind
@@ -160,6 +160,7 @@ def test_a_client_that_vanishes_frees_the_model(tiny_speaker):
 def test_nothing_comes_before_the_prompt_is_fed_and_who_leaves_then_frees_the_model(
     tiny_speaker, monkeypatch
 ):
+    monkeypatch.setattr(tiny_speaker, "cache", PromptCache(0))  # another test may have fed it
     feed = Prefill.advance
     monkeypatch.setattr(Prefill, "advance", lambda own: (time.sleep(0.3), feed(own))[1])
     assert tiny_speaker.plan(LONG).prompt.num_frames > 800  # so nine seconds of prefill

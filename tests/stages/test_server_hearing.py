@@ -84,6 +84,14 @@ def test_turns_are_cut_by_pauses_and_noise_is_none():
     assert len(only.samples) == (20 + PAUSE_FRAMES) * 1920
 
 
+def test_who_talks_on_is_not_taken_for_the_rooms_noise():
+    turns, found = Turns(), []
+    for frame in [QUIET] * 30 + [SPEECH] * 150 + [QUIET] * 9:
+        if (one := turns.add(frame)) is not None:
+            found.append((one.start, one.end))
+    assert found == [(28, 180)]
+
+
 def test_a_recogniser_that_is_late_or_fails_holds_nobody_up():
     class Slow(Said):
         def transcribe(self, samples, language):

@@ -194,33 +194,52 @@ def test_who_sends_ten_times_too_fast_is_answered_frame_by_frame(model):
     assert in_loop(model, talk, limits=Limits(roll=True)) == reference(model, num_frames)
 
 
-def test_connections_are_limited_and_silent_ones_dropped(model, monkeypatch):
-    monkeypatch.setattr(limits_module, "HEADER_S", 0.4)
+def test_silent_strangers_are_dropped_and_the_oldest_of_too_many(model, monkeypatch, caplog):
+    monkeypatch.setattr(limits_module, "HEADER_S", 1.0)
 
     async def talk(url):
         port = URL(url).port
-        slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
-        for _, writer in slow:
-            writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: ")  # and never more
-        over = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
-        dropped = [await gone(reader) for reader, _ in over]
-        started = time.monotonic()
-        slowly = [await gone(reader) for reader, _ in slow]
-        seconds = time.monotonic() - started
-        async with session_at(url, seed=3, format="pcm") as ws:  # there is room again
+        async with session_at(url, seed=3, format="pcm") as ws:  # known: it is not counted
             await ready(ws)
-            await asyncio.sleep(0.6)  # a connection that has spoken is not silent
-            return dropped, slowly, seconds, len(await lock_step(ws, 3))
+            slow = [await asyncio.open_connection("127.0.0.1", port) for _ in range(9)]
+            for _, writer in slow:
+                writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: ")  # and never more
+            await asyncio.sleep(0.2)
+            at_once = [await gone(reader, 0.05) for reader, _ in slow]
+            assert await taken(url) == 1  # who says what they want gets in meanwhile
+            slowly = [await gone(reader, 2) for reader, _ in slow]
+            answered = len(await lock_step(ws, 3))
+        for _, writer in slow:
+            writer.close()
+        return at_once, slowly, answered
 
-    dropped, slowly, seconds, answered = in_loop(model, talk, limits=Limits(max_connections=6))
-    assert dropped.count(True) >= 3 and all(slowly)
-    assert seconds < 3 and answered == 3
+    at_once, slowly, answered = in_loop(model, talk, limits=Limits(max_strangers=6))
+    assert at_once == [True] * 3 + [False] * 6  # the oldest make room
+    assert all(slowly) and answered == 3
+    assert not caplog.records, [record.getMessage() for record in caplog.records]
 
 
-async def gone(reader):
-    """Whether the server has closed the connection, within a second or so."""
+def test_who_has_no_token_keeps_no_connection(model):
+    """Else keep-alives of health checks alone would take every place."""
+
+    async def talk(url):
+        found = {}
+        for path in ("/health", "/ping", "/api/info", "/"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", URL(url).port)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            answer = await asyncio.wait_for(reader.read(), 2)  # to the end of the connection
+            found[path] = answer.split()[1]
+            writer.close()
+        return found
+
+    found = in_loop(model, talk, token="a-token-for-it")
+    assert found == {"/health": b"200", "/ping": b"200", "/api/info": b"401", "/": b"401"}
+
+
+async def gone(reader, within_s):
+    """Whether the server has closed the connection, or does."""
     try:
-        return await asyncio.wait_for(reader.read(), 1.5) == b""
+        return await asyncio.wait_for(reader.read(), within_s) == b""
     except (ConnectionError, TimeoutError) as error:
         return isinstance(error, ConnectionError)
 

@@ -14,7 +14,9 @@ from moshi.utils.compile import no_compile
 from duplex.config import SamplingSection
 from duplex.errors import EXIT_WORK_FAILED, MergeError, RequestError
 from duplex.streams import AGENT_ROWS, TEXT_PAD, USER_ROWS, apply_delays
+from pipeline import serve_command
 from pipeline.engines.checkpoint import Checkpoint
+from pipeline.serve_command import ServeOptions
 from pipeline.serving import stock
 from pipeline.serving.model import ServedModel
 from pipeline.serving.stock import compare, load_by_moshi, serve_stock, stock_files
@@ -113,6 +115,23 @@ def test_engine_moshi_without_cuda_checks_the_files_and_says_what_it_cannot(
     for flag in ("--moshi-weight", "--mimi-weight", "--tokenizer", "--config-path"):
         assert flag in shown.out
     assert "CUDA" in shown.err
+
+
+def test_the_command_reaches_it_and_refuses_to_open_it_to_others(tiny_checkpoint, capsys):
+    def serve(**options):
+        given = ServeOptions(engine="moshi", port=0, **options)
+        serve_command.serve(str(tiny_checkpoint), given, tiny_checkpoint.parent, [])
+
+    with pytest.raises(RequestError, match="no token"):
+        serve(host="0.0.0.0")
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as end:
+            serve()
+        assert end.value.code == EXIT_WORK_FAILED and "strictly" in capsys.readouterr().out
+    with pytest.raises(RequestError, match="must be duplex or moshi"):
+        serve_command.serve(
+            str(tiny_checkpoint), ServeOptions(engine="other"), tiny_checkpoint.parent, []
+        )
 
 
 def test_the_flags_are_those_that_moshis_server_has(tiny_checkpoint, tmp_path):

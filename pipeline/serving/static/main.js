@@ -9,12 +9,12 @@ const SAMPLING = ["text_temperature", "text_topk", "audio_temperature", "audio_t
 const AUDIO_KEYS = { voice_prompt: "voice", greeting: "greeting" };
 
 // The server turned a token or pass of the URL into a cookie before this page came. Of another
-// server, `?with=URL`, the token stays in its URL and in memory.
+// server, `?with=URL`, the token stays in its URL and in memory; it must be a friend of this one,
+// or any link could send what you say to a stranger.
 const query = new URLSearchParams(location.search);
 const here = location.origin + location.pathname.replace(/\/$/, "");
 const servers = [{ base: here, headers: {}, query: {} }];
-if (query.get("with")) servers.push(otherServer(query.get("with")));
-const panes = servers.map(() => null);
+const panes = [];
 let talks = [], last = [], context = null, microphone = null;
 
 function otherServer(address) {
@@ -34,7 +34,18 @@ async function describe(server) {
 
 async function begin() {
   $("prompt").value = (query.get("text_prompt") || "").trim();
-  servers.forEach((_, number) => { panes[number] = new Pane($("panes"), servers.length > 1 ? "…" : ""); });
+  panes.push(new Pane($("panes"), ""));
+  let stranger = "";
+  try {
+    servers[0].info = await describe(servers[0]);
+    if (query.get("with")) {
+      const other = otherServer(query.get("with"));
+      if ((servers[0].info.friends || []).includes(new URL(other.base).origin)) {
+        servers.push(other);
+        panes.push(new Pane($("panes"), "…"));
+      } else stranger = `This server does not know ${other.base}: start it with --friend ${new URL(other.base).origin} to talk to both.`;
+    }
+  } catch { /* said below */ }
   for (const key of [...SAMPLING, "seed"]) if (query.get(key)) $(key).value = query.get(key);
   const opus = await hasOpus();
   const near = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);  // bytes cost nothing
@@ -47,6 +58,8 @@ async function begin() {
     servers[number].info = info;
     panes[number].part("title").textContent = `${info.label || "model"} ${info.model_digest.slice(0, 12)}`;
   });
+  panes.forEach((pane) => { pane.part("title").hidden = panes.length < 2; });
+  if (stranger) panes[0].show(stranger, "bad");
   const info = servers[0].info;
   if (!info) return;
   $("model").textContent = [`${info.name} ${info.version}`, info.label, `model ${info.model_digest.slice(0, 12)}`,
@@ -117,13 +130,14 @@ async function start(withMicrophone) {
   document.querySelectorAll("#grades button").forEach((button) => button.setAttribute("aria-pressed", "false"));
   buttons();
   panes.forEach((pane) => { pane.reset(); pane.show(withMicrophone ? "Waiting for the microphone …" : "Starting …"); });
+  const mine = new AudioContext({ sampleRate: RATE }), ear = new Microphone();
+  context = mine; microphone = ear;
   try {
-    context = new AudioContext({ sampleRate: RATE });
-    microphone = new Microphone();
-    await microphone.start(context, withMicrophone, (frame) => talks.forEach((talk) => talk.send(frame)));
-    if (!talks.length) return;
-    own.forEach((talk, number) => talk.start(context, own.length > 1 ? 1.6 * number - 0.8 : 0));
+    await ear.start(mine, withMicrophone, (frame) => own.forEach((talk) => { if (!talk.ended) talk.send(frame); }));
+    if (own.some((talk) => talk.ended)) return;  // stopped while the browser asked
+    own.forEach((talk, number) => talk.start(mine, own.length > 1 ? 1.6 * number - 0.8 : 0));
   } catch (error) {
+    if (own.some((talk) => talk.ended)) return;
     stop();
     const text = withMicrophone && !window.isSecureContext
       ? "Browsers give microphones to https and localhost only; this page came over plain http."

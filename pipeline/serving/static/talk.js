@@ -112,8 +112,9 @@ export class Talk {
     if (this.ended) return;
     if (!this.opened) {
       // A browser hides why a WebSocket was refused; a plain request of the same URL says it.
-      this.fault = await fetch(this.url(), { headers: this.server.headers }).then((r) => r.text())
-        .catch(() => "the server does not answer");
+      // Without a header: that would need a permission of its own at another server.
+      this.fault = await fetch(this.url()).then(async (r) => r.status === 400 && /upgrade/i.test(r.statusText + await r.clone().text())
+        ? "the server answers, but the connection could not be made" : r.text()).catch(() => "the server does not answer");
     }
     this.end();
     if (event.code === CLOSE_BUSY) this.pane.show("The server is busy: all its places are taken. Try again later.", "bad");
