@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -262,8 +263,6 @@ async def talk(
 @contextmanager
 def one_thread() -> Iterator[None]:
     """A server that is started within computes with one thread, as the loop here does."""
-    import os
-
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     os.environ.update(dict.fromkeys(before, "1"))
     try:

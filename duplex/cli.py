@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from duplex import __version__, cli_data, cli_serve, cli_train
+from duplex.cli_options import RUNS, AsJson, Overrides, RunsRoot
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import EXIT_WORK_FAILED, DuplexError
@@ -27,13 +28,6 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.")]
-RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in train.steps=20."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-RUNS = Path("runs")
 
 
 @app.command()

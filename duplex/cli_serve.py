@@ -7,16 +7,9 @@ from typing import Annotated
 
 import typer
 
+from duplex.cli_options import RUNS, AsJson, Overrides, RunsRoot
+
 serving = typer.Typer()
-RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override one key, as in serve.runtime.port=0."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-RUNS = Path("runs")
 
 
 @serving.command()
@@ -24,7 +17,9 @@ def serve(
     target: Annotated[str, typer.Argument(metavar="CONFIG|CHECKPOINT")],
     host: Annotated[str | None, typer.Option(help="127.0.0.1 unless the config differs.")] = None,
     port: Annotated[int | None, typer.Option(help="8998 unless the config differs.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Conversations at a time; 4.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Conversations at a time; 4 unless the config differs.")
+    ] = None,
     token: Annotated[
         str | None, typer.Option(envvar="DUPLEX_TOKEN", help="Needed off loopback.")
     ] = None,

@@ -17,8 +17,7 @@ from duplex.errors import MissingInputError, RequestError, ServerError
 from pipeline.run import plan, run_folder_of
 
 GRADES, LINKS = "grades.jsonl", "links.jsonl"
-# Linux takes 128 KiB an argument. # personas beyond are left out of the page's list
-MAX_ARGUMENT_BYTES = 100_000
+MAX_ARGUMENT_BYTES = 100_000  # Linux takes 128 KiB
 
 
 @dataclass(frozen=True)
@@ -187,6 +186,7 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def _fitting(entries: list[dict[str, str]]) -> str:
-    while len(text := json.dumps(entries, ensure_ascii=False)) > MAX_ARGUMENT_BYTES // 4:
+    """As many of the first entries as an argument holds: the page offers those."""
+    while len((text := json.dumps(entries)).encode()) > MAX_ARGUMENT_BYTES:
         entries = entries[:-1]
     return text

@@ -102,9 +102,9 @@ class Access:
             if _equal(shown, token):
                 return Visitor()
             raise Denied(401, "that is not this server's token")
-        # A browser sends cookies for whatever page asks: only our own may use them.
         if "pass" in query:
             return Visitor(self.read_pass(query["pass"]))
+        # A browser sends cookies for whatever page asks: only our own may use them.
         if self.token_cookie in cookies or self.pass_cookie in cookies:
             self._check_origin(headers)
         if _equal(cookies.get(self.token_cookie, ""), token):

@@ -31,7 +31,7 @@ from urllib.parse import quote
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
-from duplex.config import SamplingSection
+from duplex.config import SamplingSection, ServeRuntime
 from duplex.errors import EXIT_DONE, EXIT_WORK_FAILED, DuplexError, RequestError
 from duplex.files import write_json
 from pipeline.serving.access import is_loopback
@@ -43,14 +43,8 @@ if TYPE_CHECKING:
     from pipeline.serving.hearing import Recognition
     from pipeline.serving.model import ServedModel
 
-DEFAULT_SLOTS = 4
 CERTIFICATE, KEY = "cert.pem", "key.pem"  # as moshi.server's --ssl has them
 SHORTEST_TOKEN = 8
-
-log = logging.getLogger(__name__)
-
-
-# -- the process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
+    limits = Limits()
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.serving.app",
         description="Serve a checkpoint folder to Moshi clients and browsers.",
@@ -85,20 +80,31 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="JSON",
         help="what holds where a URL names no sampling, as the config's serve.sampling",
     )
-    parser.add_argument("--voices", type=Path, help="folder of mono WAV files, for voice_prompt")
+    parser.add_argument("--voices", type=Path, help="folder of recordings and packaged voices")
     parser.add_argument("--voice-files", type=json.loads, default={}, help=argparse.SUPPRESS)
     parser.add_argument(
         "--bare", action="store_true", help="feed no prompt: the model was trained without"
     )
-    parser.add_argument("--slots", type=int, default=DEFAULT_SLOTS, help="conversations at a time")
+    parser.add_argument(
+        "--slots", type=int, default=ServeRuntime().slots, help="conversations at a time"
+    )
     parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter, left unmerged")
     parser.add_argument(
         "--roll", action="store_true",
         help="go on where the model's context is full: the oldest drops out, the prompt first",
     )  # fmt: skip
-    parser.add_argument("--session-s", type=float, default=1800, help="longest conversation")
-    parser.add_argument("--idle-s", type=float, default=60, help="longest time without audio")
-    parser.add_argument("--max-strangers", type=int, default=64, help="connections without a token")
+    parser.add_argument(
+        "--session-s", type=float, default=limits.session_s, help="longest conversation"
+    )
+    parser.add_argument(
+        "--idle-s", type=float, default=limits.idle_s, help="longest time without audio"
+    )
+    parser.add_argument(
+        "--max-strangers",
+        type=int,
+        default=limits.max_strangers,
+        help="connections without a token",
+    )
     parser.add_argument(
         "--ssl", type=Path, metavar="DIR", help=f"serve https by DIR/{CERTIFICATE} and DIR/{KEY}"
     )

@@ -1,4 +1,4 @@
-"""What may be posted, besides grades: types are checked, nothing is made into a string."""
+"""What may be posted (grades: `grades`): types are checked, nothing is made into a string."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Field,
     StrictFloat,
     StrictInt,
     StrictStr,
@@ -20,17 +19,19 @@ from duplex.errors import RequestError
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """No other keys than those that are named."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PromptBody(_Body):
+class PromptBody(Body):
     text_prompt: StrictStr = ""
 
 
-class LinkBody(_Body):
+class LinkBody(Body):
     name: StrictStr
-    hours: StrictInt | StrictFloat = Field(default=24, gt=0, le=24 * 31)
+    hours: StrictInt | StrictFloat = 24
     text_prompt: StrictStr = ""
     prompt_id: StrictStr = ""
     voice_prompt: StrictStr = ""

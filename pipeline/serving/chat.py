@@ -159,7 +159,7 @@ class _Conversation:
             return Ending("stalled")
         except ConnectionError:  # the client went while we were sending
             return GONE
-        except Exception:
+        except Exception:  # whatever it is, the others go on and the client is told
             log.exception("a conversation ended by an error of the server")
             return Ending("error", wire.CLOSE_INTERNAL, "the server failed; its log says why", True)
         finally:

@@ -3,9 +3,9 @@
     reader  --frame-->  inbox of the seat  --step-->  outbox of the seat  -->  sender
 
 A step takes one frame of every seat that has one, and starts as soon as the one before is done. So
-a lone conversation is answered at once, many share their steps, and nobody waits for more than
-two of them. Seats whose outbox is not read are left out. Prompts are filled in blocks by the same
-thread, in between.
+a lone conversation is answered at once, many share their steps, and a frame waits for the step that
+is under way and its own; where a prompt is being fed, for a block of it too, which the same thread
+does in between. Seats whose outbox is not read are left out.
 """
 
 from __future__ import annotations

@@ -14,27 +14,23 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from duplex.errors import RequestError
 from duplex.files import append_line
-from pipeline.serving.bodies import read_body
+from pipeline.serving.bodies import Body, read_body
 
 MAX_FILE_BYTES = 64 << 20
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GradedWords(_Part):
+class GradedWords(Body):
     """What the agent said, from one silence to the next; seconds of the conversation."""
 
     start_s: float = Field(ge=0, le=36_000)
     text: str = Field(max_length=4_000)
 
 
-class Grade(_Part):
+class Grade(Body):
     """What the page sends. prompt_digest: of the tokens that were fed, as `04` gave it."""
 
     grade: Literal["perfect", "good", "poor"]
@@ -66,14 +62,3 @@ class GradeBook:
         line = grade.model_dump(mode="json")
         line |= {"model_digest": model_digest, "label": label, "at": int(time.time())}
         append_line(self._path, json.dumps(line, ensure_ascii=False))
-
-
-def read_grades(path: Path) -> list[dict[str, Any]]:
-    """All grades of a file, in order; a line that a kill tore is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found

@@ -32,6 +32,8 @@ OVER_NOISE = 3.0  # times the room's level
 NOISE_FRAMES = 60
 WAITING_TURNS = 3
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class UserTurn:
@@ -117,7 +119,6 @@ class Recognition:
         return " ".join(word.text for word in words)
 
 
-log = logging.getLogger(__name__)
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -178,7 +179,7 @@ class Hearing:
         turn = exchange.turn
         try:
             text = await self._recognition.text(turn.samples)
-        except Exception:
+        except Exception:  # of any recogniser: the conversation goes on without its words
             log.exception("what a user said could not be recognised")
             return
         if not text:

@@ -42,7 +42,7 @@ class LinkBook:
     def __init__(self, path: Path | None = None):
         self._path = path
         self._passes: dict[str, Pass] = {}
-        if path is not None and path.exists():
+        if path is not None:
             for line in read_lines(path):
                 key = str(line.pop("link"))
                 self._passes[key] = Pass(**line)

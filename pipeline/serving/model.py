@@ -213,7 +213,7 @@ class ServedModel:
         return self.cache.get(planned.key)
 
     def prefill(self, planned: PlannedPrompt) -> Prefill:
-        """To be advanced until it is filled, then given to `keep` and `open`."""
+        """To be advanced until it is filled, then kept (`cache`) and opened."""
         return Prefill(self.lm, planned.prompt, planned.voice)
 
     def open(

@@ -182,7 +182,7 @@ class Routes:
                     secure=secure,
                 )  # fmt: skip
             elif key == "token":
-                answer.del_cookie(name)  # a pass that is opened holds, whoever opens it
+                answer.del_cookie(name)  # else an owner who tries a link would see the owner's page
         return answer
 
     async def _script(self, request: web.Request) -> web.StreamResponse:

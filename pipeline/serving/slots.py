@@ -133,16 +133,13 @@ class Slots:
             assert heard[slot].shape == (FRAME_SAMPLES,), heard[slot].shape
             chunk[slot, 0] = torch.from_numpy(heard[slot])
         with self._eager():
-            self.mimi.set_exec_mask(self._mask(slots))
+            self.mimi.set_exec_mask(self._mask(slots))  # of its decoder too
             user = self.mimi.encode(chunk.to(self.device))[:, :CODEBOOKS]  # [N, 8, 1]
-        out = self._step_lm(slots, {slot: user[slot] for slot in slots})
-        said = [slot for slot in slots if not bool((out[slot] < 0).any())]
-        audio = np.zeros((self.num_slots, FRAME_SAMPLES), dtype=np.float32)
-        if said:
-            with self._eager():
-                self.mimi.set_exec_mask(self._mask(said))
-                decoded = self.mimi.decode(out[:, AGENT_ROWS].clamp(min=0))  # [N, 1, 1920]
-            audio[said] = decoded[:, 0].float().cpu().numpy()[said]
+            out = self._step_lm(slots, {slot: user[slot] for slot in slots})
+            # Slots that take part have all codebooks: the prompt's last call went before. Of the
+            # others there are none, and their decoders stay as they were.
+            decoded = self.mimi.decode(out[:, AGENT_ROWS].clamp(min=0))  # [N, 1, 1920]
+        audio = decoded[:, 0].float().cpu().numpy()
         text = out[:, TEXT_ROW, 0].tolist()
         return {slot: (audio[slot], _spoken(text[slot])) for slot in slots}
 
@@ -185,7 +182,7 @@ class Slots:
         self._lengths[slot] = length
 
     def _step_lm(self, slots: Sequence[int], user: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """int64 [N, 9, 1]: text and agent codes; below 0 where a slot has said nothing yet."""
+        """int64 [N, 9, 1]: text and agent codes; below 0 where a slot took no part."""
         for slot in slots:
             self._codes[slot] = user[slot]
         self._generator.sampler.draw(list(slots))
@@ -214,4 +211,4 @@ class Slots:
 
 
 def _spoken(token: int) -> int | None:
-    return None if token in (TEXT_PAD, TEXT_EPAD) or token < 0 else token
+    return None if token in (TEXT_PAD, TEXT_EPAD) else token

@@ -21,7 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from duplex.errors import EXIT_WORK_FAILED, RequestError, ServerError
+from duplex.errors import (
+    EXIT_WORK_FAILED,
+    CorruptFileError,
+    MissingInputError,
+    RequestError,
+    ServerError,
+)
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.serving.access import is_loopback
 
@@ -74,9 +80,15 @@ def stock_files(checkpoint: Checkpoint, adapter: Path | None, work: Path) -> Sto
 
 def moshi_adapter(adapter: Path, base: Checkpoint, out: Path) -> Path:
     """An adapter folder in moshi's form: itself if it is in that, else converted into `out`."""
-    from training.adapter_formats import is_peft, to_moshi
+    from training.adapter_formats import MOSHI_CONFIG, MOSHI_WEIGHTS, is_peft, to_moshi
 
     if not is_peft(adapter):
+        for name in (MOSHI_WEIGHTS, MOSHI_CONFIG):
+            if not (adapter / name).is_file():
+                raise MissingInputError(
+                    f"{adapter}: must be an adapter folder, of PEFT or with {MOSHI_WEIGHTS} and "
+                    f"{MOSHI_CONFIG}; found no {name}"
+                )
         return adapter
     to_moshi(adapter, base, out)
     return out
@@ -86,10 +98,13 @@ def load_by_moshi(files: StockFiles, device: str = "cpu", dtype: Any = None) -> 
     """The `LMModel` as moshi's server loads it, an adapter unmerged.
 
     Raises:
-        RuntimeError: moshi refuses the files (it loads strictly).
+        CorruptFileError: moshi refuses the files (it loads strictly).
     """
     import torch
     from moshi.models.loaders import CheckpointInfo
+    from safetensors import SafetensorError
+
+    from training.failures import is_out_of_memory
 
     info = CheckpointInfo.from_hf_repo(
         "local",
@@ -99,7 +114,15 @@ def load_by_moshi(files: StockFiles, device: str = "cpu", dtype: Any = None) -> 
         config_path=str(files.config),
         lora_weights=None if files.lora is None else str(files.lora),
     )
-    return info.get_moshi(device=device, dtype=dtype or torch.float32, fuse_lora=False)
+    try:
+        return info.get_moshi(device=device, dtype=dtype or torch.float32, fuse_lora=False)
+    except (SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CorruptFileError(
+            f"{files.lora or files.moshi}: must fit the model of {files.moshi.parent}; moshi "
+            f"refused it: {str(error).splitlines()[0][:300]}"
+        ) from error
 
 
 def serve_stock(

@@ -23,9 +23,9 @@ from yarl import URL
 from pipeline.serving import wire
 from pipeline.serving.wire import Kind
 
-# A step of a 7B takes more than that on any GPU of today; the rest of `00` does not vary so much.
+# Assumed: a step of a 7B takes longer, and the rest of what `00` waits for varies less.
 LEAST_STEP_S = 0.008
-CHARS_A_TOKEN = 5  # of English, at least
+CHARS_A_TOKEN = 5  # of English, assumed
 SHORT_PROMPT = "Hi."
 HANDSHAKE_S = 30.0
 

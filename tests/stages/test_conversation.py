@@ -175,14 +175,6 @@ def test_a_conversation_longer_than_the_context_goes_on(tmp_path):
     assert len(pcm) == 60 * FRAME_SAMPLES and np.isfinite(pcm).all()
 
 
-def test_ungenerated_tokens_are_silence_not_an_index_error(speaker, monkeypatch):
-    speaker.begin("", SAMPLED, seed=1)
-    ungenerated = torch.full((1, 9, 1), -2)
-    monkeypatch.setattr(speaker.slots._generator, "step", lambda _: ungenerated)
-    pcm, token = say(speaker, user_audio(1)[0])
-    assert token is None and pcm.shape == (FRAME_SAMPLES,) and not pcm.any()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"dep_q": 16}, "dep_q 16"), ({"n_q": 8}, "n_q 8"), ({"delays": [0] * 17}, "delays")],

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from duplex.files import read_lines
 from pipeline.serving import wire
-from pipeline.serving.grades import read_grades
 from pipeline.serving.limits import Limits
 from pipeline.serving.model import ServedModel
 from tests.stages.conftest import write_tiny_checkpoint
@@ -232,7 +232,7 @@ def test_a_grade_is_kept_with_what_was_said(tiny_speaker, tmp_path):
         await expect(page.locator("#graded")).to_have_text("Kept as perfect.")
 
     assert in_browser(tiny_speaker, look, grades=path, personas=PERSONAS) == []
-    (kept,) = read_grades(path)
+    (kept,) = read_lines(path)
     assert (kept["grade"], kept["persona"], kept["seed"]) == ("perfect", "marcus", 3)
     assert kept["note"] == "In character “throughout”." and kept["words"][0]["text"]
     assert kept["model_digest"] == tiny_speaker.model_digest

@@ -11,9 +11,10 @@ import pytest
 from yarl import URL
 
 from duplex.errors import RequestError
+from duplex.files import read_lines
 from pipeline.serving import wire
 from pipeline.serving.access import Access, Denied
-from pipeline.serving.grades import GradeBook, read_grades
+from pipeline.serving.grades import GradeBook
 from pipeline.serving.links import LinkBook
 from tests.stages.serving_helpers import PROMPT, in_loop, lock_step, ready
 
@@ -115,7 +116,7 @@ def test_a_trainees_link_has_its_prompt_hides_it_and_ends(tiny_speaker, tmp_path
                 assert await status_of(session, f"{url}/api/info") == 401, bad
 
     in_loop(tiny_speaker, talk, token=TOKEN, grades=tmp_path / "grades.jsonl")
-    (kept,) = read_grades(tmp_path / "grades.jsonl")
+    (kept,) = read_lines(tmp_path / "grades.jsonl")
     assert kept["persona"] == "Marcus" and kept["grade"] == "good"
 
 
@@ -231,7 +232,7 @@ def test_grades_are_kept_with_the_model_and_refused_when_they_are_none(tmp_path)
     book = GradeBook(path)
     book.add(grade(note="said “thank you” twice ☕", persona="marcus", seed=4), "d" * 64, "merged")
     book.add(grade(grade="poor"), "d" * 64, "base")
-    first, second = read_grades(path)
+    first, second = read_lines(path)
     assert first["note"].endswith("☕") and first["model_digest"] == "d" * 64
     assert (second["grade"], second["label"]) == ("poor", "base")
     for bad in (
@@ -240,7 +241,7 @@ def test_grades_are_kept_with_the_model_and_refused_when_they_are_none(tmp_path)
     ):  # fmt: skip
         with pytest.raises(RequestError):
             book.add(bad, "d" * 64, "merged")
-    assert len(read_grades(path)) == 2
+    assert len(list(read_lines(path))) == 2
 
 
 def test_a_server_without_a_file_for_grades_says_so(tiny_speaker):

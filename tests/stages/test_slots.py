@@ -130,6 +130,24 @@ def test_a_long_neighbour_whose_ring_has_wrapped_is_not_touched_by_a_prompt(mode
     assert long_talk(disturbed=True) == long_talk(disturbed=False)
 
 
+def test_nothing_is_ungenerated_not_even_in_the_first_frame_without_a_prompt(monkeypatch, tmp_path):
+    """What a slot's decoder is given, from its first frame on and beside another, are codes."""
+    bare = ServedModel.load(write_tiny_checkpoint(tmp_path), "cpu", num_slots=2, bare=True)
+    given = []
+    inner = bare.slots._step_lm
+    monkeypatch.setattr(
+        bare.slots, "_step_lm", lambda s, u: given.append((s, inner(s, u))) or given[-1][1]
+    )
+    bare.begin("", GREEDY, 1, slot=0)
+    bare.step({0: audio(0)[0]})
+    bare.begin("", GREEDY, 1, slot=1)
+    bare.step({0: audio(0)[1], 1: audio(1)[0]})
+    steps = [(slots, out) for slots, out in given if len(slots) == 2 or slots == [0]][1:]
+    assert [slots for slots, _ in steps] == [[0], [0, 1]]
+    for slots, out in steps:
+        assert (out[slots] >= 0).all()
+
+
 @pytest.mark.parametrize("block", [1, 5, 1000])
 def test_a_prompt_in_blocks_is_the_prompt_frame_by_frame(model, references, monkeypatch, block):
     monkeypatch.setitem(prefill.BLOCK_FRAMES, "cpu", block)

@@ -12,14 +12,27 @@ import torch
 from moshi.utils.compile import no_compile
 
 from duplex.config import SamplingSection
-from duplex.errors import EXIT_WORK_FAILED, MergeError, RequestError
+from duplex.errors import (
+    EXIT_WORK_FAILED,
+    CorruptFileError,
+    MergeError,
+    MissingInputError,
+    RequestError,
+    ServerError,
+)
 from duplex.streams import AGENT_ROWS, TEXT_PAD, USER_ROWS, apply_delays
 from pipeline import serve_command
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.serve_command import ServeOptions
 from pipeline.serving import stock
 from pipeline.serving.model import ServedModel
-from pipeline.serving.stock import compare, load_by_moshi, serve_stock, stock_files
+from pipeline.serving.stock import (
+    compare,
+    load_by_moshi,
+    moshi_adapter,
+    serve_stock,
+    stock_files,
+)
 from pipeline.serving.voice_embeddings import read_voice_embeddings
 from pipeline.serving.voices import VoiceList
 from tests.stages.conftest import write_tiny_checkpoint
@@ -103,11 +116,15 @@ def test_moshi_loads_the_same_files_and_gives_our_logits(tiny_checkpoint, tmp_pa
         assert (one.text_logits - other.text_logits).abs().max() > 1e-3
 
 
+@pytest.fixture
+def no_cuda(monkeypatch):
+    """As on a machine without it, where moshi's server cannot be started."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def test_engine_moshi_without_cuda_checks_the_files_and_says_what_it_cannot(
-    tiny_checkpoint, capsys
+    tiny_checkpoint, no_cuda, capsys
 ):
-    if torch.cuda.is_available():
-        pytest.skip("there is CUDA")
     code = serve_stock(tiny_checkpoint, None, host="localhost", port=8998)
     shown = capsys.readouterr()
     assert code == EXIT_WORK_FAILED
@@ -117,17 +134,16 @@ def test_engine_moshi_without_cuda_checks_the_files_and_says_what_it_cannot(
     assert "CUDA" in shown.err
 
 
-def test_the_command_reaches_it_and_refuses_to_open_it_to_others(tiny_checkpoint, capsys):
+def test_the_command_reaches_it_and_refuses_to_open_it_to_others(tiny_checkpoint, no_cuda, capsys):
     def serve(**options):
         given = ServeOptions(engine="moshi", port=0, **options)
         serve_command.serve(str(tiny_checkpoint), given, tiny_checkpoint.parent, [])
 
     with pytest.raises(RequestError, match="no token"):
         serve(host="0.0.0.0")
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit) as end:
-            serve()
-        assert end.value.code == EXIT_WORK_FAILED and "strictly" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        serve()
+    assert end.value.code == EXIT_WORK_FAILED and "strictly" in capsys.readouterr().out
     with pytest.raises(RequestError, match="must be duplex or moshi"):
         serve_command.serve(
             str(tiny_checkpoint), ServeOptions(engine="other"), tiny_checkpoint.parent, []
@@ -144,14 +160,13 @@ def test_the_flags_are_those_that_moshis_server_has(tiny_checkpoint, tmp_path):
         assert flag in shown, flag
 
 
-def test_damaged_weights_are_not_called_equal(tiny_checkpoint, tmp_path, monkeypatch):
+def test_other_weights_are_not_called_equal(tiny_checkpoint, tmp_path, no_cuda, monkeypatch):
     other = Checkpoint.open(write_tiny_checkpoint(tmp_path / "other", lm_seed=8))
     files = stock_files(Checkpoint.open(tiny_checkpoint), None, tmp_path)
     assert compare(files, other) > 1e-2
     monkeypatch.setattr(stock, "compare", lambda *_: 0.5)
-    if not torch.cuda.is_available():
-        with pytest.raises(Exception, match=r"our logits.*0\.5"):
-            serve_stock(tiny_checkpoint, None, host="localhost", port=8998)
+    with pytest.raises(ServerError, match=r"our logits.*0\.5"):
+        serve_stock(tiny_checkpoint, None, host="localhost", port=8998)
 
 
 # -- adapters
@@ -183,6 +198,11 @@ def test_an_adapter_of_another_base_is_refused(tiny_checkpoint, tmp_path):
     adapter = make_adapter(tmp_path / "a", other)
     with pytest.raises(MergeError):
         ServedModel.load(tiny_checkpoint, "cpu", adapter=adapter)
+    moshi_adapter(adapter, Checkpoint.open(other), tmp_path / "moshi")  # and in moshi's form
+    with pytest.raises(CorruptFileError, match="must fit the model"):
+        ServedModel.load(tiny_checkpoint, "cpu", adapter=tmp_path / "moshi")
+    with pytest.raises(MissingInputError, match=r"found no lora\.safetensors"):
+        ServedModel.load(tiny_checkpoint, "cpu", adapter=tmp_path)
 
 
 # -- packaged voices

@@ -1,8 +1,7 @@
-// Ogg-Opus both ways by WebCodecs: about a tenth of PCM's bytes. RFC 3533 (Ogg), RFC 7845 (Opus in it).
+// Ogg-Opus both ways by WebCodecs: an eighth of PCM's bits. RFC 3533 (Ogg), RFC 7845 (Opus in it).
 import { FRAME, RATE } from "./sound.js";
 
 const CODEC = { codec: "opus", sampleRate: RATE, numberOfChannels: 1 };
-
 const BITRATE = 48000;
 
 export async function hasOpus() {

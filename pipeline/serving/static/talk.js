@@ -113,8 +113,9 @@ export class Talk {
     if (!this.opened) {
       // A browser hides why a WebSocket was refused; a plain request of the same URL says it.
       // Without a header: that would need a permission of its own at another server.
-      this.fault = await fetch(this.url()).then(async (r) => r.status === 400 && /upgrade/i.test(r.statusText + await r.clone().text())
-        ? "the server answers, but the connection could not be made" : r.text()).catch(() => "the server does not answer");
+      const said = await fetch(this.url()).then((r) => r.text()).catch(() => "the server does not answer");
+      // A request that it finds nothing wrong with is told to be a WebSocket's.
+      this.fault = /^No WebSocket UPGRADE/.test(said) ? "the server answers, but the connection could not be made" : said;
     }
     this.end();
     if (event.code === CLOSE_BUSY) this.pane.show("The server is busy: all its places are taken. Try again later.", "bad");
