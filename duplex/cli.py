@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from duplex import __version__, cli_data, cli_train
+from duplex import __version__, cli_data, cli_serve, cli_train
+from duplex.cli_options import RUNS, AsJson, Overrides, RunsRoot
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import EXIT_WORK_FAILED, DuplexError
@@ -27,13 +28,6 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.")]
-RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in train.steps=20."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-RUNS = Path("runs")
 
 
 @app.command()
@@ -149,49 +143,6 @@ def merge(
     from pipeline import checkpoints
 
     checkpoints.merge(base, adapter, out, dtype, dep_q, runs, as_json=as_json)
-
-
-@app.command()
-def serve(
-    target: Annotated[str, typer.Argument(metavar="CONFIG|CHECKPOINT")],
-    host: Annotated[str | None, typer.Option(help="127.0.0.1 unless the config differs.")] = None,
-    port: Annotated[int | None, typer.Option(help="8998 unless the config differs.")] = None,
-    token: Annotated[
-        str | None, typer.Option(envvar="DUPLEX_TOKEN", help="Needed off loopback.")
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Serve the base model instead.")] = False,
-    voices: Annotated[
-        Path | None, typer.Option(help="Folder of mono WAV files; their names are voice_prompt.")
-    ] = None,
-    runs: RunsRoot = RUNS,
-    overrides: Overrides = None,
-) -> None:
-    """Serve the merged model of a config, or any checkpoint folder, until interrupted.
-
-    Example: duplex serve configs/pocket.yaml
-    """
-    from pipeline import commands
-
-    commands.serve(target, host, port, token, base, voices, runs, overrides or [])
-
-
-@app.command()
-def probe(
-    url: Annotated[str, typer.Argument(help="A page or chat URL with its text_prompt.")],
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Take the tokenizer from here, not from the server.")
-    ] = None,
-    token: Annotated[str | None, typer.Option(envvar="DUPLEX_TOKEN")] = None,
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait.")] = 60,
-    as_json: AsJson = False,
-) -> None:
-    """Prove that a server fed the prompt in the URL to its model.
-
-    Example: duplex probe 'http://127.0.0.1:8998/?text_prompt=You%20are%20Marcus.'
-    """
-    from pipeline import commands
-
-    commands.probe(url, checkpoint, token, timeout_s, as_json=as_json)
 
 
 @app.command()
@@ -343,6 +294,7 @@ convert.command(name="adapter")(cli_data.convert_adapter)
 app.add_typer(cli_data.personas, name="personas")
 app.add_typer(cli_data.hub)  # push and pull
 app.add_typer(cli_train.training)  # compare
+app.add_typer(cli_serve.serving)  # serve and probe
 
 
 @app.callback(invoke_without_command=True)

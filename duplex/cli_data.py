@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+from duplex.cli_options import RUNS, AsJson, Overrides, RunsRoot
+
 PersonaId = Annotated[str, typer.Argument(metavar="ID", help="As in angry-marcus.")]
 Kind = Annotated[str, typer.Option("--type", help="One of the domain's types.")]
 DomainFile = Annotated[
@@ -82,14 +83,6 @@ def personas_draft(
     from pipeline import personas_command
 
     personas_command.draft(persona_id, about, kind, config, domain, folder, runs=runs, again=again)
-
-
-RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run folders are.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in train.steps=20."),
-]
-RUNS = Path("runs")
 
 
 def convert_adapter(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from duplex.cli_options import RUNS, AsJson, RunsRoot
+
 training = typer.Typer()
 
 
@@ -19,10 +21,8 @@ def compare(
     page: Annotated[
         Path | None, typer.Option("--html", metavar="OUT", help="Curves over each other: a file.")
     ] = None,
-    runs: Annotated[
-        Path, typer.Option("--runs", metavar="DIR", help="Where the configs' run folders are.")
-    ] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    runs: RunsRoot = RUNS,
+    as_json: AsJson = False,
 ) -> None:
     """Lay training runs side by side: settings that differ, validation, speed, size.
 

@@ -125,6 +125,7 @@ class SamplingSection(Section):
 class ServeRuntime(Runtime):
     host: str = "127.0.0.1"
     port: int = Field(default=8998, ge=0, le=65535, description="0: any free port")
+    slots: int = Field(default=4, ge=1, le=256, description="conversations at a time")
     device: Device = "auto"
     token: str | None = Field(default=None, repr=False, description="write ${DUPLEX_TOKEN}")
     start_timeout_s: float = Field(default=600, gt=0)

@@ -29,7 +29,7 @@ FINDINGS: dict[str, Kind] = {
     "packaged-voice": Kind(
         "harm",
         "a training tensor holds codes",
-        "give a packaged voice to PersonaPlex's server; take it out of the training folder",
+        "give a packaged voice to a server, in its `--voices`; take it out of the training folder",
     ),
     "shape": Kind("harm", "the shape is [17, T], T at least 1", "make the file again"),
     "dtype": Kind("harm", "the type is int64, or int16 on disk", "convert it, then check ranges"),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,18 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from duplex.characters import Persona
 from duplex.config import Config, EvaluateSection
 from duplex.configfile import load_config
 from duplex.errors import (
     EXIT_WORK_FAILED,
     MissingInputError,
     RequestError,
-    ServerError,
     StageFailedError,
 )
 from pipeline import run as pipeline_run
 from pipeline.run import Selection, plan, planned_cost, run_folder_of
+from pipeline.serve_command import persona_urls
 
 STATE_COLOURS = {
     "done": "green", "stale": "yellow", "running": "cyan", "failed": "red", "missing": "dim",
@@ -121,29 +118,6 @@ def show_end(config: Config, config_path: Path, runs: Path, overrides: list[str]
             print(f"  {name:<20} {url}")
 
 
-def persona_urls(config: Config, runs: Path, base: str) -> list[tuple[str, str]]:
-    """The page of each persona, with its voice where the run's tensors have one."""
-    from pipeline.serving.wire import page_url, prompt_audio
-
-    if not config.tensors.prompt:
-        return [("without a prompt", f"{base}/")]
-    voices = run_voices(config, runs)
-    step = plan(config, runs)[0]
-    records = step.folder.records() if step.done and step.folder else ()
-    return [
-        (record.id, page_url(base, record.prompts[0], **prompt_audio(record.id, voices)))
-        for record in records
-        if isinstance(record, Persona)
-    ]
-
-
-def run_voices(config: Config, runs: Path) -> dict[str, Path]:
-    from pipeline.serving.voices import files_of_run
-
-    step = {step.stage.name: step for step in plan(config, runs)}["tensors"]
-    return files_of_run(step.folder) if step.done and step.folder else {}
-
-
 def status(config: Config, runs: Path, *, as_json: bool) -> None:
     from pipeline.status import stage_rows
 
@@ -224,79 +198,6 @@ def import_(
     print(f"in {folder}; `duplex run` uses it from now on")
 
 
-def serve(
-    target: str,
-    host: str | None,
-    port: int | None,
-    token: str | None,
-    base: bool,
-    voices: Path | None,
-    runs: Path,
-    overrides: list[str],
-) -> None:
-    """Replaces this process by the server, so that signals reach it as they should."""
-    if Path(target).is_dir():
-        checkpoint, config = Path(target), None
-        host, port = host or "127.0.0.1", 8998 if port is None else port
-    else:
-        config = load_config(Path(target), overrides)
-        runtime = config.serve.runtime
-        host = host or runtime.host
-        port = runtime.port if port is None else port
-        token = token or runtime.token
-        checkpoint = _checkpoint_of(config, runs, base=base)
-        require_free_port(host, port)
-        for name, url in persona_urls(config, runs, f"http://{host}:{port}"):
-            print(f"{name:<20} {url}")
-        print("Loading; these open once the line `serving at …` has come.")
-    device = config.serve.runtime.device if config else "auto"
-    command = [sys.executable, "-m", "pipeline.serving.app", str(checkpoint)]
-    command += ["--host", host, "--port", str(port), "--device", device]
-    if config:
-        command += ["--sampling", config.serve.sampling.model_dump_json()]
-        files = {name: str(path.resolve()) for name, path in run_voices(config, runs).items()}
-        command += ["--voice-files", json.dumps(files)] if files else []
-        command += [] if config.tensors.prompt else ["--bare"]
-    command += ["--voices", str(voices)] if voices else []
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-    if token:
-        environment["DUPLEX_TOKEN"] = token  # never on the command line, where others see it
-    sys.stdout.flush()
-    os.execve(sys.executable, command, environment)
-
-
-def require_free_port(host: str, port: int) -> None:
-    """
-    Raises:
-        ServerError: another program has the port; said before any URL is printed.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((host, port))
-        except OSError as error:
-            raise ServerError(
-                f"port {port} on {host} must be free: {error.strerror}. "
-                "Stop the program that has it, or choose another with --port."
-            ) from None
-
-
-def _checkpoint_of(config: Config, runs: Path, *, base: bool) -> Path:
-    if base:
-        from training.servable import servable_checkpoint
-
-        return servable_checkpoint(config.model, runs, print).folder
-    steps = {step.stage.name: step for step in plan(config, runs)}
-    step = steps["merge"]
-    if not step.done or step.folder is None:
-        raise MissingInputError(
-            f"there must be a merged model under {run_folder_of(config, runs)}, found none for "
-            "this config. Run `duplex run CONFIG --to merge` first, or serve with --base."
-        )
-    return step.folder.artifact("weights").parent
-
-
 def probe(
     url: str, checkpoint: Path | None, token: str | None, timeout_s: float, *, as_json: bool
 ) -> None:
@@ -319,7 +220,10 @@ def probe(
         show_json(asdict(result))
     else:
         for key, value in asdict(result).items():
-            print(f"{key:>16}: {value}")
+            if value is None or value == ():
+                continue
+            for line in value if isinstance(value, tuple) else (value,):
+                print(f"{key:>16}: {line}")
     if not result.proven:
         sys.exit(EXIT_WORK_FAILED)
 

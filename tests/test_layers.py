@@ -80,7 +80,17 @@ LAYERS = [
     (4, ("pipeline.pages", "pipeline.training_data", "pipeline.training_model")),
     (4, ("pipeline.training_run",)),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
-    (6, ("pipeline", "duplex.cli", "duplex.cli_data", "duplex.cli_train")),
+    (
+        6,
+        (
+            "pipeline",
+            "duplex.cli",
+            "duplex.cli_data",
+            "duplex.cli_options",
+            "duplex.cli_serve",
+            "duplex.cli_train",
+        ),
+    ),
 ]
 PURE = LAYERS[2][1]
 ONLY_IN = {"ray": "pipeline.runners.ray", "accelerate": "training.loop", "peft": "training"}

@@ -1,14 +1,12 @@
-"""The server process: routes, access, start and stop.
+"""The server process: start and stop.
 
-    python -m pipeline.serving.app CHECKPOINT_DIR [--port 8998] [--device auto]
+    python -m pipeline.serving.app CHECKPOINT_DIR [--port 8998] [--device auto] [--slots 4]
 
 The port is bound before the model is loaded, so a taken port is known at once and health
 checks are answered while 15 GB are read. The event loop never waits for torch: that runs in
 one worker thread.
 
-Without a token the server answers on loopback only. A token comes as `Authorization: Bearer`
-or, since browsers set no headers on WebSockets, as `?token=`; there is no access log, and
-what is logged goes through a formatter that blanks it.
+Without a token the server answers on loopback only.
 """
 
 from __future__ import annotations
@@ -16,183 +14,37 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import hmac
-import ipaddress
 import json
 import logging
 import os
 import signal
+import ssl
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
-from duplex import __version__
-from duplex.config import SamplingSection
+from duplex.config import SamplingSection, ServeRuntime
 from duplex.errors import EXIT_DONE, EXIT_WORK_FAILED, DuplexError, RequestError
-from duplex.files import sha256_bytes, write_json
-from duplex.frames import SAMPLE_RATE
-from pipeline.serving import wire
+from duplex.files import write_json
+from pipeline.serving.access import is_loopback
+from pipeline.serving.limits import HEADER_S, Limits
+from pipeline.serving.routes import STOP_GRACE_S, ServerSettings, make_runner
 
 if TYPE_CHECKING:
-    from pipeline.serving.chat import ChatDesk
-    from pipeline.serving.conversation import Speaker
+    from pipeline.serving.desk import Desk
+    from pipeline.serving.hearing import Recognition
+    from pipeline.serving.model import ServedModel
 
-NAME = "duplex-workbench"
-PAGE = Path(__file__).parent / "static" / "index.html"
-OPEN_PATHS = ("/health", "/ready", "/ping")  # for load balancers, which hold no token
-STOP_GRACE_S = 10
-# The page is one file: nothing is fetched from elsewhere, and no other site may frame it.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; "
-    "connect-src 'self' ws: wss:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-
-log = logging.getLogger(__name__)
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Server:
-    """The routes around a `ChatDesk`. Ready when the desk has its speaker."""
-
-    def __init__(self, desk: ChatDesk, token: str | None, defaults: SamplingSection | None = None):
-        self._desk = desk
-        self._token = token
-        self._defaults = defaults or SamplingSection()
-        self._sockets: set[web.WebSocketResponse] = set()
-
-    def app(self) -> web.Application:
-        app = web.Application(middlewares=[self._guard])
-        app.router.add_get("/", self._page)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/ready", self._ready)
-        app.router.add_get("/ping", self._ping)
-        app.router.add_get("/api/info", self._info)
-        app.router.add_get("/api/tokenizer", self._tokenizer)
-        app.router.add_get(wire.CHAT_PATH, self._chat)
-        app.on_shutdown.append(self._close_sockets)  # pyright: ignore[reportArgumentType]
-        return app
-
-    # -- access
-
-    @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._token is None:
-            # Any page in the user's browser can reach loopback: only our own may talk to us.
-            origin = request.headers.get("Origin")
-            if origin and urlsplit(origin).netloc != request.host:
-                raise web.HTTPForbidden(text=f"must be asked by its own page, not by {origin}")
-            # A foreign name that was made to point at loopback would pass the line above.
-            if not is_loopback(request.url.host or ""):
-                raise web.HTTPForbidden(text="must be asked as localhost: it has no token")
-        elif request.path not in OPEN_PATHS and not self._knows_token(request):
-            raise web.HTTPUnauthorized(
-                text="needs the server's token: `Authorization: Bearer …` or `?token=…`"
-            )
-        return await handler(request)
-
-    def _knows_token(self, request: web.Request) -> bool:
-        assert self._token is not None
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            given = request.query.get("token", "")
-        return hmac.compare_digest(given.strip().encode(), self._token.encode())
-
-    # -- routes
-
-    async def _page(self, _: web.Request) -> web.StreamResponse:
-        headers = {
-            "Content-Security-Policy": PAGE_POLICY,
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-store",
-        }
-        return web.FileResponse(PAGE, headers=headers)
-
-    async def _health(self, _: web.Request) -> web.StreamResponse:
-        return web.json_response({"status": "ok"})
-
-    async def _ready(self, _: web.Request) -> web.StreamResponse:
-        is_ready = self._desk.speaker is not None
-        state = {"ready": is_ready, "busy": self._desk.busy}
-        return web.json_response(state, status=200 if is_ready else 503)
-
-    async def _ping(self, _: web.Request) -> web.StreamResponse:
-        return web.Response(status=204 if self._desk.speaker is None else 200)
-
-    async def _info(self, _: web.Request) -> web.StreamResponse:
-        speaker = self._speaker()
-        return web.json_response(
-            {
-                "name": NAME,
-                "version": __version__,
-                "protocol": wire.PROTOCOL,
-                "model_digest": speaker.model_digest,
-                "tokenizer_digest": sha256_bytes(speaker.tokenizer_file),
-                "sample_rate": SAMPLE_RATE,
-                "card": speaker.lm.card,
-                "context": speaker.lm.context,
-                "device": str(speaker.device),
-                "voices": speaker.voices.names,
-                "bare": speaker.bare,
-            }
-        )
-
-    async def _tokenizer(self, _: web.Request) -> web.StreamResponse:
-        content = self._speaker().tokenizer_file
-        return web.Response(body=content, content_type="application/octet-stream")
-
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        speaker = self._speaker()
-        try:
-            wanted = wire.parse_chat_request(request.query.items(), self._defaults)
-            speaker.plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
-        except RequestError as error:
-            raise web.HTTPBadRequest(text=str(error)) from None
-        from pipeline.serving.chat import HEARTBEAT_S
-
-        ws = web.WebSocketResponse(
-            heartbeat=HEARTBEAT_S, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False
-        )
-        await ws.prepare(request)
-        self._sockets.add(ws)
-        try:
-            await self._desk.welcome(ws, wanted)
-        finally:
-            self._sockets.discard(ws)
-        return ws
-
-    def _speaker(self) -> Speaker:
-        if self._desk.speaker is None:
-            raise web.HTTPServiceUnavailable(text="the model is being loaded; see /ready")
-        return self._desk.speaker
-
-    async def _close_sockets(self, _: web.Application) -> None:
-        for ws in tuple(self._sockets):
-            await ws.close(code=wire.CLOSE_GOING_AWAY, message=b"the server stops")
-
-
-def make_runner(
-    desk: ChatDesk, token: str | None = None, defaults: SamplingSection | None = None
-) -> web.AppRunner:
-    """The app with what aiohttp must be told: long request lines, and no access log."""
-    return web.AppRunner(
-        Server(desk, token, defaults).app(),
-        access_log=None,
-        max_line_size=wire.MAX_LINE_BYTES,
-        max_field_size=wire.MAX_LINE_BYTES,
-        shutdown_timeout=STOP_GRACE_S / 2,
-    )
-
-
-# -- the process
+CERTIFICATE, KEY = "cert.pem", "key.pem"  # as moshi.server's --ssl has them
+SHORTEST_TOKEN = 8
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
+    limits = Limits()
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.serving.app",
         description="Serve a checkpoint folder to Moshi clients and browsers.",
@@ -227,16 +80,56 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="JSON",
         help="what holds where a URL names no sampling, as the config's serve.sampling",
     )
-    parser.add_argument("--voices", type=Path, help="folder of mono WAV files, for voice_prompt")
+    parser.add_argument("--voices", type=Path, help="folder of recordings and packaged voices")
     parser.add_argument("--voice-files", type=json.loads, default={}, help=argparse.SUPPRESS)
     parser.add_argument(
         "--bare", action="store_true", help="feed no prompt: the model was trained without"
     )
+    parser.add_argument(
+        "--slots", type=int, default=ServeRuntime().slots, help="conversations at a time"
+    )
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter, left unmerged")
+    parser.add_argument(
+        "--roll", action="store_true",
+        help="go on where the model's context is full: the oldest drops out, the prompt first",
+    )  # fmt: skip
+    parser.add_argument(
+        "--session-s", type=float, default=limits.session_s, help="longest conversation"
+    )
+    parser.add_argument(
+        "--idle-s", type=float, default=limits.idle_s, help="longest time without audio"
+    )
+    parser.add_argument(
+        "--max-strangers",
+        type=int,
+        default=limits.max_strangers,
+        help="connections without a token",
+    )
+    parser.add_argument(
+        "--ssl", type=Path, metavar="DIR", help=f"serve https by DIR/{CERTIFICATE} and DIR/{KEY}"
+    )
+    parser.add_argument("--label", default="", help="what is served, in a word, for the page")
+    parser.add_argument(
+        "--friend", action="append", default=[], metavar="ORIGIN",
+        help="another server whose page may talk to this one too, as http://127.0.0.1:8998",
+    )  # fmt: skip
+    parser.add_argument(
+        "--listen", metavar="RECOGNISER[:MODEL]",
+        help="show what users say, and warn of replies that repeat it: faster-whisper:small, "
+        "pocketsphinx",
+    )  # fmt: skip
+    parser.add_argument("--grades", type=Path, help="file that gets people's grades, as JSON lines")
+    parser.add_argument("--links", type=Path, help="file of trainees' links, kept over starts")
+    parser.add_argument("--personas", type=json.loads, default=[], help=argparse.SUPPRESS)
     parser.add_argument("--ready-file", type=Path, help='gets {"url": …} once it is up')
     parser.add_argument(
         "--die-with-stdin", action="store_true", help="stop when standard input ends"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("slots", 1), ("max_strangers", 1), ("session_s", 1), ("idle_s", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    return args
 
 
 async def _serve(args: argparse.Namespace) -> int:
@@ -245,23 +138,30 @@ async def _serve(args: argparse.Namespace) -> int:
             f"a server that others can reach (host {args.host}) must have a token, found none. "
             "Set DUPLEX_TOKEN, or listen on 127.0.0.1."
         )
+    if args.token and len(args.token) < SHORTEST_TOKEN:
+        raise RequestError(
+            f"a token must have at least {SHORTEST_TOKEN} characters, found {len(args.token)}; "
+            "`openssl rand -hex 16` makes a good one"
+        )
+    secure = _ssl_context(args.ssl)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
     if args.die_with_stdin:
         threading.Thread(target=_watch_stdin, args=(loop, stop), daemon=True).start()
 
-    from pipeline.serving.chat import ChatDesk  # sphn and numpy: not for --help
+    from pipeline.serving.desk import Desk  # numpy: not for --help
 
     worker = ThreadPoolExecutor(1, thread_name_prefix="model")
-    desk = ChatDesk(worker)
-    runner = make_runner(desk, args.token, args.sampling)
+    desk = Desk(worker)
+    desk.recognition = _recognition(args.listen)
+    runner = make_runner(desk, _settings(args))
     await runner.setup()
     stopped = asyncio.create_task(stop.wait())
     # The model loads in its thread meanwhile.
     loading = loop.run_in_executor(worker, _load, args)
     try:
-        code = await _listen(runner, args, desk, stopped, loading)
+        code = await _listen(runner, args, desk, stopped, loading, secure)
     finally:
         stopped.cancel()
         await runner.cleanup()
@@ -276,43 +176,114 @@ async def _serve(args: argparse.Namespace) -> int:
 async def _listen(
     runner: web.AppRunner,
     args: argparse.Namespace,
-    desk: ChatDesk,
+    desk: Desk,
     stopped: asyncio.Task[bool],
-    loading: asyncio.Future[Speaker],
+    loading: asyncio.Future[ServedModel],
+    secure: ssl.SSLContext | None,
 ) -> int:
+    assert runner.server is not None
+    # Not by aiohttp's site: before a handshake a connection of https is nobody's, for a minute.
+    wait_s = None if secure is None else HEADER_S
     try:
-        await web.TCPSite(runner, args.host, args.port).start()
+        listener = await asyncio.get_running_loop().create_server(
+            runner.server, args.host, args.port, ssl=secure, ssl_handshake_timeout=wait_s
+        )
     except OSError as error:
         print(f"error: {_cannot_listen(args, error)}", file=sys.stderr)
         return EXIT_WORK_FAILED
-    url = f"http://{_authority(args.host, runner.addresses[0][1])}"
+    scheme = "http" if secure is None else "https"
+    url = f"{scheme}://{_authority(args.host, listener.sockets[0].getsockname()[1])}"
     await asyncio.wait({stopped, loading}, return_when=asyncio.FIRST_COMPLETED)
     if not stopped.done():
-        desk.speaker = loading.result()
-        print(f"serving at {url}/: {args.checkpoint} on {desk.speaker.device}", flush=True)
+        model = desk.model = loading.result()
+        desk.counts.slots.set(desk.num_slots)
+        print(
+            f"serving at {url}/: {args.checkpoint} on {model.device}, {desk.num_slots} at a time",
+            flush=True,
+        )
+        if secure is None and not is_loopback(args.host):
+            print(
+                "Browsers give a page its microphone only over https or on localhost: use --ssl, "
+                "or a proxy that has a certificate, as RunPod's.",
+                flush=True,
+            )
         if args.ready_file:
             write_json(args.ready_file, {"url": url})
         await stopped
+    listener.close()
     return EXIT_DONE
 
 
-def _load(args: argparse.Namespace) -> Speaker:
-    from pipeline.serving.conversation import Speaker
+def _load(args: argparse.Namespace) -> ServedModel:
+    from pipeline.serving.model import ServedModel
     from pipeline.serving.voices import files_in
 
     voices = {name: Path(path) for name, path in args.voice_files.items()}
     if args.voices:
         voices |= files_in(args.voices)
-    speaker = Speaker.load(args.checkpoint, args.device, voices, bare=args.bare)
-    speaker.warm_up()
-    return speaker
+    model = ServedModel.load(
+        args.checkpoint,
+        args.device,
+        voices,
+        bare=args.bare,
+        num_slots=args.slots,
+        adapter=args.adapter,
+    )
+    model.warm_up()
+    return model
 
 
-def is_loopback(host: str) -> bool:
+def _recognition(wanted: str | None) -> Recognition | None:
+    """
+    Raises:
+        RequestError, MissingInputError: no such recogniser, or its package is not installed.
+    """
+    if wanted is None:
+        return None
+    from pipeline.engines.recogniser import make_recogniser
+    from pipeline.serving.hearing import Recognition
+
+    name, _, model = wanted.partition(":")
+    return Recognition(make_recogniser(name, model or None, "en"))
+
+
+def _settings(args: argparse.Namespace) -> ServerSettings:
+    limits = Limits(
+        max_strangers=args.max_strangers,
+        session_s=args.session_s,
+        idle_s=args.idle_s,
+        roll=args.roll,
+    )
+    return ServerSettings(
+        token=args.token,
+        sampling=args.sampling,
+        limits=limits,
+        personas=tuple(args.personas),
+        label=args.label,
+        grades=args.grades,
+        is_secure=args.ssl is not None,
+        friends=tuple(friend.rstrip("/") for friend in args.friend),
+        links=args.links,
+    )
+
+
+def _ssl_context(folder: Path | None) -> ssl.SSLContext | None:
+    """
+    Raises:
+        RequestError: no certificate and key that belong together.
+    """
+    if folder is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        context.load_cert_chain(folder / CERTIFICATE, folder / KEY)
+    except OSError as error:
+        raise RequestError(
+            f"--ssl must be a folder with {CERTIFICATE} and {KEY} that belong together, found "
+            f"{folder}: {error.strerror or error}. For yourself: openssl req -x509 -newkey "
+            f"rsa:2048 -nodes -days 365 -subj /CN=localhost -keyout {KEY} -out {CERTIFICATE}"
+        ) from None
+    return context
 
 
 def _authority(host: str, port: int) -> str:
@@ -354,8 +325,16 @@ class _Redacting(logging.Formatter):
         return text
 
 
+def _without_content(record: logging.LogRecord) -> bool:
+    """aiohttp quotes a request that is none in its traceback: it may hold prompts and links."""
+    if record.exc_info and isinstance(record.exc_info[1], BadHttpMessage):
+        record.exc_info = None
+    return True
+
+
 def _log_to_stderr(token: str | None) -> None:
     handler = logging.StreamHandler()
+    handler.addFilter(_without_content)
     handler.setFormatter(_Redacting(token))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 

@@ -1,14 +1,15 @@
-"""One conversation over one WebSocket. It knows aiohttp; the model it reaches by two calls.
+"""One conversation over one WebSocket. It knows aiohttp; the model it reaches through the desk.
 
-    reader task    WebSocket -> Opus or PCM -> frames of 1 920 samples -> inbox (64 frames)
-    conversation   inbox -> `Speaker.step` in the worker thread -> text, then audio
+    reader task    WebSocket -> Opus or PCM -> frames of 1 920 samples -> inbox of the seat
+    conversation   outbox of the seat -> text, then audio
 
-The inbox is bounded, so a client that sends faster than the model answers is slowed down by
-TCP. What arrives before `00` is decoded (an Ogg stream needs its start) and dropped: it was
-said before the conversation began.
+Nobody waits for anyone: a seat whose answers are not sent takes no part in steps, so one that does
+not read is alone in standing still, and loses its slot after `Limits.stall_s`. The inbox is
+bounded too: a client that sends faster than the model answers is slowed down by TCP.
 
-A client that vanishes frees the model within a frame: a closed socket ends the reader, and a
-silent one (cable pulled, or nobody reads) fails aiohttp's heartbeat within 45 s.
+What arrives before `00` is decoded (an Ogg stream needs its start) and dropped: it was said
+before the conversation began. Metadata (`04`) says what was fed at first, and at the end why it
+ends.
 """
 
 from __future__ import annotations
@@ -17,29 +18,44 @@ import asyncio
 import json
 import logging
 import secrets
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sphn
 from aiohttp import WSMsgType, web
 
-from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
+from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
 from pipeline.serving import wire
+from pipeline.serving.desk import Desk, FullError, Seat
+from pipeline.serving.hearing import Hearing
+from pipeline.serving.limits import Limits
 from pipeline.serving.text import TextAssembler
 from pipeline.serving.wire import ChatRequest, Kind
 
 if TYPE_CHECKING:
-    from pipeline.serving.conversation import FedPrompt, Speaker
+    from pipeline.serving.model import FedPrompt, PlannedPrompt
 
-INBOX_FRAMES = 64
 HEARTBEAT_S = 30
 
 log = logging.getLogger(__name__)
-ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a conversation ended. reason: a word for metrics; code, text: for the client, None where
+    it has gone itself."""
+
+    reason: str
+    code: int | None = None
+    text: str = ""
+    is_fault: bool = False
+
+
+GONE = Ending("left")
 
 
 class BadAudioError(ValueError):
@@ -77,77 +93,98 @@ class AudioIn:
             raise BadAudioError(f"audio must be an Ogg-Opus stream: {error}") from None
 
 
-class ChatDesk:
-    """Lets one client at a time talk to the speaker. `busy` and `speaker` are read by routes."""
+async def converse(
+    desk: Desk,
+    request: web.Request,
+    ws: web.WebSocketResponse,
+    wanted: ChatRequest,
+    planned: PlannedPrompt,
+    limits: Limits,
+) -> None:
+    """Hold a conversation in a free slot, or refuse it because there is none. Closes `ws`.
 
-    def __init__(self, worker: ThreadPoolExecutor):
-        self.speaker: Speaker | None = None
-        self.busy = False
-        self._worker = worker
-
-    async def run(self, function: Callable[..., ResultT], *args: Any) -> ResultT:
-        """Call `function` in the one thread that touches the model."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
-
-    async def welcome(self, ws: web.WebSocketResponse, wanted: ChatRequest) -> None:
-        """Hold a conversation, or refuse it because there is one. Closes `ws`."""
-        if self.busy:
-            await _refuse(
-                ws, wire.CLOSE_BUSY, "this server holds one conversation at a time and is in one"
-            )
-            return
-        self.busy = True
-        refusal: tuple[int, str] | None = None
+    Args:
+        planned: the prompt of `wanted`, in frames.
+    """
+    try:
+        seat = desk.take()
+    except FullError:
+        places = f"{desk.num_slots} conversation{'s' if desk.num_slots != 1 else ''}"
+        ending = Ending(
+            "busy", wire.CLOSE_BUSY, f"this server holds {places} at a time and is full", True
+        )
+    else:
         try:
-            await Conversation(self, ws, wanted).hold()
-        except BadAudioError as fault:
-            refusal = wire.CLOSE_UNSUPPORTED, str(fault)
-        except ConnectionError:
-            pass  # the client went while we were sending
-        except Exception:
-            log.exception("a conversation ended by an error of the server")
-            refusal = wire.CLOSE_INTERNAL, "the server failed; its log says why"
+            ending = await _Conversation(desk, seat, ws, wanted, planned, limits).hold()
         finally:
-            self.busy = False  # before closing, which waits for the client's answer
-        if refusal:
-            await _refuse(ws, *refusal)
-        await ws.close()
+            desk.free(seat)  # before closing, which waits for the client's answer
+    desk.counts.ended.labels(ending.reason).inc()
+    try:
+        async with asyncio.timeout(0.0 if ending.reason == "stalled" else limits.stall_s):
+            await _close(ws, ending)
+    except TimeoutError:  # what it does not read would keep us waiting
+        if request.transport is not None:
+            request.transport.abort()
 
 
-class Conversation:
-    def __init__(self, desk: ChatDesk, ws: web.WebSocketResponse, wanted: ChatRequest):
-        assert desk.speaker is not None
-        self._desk = desk
-        self._speaker = desk.speaker
+class _Conversation:
+    def __init__(
+        self,
+        desk: Desk,
+        seat: Seat,
+        ws: web.WebSocketResponse,
+        wanted: ChatRequest,
+        planned: PlannedPrompt,
+        limits: Limits,
+    ):
+        assert desk.model is not None
+        self._desk, self._seat, self._model = desk, seat, desk.model
         self._ws = ws
-        self._wanted = wanted
-        self._ready = False
-        self._gone = threading.Event()  # read by the worker thread too
-        # A frame, what ended the reader early, or None when the client has gone.
-        self._inbox: asyncio.Queue[np.ndarray | Exception | None] = asyncio.Queue(INBOX_FRAMES)
+        self._wanted, self._planned = wanted, planned
+        self._limits = limits
+        self._ready = self._gone = False
+        self._hearing: Hearing | None = None
+        self._unanswered: deque[np.ndarray] = deque()
+        if desk.recognition is not None:
+            self._hearing = Hearing(desk.recognition, self._tell)
 
-    async def hold(self) -> None:
-        from pipeline.serving.conversation import Cancelled
-
-        wanted = self._wanted
-        seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
+    async def hold(self) -> Ending:
+        """From prompt to end; never raises but on cancellation."""
         reader = asyncio.create_task(self._read())
         try:
-            begin = partial(
-                self._speaker.begin, voice=wanted.voice_prompt, greeting=wanted.greeting
-            )
-            fed = await self._desk.run(
-                begin, wanted.text_prompt, wanted.sampling, seed, self._gone.is_set
-            )
-            self._ready = True
-            await self._ws.send_bytes(wire.message(Kind.READY))
-            await self._ws.send_bytes(wire.message(Kind.METADATA, self._metadata(fed)))
-            await self._talk()
-        except Cancelled:
-            pass
+            return await self._hold()
+        except BadAudioError as fault:
+            return Ending("bad audio", wire.CLOSE_UNSUPPORTED, str(fault), True)
+        except _StalledError:
+            return Ending("stalled")
+        except ConnectionError:  # the client went while we were sending
+            return GONE
+        except Exception:  # whatever it is, the others go on and the client is told
+            log.exception("a conversation ended by an error of the server")
+            return Ending("error", wire.CLOSE_INTERNAL, "the server failed; its log says why", True)
         finally:
+            if self._hearing is not None:
+                self._hearing.close()
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+
+    def _tell(self, said: dict[str, Any]) -> None:
+        """To be sent between two answers, in its turn."""
+        self._seat.outbox.put_nowait(json.dumps(said).encode())
+
+    async def _hold(self) -> Ending:
+        seed = self._wanted.seed
+        seed = secrets.randbelow(2**31) if seed is None else seed
+        fed = await self._desk.begin(
+            self._seat, self._planned, self._wanted.sampling, seed, lambda: self._gone
+        )
+        if fed is None:
+            return GONE
+        self._seat.room = None if self._limits.roll else self._model.slots.left(self._seat.slot)
+        self._ready = True
+        await self._send(Kind.READY)
+        await self._send(Kind.METADATA, self._metadata(fed))
+        return await self._talk()
 
     def _metadata(self, fed: FedPrompt) -> bytes:
         return json.dumps(
@@ -158,11 +195,15 @@ class Conversation:
                 "count": fed.count,
                 "frames": fed.frames.shape[1],
                 "frames_digest": fed.frames_digest,
-                "model_digest": self._speaker.model_digest,
+                "model_digest": self._model.model_digest,
                 "prefill_s": round(fed.prefill_s, 4),
+                "prefill_kept": fed.from_cache,
                 "seed": fed.seed,
                 "voice_prompt": self._wanted.voice_prompt,
                 "greeting": self._wanted.greeting,
+                "sampling": self._wanted.sampling.model_dump(),
+                "slots": self._desk.num_slots,
+                "seconds_left": None if self._seat.room is None else self._seat.room * FRAME_S,
             }
         ).encode()
 
@@ -173,37 +214,84 @@ class Conversation:
                 if message.type != WSMsgType.BINARY or message.data[:1] != bytes([Kind.AUDIO]):
                     continue  # control, pings and kinds to come
                 for frame in audio.append(message.data[1:]):
-                    if self._ready:
-                        await self._inbox.put(frame)
-        except Exception as fault:  # noqa: BLE001 - raised again by whoever reads the inbox
-            await self._inbox.put(fault)
+                    if not self._ready:
+                        continue
+                    if self._hearing is not None:
+                        self._unanswered.append(frame)
+                    await self._desk.hear(self._seat, frame)
+        except Exception as fault:  # noqa: BLE001 - raised again by whoever reads the outbox
+            self._seat.outbox.put_nowait(fault)
             return
-        self._gone.set()
-        await self._inbox.put(None)
+        self._gone = True
+        self._seat.outbox.put_nowait(None)
 
-    async def _talk(self) -> None:
-        pieces = TextAssembler(self._speaker.tokenizer)
+    async def _talk(self) -> Ending:
+        pieces = TextAssembler(self._model.tokenizer)
         is_opus = self._wanted.audio_format == "opus"
         opus = sphn.OpusStreamWriter(SAMPLE_RATE) if is_opus else None
-        while not self._gone.is_set():
-            frame = await self._inbox.get()
-            if frame is None:
-                return
-            if isinstance(frame, Exception):
-                raise frame
-            pcm, token = await self._desk.run(self._speaker.step, frame)
+        ends_s = time.monotonic() + self._limits.session_s
+        answered = 0
+        while not self._gone:
+            if answered == self._seat.room:
+                return await self._end("context", "the model's context is full")
+            if time.monotonic() > ends_s:
+                return await self._end(
+                    "time", f"a conversation lasts {self._limits.session_s:g} s at most"
+                )
+            try:
+                answer = await asyncio.wait_for(self._desk.answer(self._seat), self._limits.idle_s)
+            except TimeoutError:
+                return await self._end(
+                    "idle", f"no audio came for {self._limits.idle_s:g} s", wire.CLOSE_POLICY
+                )
+            if answer is None:
+                return GONE
+            if isinstance(answer, Exception):
+                raise answer
+            if isinstance(answer, bytes):
+                await self._send(Kind.METADATA, answer)
+                continue
+            pcm, token = answer
+            answered += 1
             text = pieces.append(token) if token is not None else ""
+            if self._hearing is not None:
+                self._hearing.user(self._unanswered.popleft())
+                self._hearing.model(text)
             if text:
-                await self._ws.send_bytes(wire.message(Kind.TEXT, text.encode()))
+                await self._send(Kind.TEXT, text.encode())
             payload = opus.append_pcm(pcm) if opus else wire.pcm_bytes(pcm)
             if payload:
-                await self._ws.send_bytes(wire.message(Kind.AUDIO, payload))
+                await self._send(Kind.AUDIO, payload)
+        return GONE
+
+    async def _end(self, reason: str, text: str, code: int = wire.CLOSE_DONE) -> Ending:
+        end = {"type": "end", "reason": reason, "text": text}
+        await self._send(Kind.METADATA, json.dumps(end).encode())
+        return Ending(reason, code, text)
+
+    async def _send(self, kind: Kind, payload: bytes = b"") -> None:
+        """
+        Raises:
+            _StalledError: the client does not read.
+        """
+        try:
+            async with asyncio.timeout(self._limits.stall_s):
+                await self._ws.send_bytes(wire.message(kind, payload))
+        except TimeoutError:
+            raise _StalledError from None
 
 
-async def _refuse(ws: web.WebSocketResponse, code: int, reason: str) -> None:
+class _StalledError(Exception):
+    """The client left what it was sent unread for too long."""
+
+
+async def _close(ws: web.WebSocketResponse, ending: Ending) -> None:
     try:
-        if not ws.closed:
-            await ws.send_bytes(wire.message(Kind.ERROR, reason.encode()))
-        await ws.close(code=code, message=reason.encode()[:120])
+        if ending.is_fault and not ws.closed:
+            await ws.send_bytes(wire.message(Kind.ERROR, ending.text.encode()))
+        if ending.code is None:
+            await ws.close()
+        else:
+            await ws.close(code=ending.code, message=ending.text.encode()[:120])
     except ConnectionError:
         pass

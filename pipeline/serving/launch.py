@@ -33,6 +33,7 @@ def running_server(
     port: int = 0,
     voices: dict[str, Path] | None = None,
     bare: bool = False,
+    slots: int = 1,
 ) -> Iterator[str]:
     """Serve `checkpoint` on loopback; gives the server's base URL once it is ready.
 
@@ -40,6 +41,7 @@ def running_server(
         port: 0 takes any free one.
         voices: recordings by the names that a query may give them.
         bare: the model was trained without prompts.
+        slots: conversations at a time.
 
     Raises:
         ServerError: it ended, or was not ready within `timeout_s`; with the end of its log.
@@ -48,7 +50,7 @@ def running_server(
         ready_file, log = Path(name) / "ready.json", Path(name) / "server.log"
         command = [
             *(sys.executable, "-m", "pipeline.serving.app", str(checkpoint.resolve())),
-            *("--port", str(port), "--device", device),
+            *("--port", str(port), "--device", device, "--slots", str(slots)),
             *("--ready-file", str(ready_file), "--die-with-stdin"),
         ]
         command += ["--bare"] if bare else []

@@ -20,8 +20,9 @@ from yarl import URL
 
 from duplex.errors import RequestError, ServerError
 from duplex.files import sha256_bytes
-from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
+from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
 from pipeline.serving import wire
+from pipeline.serving.strangers import host_traps, tell
 from pipeline.serving.wire import Kind
 
 PROBE_FRAMES = 5
@@ -33,7 +34,9 @@ REPLY_WAIT_S = 20.0
 @dataclass(frozen=True)
 class ProbeResult:
     """What a probe found. Times are the client's: `prefill_s` from the open socket to `00`,
-    `first_packet_s` from the first audio sent to the first received; None: not seen.
+    `first_packet_s` from the first audio sent to the first received; `real_time_factor` is the time
+    of a frame's answer over the 80 ms that it lasts. `took`: of a server that proves nothing, what
+    its behaviour says of the prompt; `traps`: what is known of such a server. None: not seen.
     """
 
     url: str
@@ -50,6 +53,9 @@ class ProbeResult:
     model_digest: str | None = None
     prefill_s: float | None = None
     first_packet_s: float | None = None
+    real_time_factor: float | None = None
+    took: str | None = None
+    traps: tuple[str, ...] = ()
 
 
 def probe_sync(url: str, **options: Any) -> ProbeResult:
@@ -105,9 +111,10 @@ class _Probe:
         self._found: dict[str, Any] = {"server": "unknown"}
 
     async def run(self, tokenizer: bytes | None, timeout_s: float) -> ProbeResult:
+        self._found["traps"] = host_traps(self._chat)
         info = await self._info()
         if info is None:
-            return await self._talk(None, timeout_s)
+            return await self._of_stranger(timeout_s)
         self._found["server"] = f"{info.get('name')} {info.get('version')}"
         self._found["model_digest"] = info.get("model_digest")
         if tokenizer is None:
@@ -115,6 +122,17 @@ class _Probe:
         if sha256_bytes(tokenizer) != info.get("tokenizer_digest"):
             return self._result(False, "the server's tokenizer is not the checkpoint's")
         return await self._talk(_tokens(tokenizer, self._prompt), timeout_s)
+
+    async def _of_stranger(self, timeout_s: float) -> ProbeResult:
+        stranger = await tell(self._session, self._base, self._prompt)
+        self._found |= {
+            "server": stranger.name,
+            "took": stranger.took,
+            "traps": (*self._found["traps"], *stranger.traps),
+        }
+        given = dict(wire.query_pairs(self._chat))
+        self._chat = wire.chat_url(self._chat, **(stranger.keys | given))
+        return await self._talk(None, timeout_s)
 
     async def _info(self) -> dict[str, Any] | None:
         """What the server says it is; None when it is none of ours."""
@@ -155,8 +173,6 @@ class _Probe:
                 await (self._step_pcm(ws) if is_ours else self._step_opus(ws))
             except _Surprise as surprise:
                 wrong = wrong or str(surprise)
-        if served is None and not is_ours:
-            self._found["server"] = "a server that speaks Moshi's protocol without metadata"
         if served is None:
             return self._result(
                 False, f"no 04 message says what it fed, so nothing proves it: {wrong}"
@@ -198,6 +214,7 @@ class _Probe:
     async def _step_pcm(self, ws: aiohttp.ClientWebSocketResponse) -> None:
         """Silence in, one reply a frame out."""
         silence = wire.message(Kind.AUDIO, bytes(2 * FRAME_SAMPLES))
+        started_s = time.perf_counter()
         for _ in range(PROBE_FRAMES):
             sent_s = time.perf_counter()
             await ws.send_bytes(silence)
@@ -205,6 +222,8 @@ class _Probe:
             self._found.setdefault("first_packet_s", time.perf_counter() - sent_s)
             if len(reply) != len(silence) - 1:
                 raise _Surprise(f"a reply of {len(reply)} bytes instead of {len(silence) - 1}")
+        a_frame_s = (time.perf_counter() - started_s) / PROBE_FRAMES
+        self._found["real_time_factor"] = round(a_frame_s / FRAME_S, 3)
 
     async def _step_opus(self, ws: aiohttp.ClientWebSocketResponse) -> None:
         import sphn

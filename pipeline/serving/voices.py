@@ -20,37 +20,47 @@ from pipeline.engines.voicesample import read_voice, voice_sample
 
 if TYPE_CHECKING:
     from moshi.models.compression import MimiModel
+    from moshi.models.lm import LMModel
+
+    from pipeline.serving.voice_embeddings import VoiceEmbeddings
 
 LONGEST_S = 30.0
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,95}")
-SUFFIXES = (".wav", ".flac", ".pt")  # a .pt is none, and `read_voice` says what it is instead
+SUFFIXES = (".wav", ".flac", ".pt")
+PACKAGED = ".pt"  # PersonaPlex's voices: see `voice_embeddings`
 
 
 class VoiceList:
     """Codes int64 [8, T] by name, for either use. What is too short for a voice, or no speech,
-    may still be a greeting."""
+    may still be a greeting; a packaged voice has embeddings instead, and can be no greeting."""
 
     def __init__(
         self,
         voices: dict[str, np.ndarray],
         greetings: dict[str, np.ndarray],
         no_voices: dict[str, str] | None = None,
+        embeddings: dict[str, VoiceEmbeddings] | None = None,
     ):
         self._voices = voices
         self._greetings = greetings
         self._no_voices = no_voices or {}
+        self._embeddings = embeddings or {}
 
     @classmethod
-    def load(cls, files: dict[str, Path], mimi: MimiModel) -> VoiceList:
-        """Encode all files; the codec must not be streaming yet.
+    def load(cls, files: dict[str, Path], mimi: MimiModel, lm: LMModel) -> VoiceList:
+        """Encode all recordings, read all packaged voices; the codec must not be streaming yet.
 
         Raises:
-            RequestError: a file that is no mono recording.
+            RequestError: a file that is neither a mono recording nor a voice of this model.
         """
         from pipeline.engines.codec import encode
+        from pipeline.serving.voice_embeddings import read_voice_embeddings
 
-        voices, greetings, no_voices = {}, {}, {}
+        voices, greetings, no_voices, embeddings = {}, {}, {}, {}
         for name, path in files.items():
+            if path.suffix.lower() == PACKAGED:
+                embeddings[name] = read_voice_embeddings(path, lm)
+                continue
             try:
                 samples = read_voice(path)
             except RecordError as error:
@@ -61,11 +71,15 @@ class VoiceList:
                 voices[name] = encode(mimi, voice_sample(samples, LONGEST_S)[None])[0]
             except RecordError as error:
                 no_voices[name] = str(error)
-        return cls(voices, greetings, no_voices)
+        return cls(voices, greetings, no_voices, embeddings)
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._greetings)
+        return sorted([*self._greetings, *self._embeddings])
+
+    def embeddings(self, name: str) -> VoiceEmbeddings | None:
+        """Of a packaged voice; None where the name is none of those."""
+        return self._embeddings.get(name)
 
     def voice(self, name: str) -> np.ndarray | None:
         return self._find("voice_prompt", name, self._voices)
@@ -76,6 +90,8 @@ class VoiceList:
     def _find(self, key: str, name: str, table: dict[str, np.ndarray]) -> np.ndarray | None:
         if not name:
             return None
+        if name in self._embeddings:
+            raise RequestError(f"{key} must be a recording, {name} is a packaged voice")
         if name in self._no_voices and table is self._voices:
             raise RequestError(f"{key} {name}: {self._no_voices[name]}")
         if name not in table:

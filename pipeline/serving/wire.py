@@ -39,8 +39,10 @@ MAX_LINE_BYTES = 32 * 1024  # request line; aiohttp's own limit of 8 190 cuts lo
 MAX_MESSAGE_BYTES = 1 << 20  # 22 s of PCM
 MAX_SEED = 2**63 - 1
 
+CLOSE_DONE = 1000
 CLOSE_GOING_AWAY = 1001
 CLOSE_UNSUPPORTED = 1003
+CLOSE_POLICY = 1008
 CLOSE_INTERNAL = 1011
 CLOSE_BUSY = 1013
 
@@ -89,7 +91,8 @@ class ChatRequest:
 
 SAMPLING_KEYS = tuple(SamplingSection.model_fields)
 KNOWN_KEYS = (
-    "text_prompt", "voice_prompt", "greeting", "seed", "format", "token", *SAMPLING_KEYS,
+    "text_prompt", "prompt_id", "voice_prompt", "greeting", "seed", "format", "token", "pass",
+    *SAMPLING_KEYS,
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Training reads the tensor that the tensors stage made, through `LMModel.forward`; what the model
 gets is taken from there. The server gets the same prompt, voice and greeting by its own entry,
-`Speaker.begin`, and what the model was fed is read from its input cache. Frame 0 of the prompt
+`ServedModel.begin`, and what the model was fed is read from its input cache. Frame 0 of the prompt
 is passed and never seen, so training frame i is server call i + 1.
 
 Letters: K = 17 rows, P prompt frames, T frames of a tensor.
@@ -214,7 +214,7 @@ class Workbench:
         """What a server reads in the URL that a run gives for this persona."""
         text = case.prompt if case.has_prompt else ""
         url = chat_url("http://127.0.0.1:1", text_prompt=text, **prompt_audio("maria", voices))
-        self.speaker.voices = VoiceList.load(voices, self.mimi)
+        self.speaker.voices = VoiceList.load(voices, self.mimi, self.lm)
         self.speaker.bare = not case.has_prompt
         return parse_chat_request(query_pairs(url))
 
@@ -229,7 +229,8 @@ class Workbench:
         """int64 [17, T + 1]: the input cache when the tensor itself is forced, call by call."""
         whole = np.concatenate([prompt.codes[:, :1], codes], axis=1)
         plan = self.speaker.plan
-        self.speaker.plan = lambda *_: replace(prompt, codes=whole)
+        replayed = self.speaker.planned(replace(prompt, codes=whole))
+        self.speaker.plan = lambda *_: replayed
         try:
             return self.speaker.begin("", GREEDY, 1).frames
         finally:
@@ -252,7 +253,7 @@ def contract_faults(bench: Workbench, case: Case, **section) -> list[str]:
         faults.append("an id below 0, which no server feeds")
     if not faults:
         wanted = bench.asked(case, voices)
-        prompt = bench.speaker.plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
+        prompt = bench.speaker.plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting).prompt
         replayed = bench.replayed_by_server(prompt, codes)
         if not np.array_equal(replayed[:, : training.shape[1]], training):
             faults.append("a position of the dialogue")
@@ -286,8 +287,8 @@ def test_the_users_rows_are_what_the_server_hears(bench):
     audio = (np.round(audio * 32768) / 32768).astype(np.float32)
     inputs = [served]
     for frame in audio.reshape(-1, FRAME):
-        bench.speaker.step(frame)
-        inputs.append(bench.speaker._last_input()[:, None].numpy())
+        bench.speaker.step({0: frame})
+        inputs.append(bench.speaker.slots.last_input(0)[:, None])
     fed = np.concatenate(inputs, axis=1)
     training = bench.read_by_training(codes)
     length = min(fed.shape[1], training.shape[1])

@@ -90,6 +90,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_speaker(tiny_checkpoint: Path) -> Any:
     """The tiny checkpoint, loaded for conversations; `begin` resets whatever was before."""
-    from pipeline.serving.conversation import Speaker
+    from pipeline.serving.model import ServedModel
 
-    return Speaker.load(tiny_checkpoint, "cpu")
+    return ServedModel.load(tiny_checkpoint, "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -14,9 +15,9 @@ from aiohttp import web
 from yarl import URL
 
 from pipeline.serving import wire
-from pipeline.serving.app import make_runner
-from pipeline.serving.chat import ChatDesk
+from pipeline.serving.desk import Desk
 from pipeline.serving.probe import probe
+from pipeline.serving.routes import ServerSettings, make_runner
 from pipeline.serving.wire import Kind
 
 PROMPT = 'You work for "Sunrise" & Co. Your name is Maria + 100% ☕ #1'
@@ -27,14 +28,15 @@ WIDE = "".join(chr(ord(c) + 0xFEE0) if c.isascii() and c.isalpha() else c for c 
 
 
 @asynccontextmanager
-async def serving(speaker, token=None):
+async def serving(model, port=0, token=None, recognition=None, **settings):
     with ThreadPoolExecutor(1) as worker:
-        desk = ChatDesk(worker)
-        desk.speaker = speaker
-        runner = make_runner(desk, token)
+        desk = Desk(worker)
+        desk.model = model
+        desk.recognition = recognition
+        runner = make_runner(desk, ServerSettings(token=token, **settings))
         await runner.setup()
         try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            await web.TCPSite(runner, "127.0.0.1", port).start()
             yield f"http://127.0.0.1:{runner.addresses[0][1]}"
         finally:
             await runner.cleanup()
@@ -97,3 +99,8 @@ async def probe_when_free(url, within_s=2.0):
         if result.proven or time.monotonic() > deadline:
             return result
         await asyncio.sleep(0.02)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        return holder.getsockname()[1]

@@ -8,6 +8,7 @@ are what codes are made of.
 
 import io
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from pipeline.serving.voices import VoiceList, files_in
 
 FRAME = 1920
 NEARLY_ALL = 0.999
+
+LM = SimpleNamespace(dim=16, card=64, text_card=400)  # what a packaged voice is held to
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +208,11 @@ def test_personaplexs_packaged_voices_are_named(tmp_path):
         read_voice(tmp_path / "x.pt")
 
 
-def test_a_folder_of_packaged_voices_stops_the_server_by_name(tmp_path, mimi):
+def test_a_packaged_voice_of_another_model_stops_the_server_by_name(tmp_path, mimi):
     torch.save({"embeddings": torch.zeros(9, 1, 1, 8), "cache": torch.zeros(1, 17, 4)},
                tmp_path / "VARM3.pt")  # fmt: skip
-    with pytest.raises(RequestError, match="PersonaPlex's packaged voice VARM3"):
-        VoiceList.load(files_in(tmp_path), mimi)
+    with pytest.raises(RequestError, match=r"VARM3\.pt.*width 16"):
+        VoiceList.load(files_in(tmp_path), mimi, LM)
 
 
 def test_a_voice_that_would_run_code_does_not(tmp_path):
@@ -225,7 +228,7 @@ def test_a_voice_that_would_run_code_does_not(tmp_path):
 
 def test_voices_are_names_on_a_list(tmp_path, mimi):
     write_voice(tmp_path / "maria.wav")
-    voices = VoiceList.load(files_in(tmp_path), mimi)
+    voices = VoiceList.load(files_in(tmp_path), mimi, LM)
     sample = quantize(voice_sample(read_voice(tmp_path / "maria.wav"), 30))
     assert voices.names == ["maria"]
     assert voices.voice("maria").shape == (8, len(sample) // FRAME)
@@ -243,7 +246,7 @@ def test_voices_are_names_on_a_list(tmp_path, mimi):
 
 def test_a_short_greeting_is_no_voice_and_still_a_greeting(tmp_path, mimi):
     write_voice(tmp_path / "hi.wav", speech_like(0.5))
-    voices = VoiceList.load(files_in(tmp_path), mimi)
+    voices = VoiceList.load(files_in(tmp_path), mimi, LM)
     assert voices.greeting("hi").shape == (8, math.ceil(12_000 / FRAME))
     with pytest.raises(RequestError, match=r"voice_prompt hi: .* at least 0.8 s"):
         voices.voice("hi")
@@ -252,7 +255,7 @@ def test_a_short_greeting_is_no_voice_and_still_a_greeting(tmp_path, mimi):
 def test_a_voice_file_that_is_none_stops_the_server_with_its_name(tmp_path, mimi):
     (tmp_path / "broken.wav").write_bytes(b"RIFF" + bytes(40))
     with pytest.raises(RequestError, match=r"voice broken: broken\.wav: must be a recording"):
-        VoiceList.load(files_in(tmp_path), mimi)
+        VoiceList.load(files_in(tmp_path), mimi, LM)
 
 
 def test_the_number_of_threads_changes_no_prompt(mimi):

@@ -18,7 +18,7 @@ from duplex.streams import AGENT_ROWS, TEXT_PAD, TEXT_ROW, USER_ROWS, apply_dela
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.engines.codec import encode
 from pipeline.serving import wire
-from pipeline.serving.conversation import Cancelled, Speaker
+from pipeline.serving.model import ServedModel
 from pipeline.serving.text import TextAssembler
 from tests.stages.conftest import write_tiny_checkpoint
 
@@ -46,6 +46,11 @@ def user_audio(num_frames, seed=0):
     return (tone + 0.05 * rng.standard_normal(len(time_s))).astype(np.float32).reshape(-1, 1920)
 
 
+def say(speaker, frame, slot=0):
+    """What the agent says while its user says `frame`: samples and token."""
+    return speaker.step({slot: frame})[slot]
+
+
 def read_by_training(lm, codes):
     """int64 [17, T]: what `LMModel.forward` gives its transformer, and its text logits."""
     seen = []
@@ -67,7 +72,7 @@ def read_by_training(lm, codes):
 @pytest.mark.parametrize("text", ["", "Hello.", PROMPT])
 def test_every_position_of_the_prompt_is_what_apply_delays_says(speaker, text):
     fed = speaker.begin(text, SAMPLED, seed=1)
-    prompt = speaker.plan(text)
+    prompt = speaker.plan(text).prompt
     expected = apply_delays(prompt.training_codes(), speaker.lm.card, speaker.lm.text_card)
     assert fed.frames.shape == (17, prompt.num_frames)
     for position in range(prompt.num_frames):
@@ -79,7 +84,7 @@ def test_every_position_of_the_prompt_is_what_apply_delays_says(speaker, text):
 
 def test_the_prompt_is_what_training_reads_one_call_earlier(speaker, trainer):
     fed = speaker.begin(PROMPT, SAMPLED, seed=1)
-    prompt = speaker.plan(PROMPT).codes
+    prompt = speaker.plan(PROMPT).prompt.codes
     training = np.concatenate([prompt[:, 1:], prompt[:, :40]], axis=1)  # any dialogue after it
     read, _ = read_by_training(trainer, training)
     assert np.array_equal(read[:, : prompt.shape[1]], fed.frames)
@@ -97,15 +102,15 @@ def test_a_whole_conversation_is_what_training_would_read_and_predict(
     audio = user_audio(num_frames)
     inputs = [fed.frames]
     for frame in audio:
-        speaker.step(frame)
-        inputs.append(speaker._last_input()[:, None].numpy())
+        say(speaker, frame)
+        inputs.append(speaker.slots.last_input(0)[:, None])
     inputs = np.concatenate(inputs, axis=1)  # [17, P + 25], delayed
     delays = np.asarray(speaker.lm.delays)
     length = inputs.shape[1] - 1 - delays.max()
     codes = np.stack([inputs[k, 1 + d : 1 + d + length] for k, d in enumerate(delays)])
     read, logits = read_by_training(trainer, codes)
     assert np.array_equal(read, inputs[:, :length])
-    prompt = speaker.plan(PROMPT)
+    prompt = speaker.plan(PROMPT).prompt
     free = slice(prompt.num_frames - 1, length)  # training frames after the prompt
     assert np.array_equal(logits.argmax(-1).numpy()[free], codes[TEXT_ROW, free])
     # The user's rows are the recording as the tensors stage encodes it, from its first frame.
@@ -115,10 +120,10 @@ def test_a_whole_conversation_is_what_training_would_read_and_predict(
 
 
 def test_the_first_user_call_still_reads_the_prompts_delayed_codebooks(speaker):
-    prompt = speaker.plan(PROMPT)
+    prompt = speaker.plan(PROMPT).prompt
     speaker.begin(PROMPT, SAMPLED, seed=1)
-    speaker.step(user_audio(1)[0])
-    read = speaker._last_input().numpy()  # position P
+    say(speaker, user_audio(1)[0])
+    read = speaker.slots.last_input(0)  # position P
     last = prompt.codes[:, -1]
     assert read[AGENT_ROWS][1:].tolist() == last[AGENT_ROWS][1:].tolist()
     assert read[USER_ROWS][1:].tolist() == last[USER_ROWS][1:].tolist()
@@ -126,7 +131,7 @@ def test_the_first_user_call_still_reads_the_prompts_delayed_codebooks(speaker):
 
 def converse(speaker, seed, sampling=SAMPLED, prompt=PROMPT, num_frames=20):
     speaker.begin(prompt, sampling, seed)
-    said = [speaker.step(frame) for frame in user_audio(num_frames)]
+    said = [say(speaker, frame) for frame in user_audio(num_frames)]
     return np.concatenate([pcm for pcm, _ in said]), [token for _, token in said]
 
 
@@ -134,7 +139,7 @@ def test_a_seed_decides_a_conversation_whatever_came_before(speaker, tiny_checkp
     pcm, tokens = converse(speaker, seed=5)
     converse(speaker, seed=9, prompt="Something else altogether.")
     again_pcm, again_tokens = converse(speaker, seed=5)
-    fresh_pcm, fresh_tokens = converse(Speaker.load(tiny_checkpoint, "cpu"), seed=5)
+    fresh_pcm, fresh_tokens = converse(ServedModel.load(tiny_checkpoint, "cpu"), seed=5)
     assert np.array_equal(pcm, again_pcm) and tokens == again_tokens
     assert np.array_equal(pcm, fresh_pcm) and tokens == fresh_tokens
 
@@ -165,27 +170,9 @@ def test_a_prompt_beyond_the_context_is_refused_with_its_length(speaker):
 
 
 def test_a_conversation_longer_than_the_context_goes_on(tmp_path):
-    speaker = Speaker.load(write_tiny_checkpoint(tmp_path / "short", context=40), "cpu")
+    speaker = ServedModel.load(write_tiny_checkpoint(tmp_path / "short", context=40), "cpu")
     pcm, _ = converse(speaker, seed=1, prompt="Hello.", num_frames=60)
     assert len(pcm) == 60 * FRAME_SAMPLES and np.isfinite(pcm).all()
-
-
-def test_whoever_leaves_during_the_prompt_frees_the_model(speaker):
-    calls = iter([False, False, True])
-    with pytest.raises(Cancelled):
-        speaker.begin(PROMPT, SAMPLED, 1, cancelled=lambda: next(calls))
-    assert next(calls, None) is None
-    reference = converse(speaker, seed=5)[1]
-    assert reference == converse(speaker, seed=5)[1]
-
-
-def test_ungenerated_tokens_are_silence_not_an_index_error(speaker, monkeypatch):
-    speaker.begin("", SAMPLED, seed=1)
-    ungenerated = torch.full((1, 9, 1), -2)
-    for out in (ungenerated, None):
-        monkeypatch.setattr(speaker._generator, "step", lambda _, out=out: out)
-        pcm, token = speaker.step(user_audio(1)[0])
-        assert token is None and pcm.shape == (FRAME_SAMPLES,) and not pcm.any()
 
 
 @pytest.mark.parametrize(
@@ -200,14 +187,14 @@ def test_a_foreign_layout_is_refused_before_its_weights_are_read(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ServerError, match=message):
-        Speaker.load(folder, "cpu")
+        ServedModel.load(folder, "cpu")
 
 
 def test_a_gpu_that_is_not_there_is_said(tiny_checkpoint):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ServerError, match="--device cpu"):
-        Speaker.load(tiny_checkpoint, "cuda")
+        ServedModel.load(tiny_checkpoint, "cuda")
 
 
 @pytest.mark.parametrize("text", ["my name is Maria", "two ☕ and 你好, “thanks”", "naïve 🎉🎉"])
@@ -231,14 +218,14 @@ def test_a_character_cut_short_is_marked_and_ends_nothing(speaker):
 
 def test_a_model_that_was_trained_without_prompts_is_fed_none(tiny_checkpoint, trainer):
     """Then the first frame of a tensor is the first of its dialogue, and server call 1."""
-    bare = Speaker.load(tiny_checkpoint, "cpu", bare=True)
+    bare = ServedModel.load(tiny_checkpoint, "cpu", bare=True)
     fed = bare.begin("", GREEDY, seed=1)
     assert fed.frames.shape == (17, 1) and fed.tokens == () and fed.count == 0
     audio = user_audio(12)
     inputs = [fed.frames]
     for frame in audio:
-        bare.step(frame)
-        inputs.append(bare._last_input()[:, None].numpy())
+        say(bare, frame)
+        inputs.append(bare.slots.last_input(0)[:, None])
     inputs = np.concatenate(inputs, axis=1)
     recorded = encode(Checkpoint.open(tiny_checkpoint).load_mimi(), audio.reshape(1, -1))[0]
     # The user's semantic row has no delay: position p holds dialogue frame p - 1.

@@ -15,7 +15,7 @@ from duplex.config import ModelSection
 from duplex.errors import MergeError, RequestError
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.merge import MergeStage
-from pipeline.serving.conversation import Speaker
+from pipeline.serving.model import ServedModel
 from pipeline.train import TrainStage
 from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.training_factories import (
@@ -97,10 +97,10 @@ def test_the_agent_says_what_it_said(wide, tmp_path, form):
 
 def test_what_is_cut_can_be_served(wide, tmp_path):
     cut_checkpoint(wide, tmp_path / "out")
-    speaker = Speaker.load(tmp_path / "out", "cpu")
+    speaker = ServedModel.load(tmp_path / "out", "cpu")
     assert speaker.lm.dep_q == 8
     with pytest.raises(Exception, match="duplex convert checkpoint"):
-        Speaker.load(wide, "cpu")
+        ServedModel.load(wide, "cpu")
 
 
 def test_only_sixteen_steps_are_cut(tiny_checkpoint, wide, tmp_path):

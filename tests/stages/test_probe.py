@@ -10,8 +10,9 @@ from aiohttp import web
 
 from duplex.errors import ServerError
 from pipeline.serving import wire
-from pipeline.serving.conversation import Speaker
+from pipeline.serving.model import ServedModel
 from pipeline.serving.probe import probe
+from pipeline.serving.strangers import host_traps
 from tests.stages.serving_helpers import PROMPT, WIDE, in_loop
 
 
@@ -19,9 +20,9 @@ from tests.stages.serving_helpers import PROMPT, WIDE, in_loop
 def deaf(tiny_checkpoint):
     """The planted fault: it reads the prompt, checks it, and feeds none of it."""
 
-    class Deaf(Speaker):
-        def begin(self, prompt_text, *rest, **audio):
-            return super().begin("", *rest, **audio)
+    class Deaf(ServedModel):
+        def plan(self, prompt_text, *audio):
+            return super().plan("", *audio)
 
     return Deaf.load(tiny_checkpoint, "cpu")
 
@@ -73,23 +74,64 @@ class StockServer:
         return ws
 
 
-def test_a_server_without_metadata_is_named_and_not_proven():
+@dataclass
+class PersonaPlexServer(StockServer):
+    """Like NVIDIA's: its query keys are required, and `00` comes when the prompt was stepped."""
+
+    step_s: float = 0.01
+
+    async def chat(self, request):
+        text, voice = request.query["text_prompt"], request.query["voice_prompt"]
+        assert text and voice.endswith(".pt")
+        await asyncio.sleep(self.step_s * len(text) / 5)
+        return await super().chat(request)
+
+
+def probed(server, prompt=PROMPT * 2):
     async def run():
-        stock, app = StockServer(), web.Application()
-        app.router.add_get("/api/chat", stock.chat)
+        app = web.Application()
+        app.router.add_get("/api/chat", server.chat)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
             url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            return stock, await probe(wire.page_url(url, PROMPT))
+            return await probe(wire.page_url(url, prompt))
         finally:
             await runner.cleanup()
 
-    stock, result = asyncio.run(run())
+    return asyncio.run(run())
+
+
+def test_moshis_server_is_told_by_its_behaviour_and_not_proven():
+    server = StockServer()
+    result = probed(server)
     assert not result.proven and "04" in result.reason
-    assert "without metadata" in result.server
-    assert result.first_packet_s is not None and stock.heard > 0
+    assert result.server.startswith("moshi's server") and "was not read" in (result.took or "")
+    assert any("ignores text_prompt" in trap for trap in result.traps)
+    assert result.first_packet_s is not None and server.heard > 0
+
+
+def test_personaplexs_server_is_told_by_its_behaviour_and_not_proven():
+    """It takes the prompt, as its `00` shows; that is still no proof of what was fed."""
+    result = probed(PersonaPlexServer())
+    assert not result.proven and "04" in result.reason
+    assert result.server.startswith("PersonaPlex's") and "it was read" in (result.took or "")
+    assert any("required keys" in trap for trap in result.traps)
+    assert result.first_packet_s is not None
+    deaf = probed(PersonaPlexServer(step_s=0))
+    assert deaf.server.startswith("PersonaPlex's") and "not read" in (deaf.took or "")
+
+
+def test_hosts_that_pass_no_websockets_are_named():
+    assert "proxy.runpod.net" in host_traps("https://abc.api.runpod.ai/?text_prompt=x")[0]
+    assert host_traps("https://abc-8998.proxy.runpod.net/?text_prompt=x") == ()
+
+
+def test_our_server_is_real_time_or_not_and_says_so(tiny_speaker):
+    result = in_loop(tiny_speaker, lambda url: probe(wire.page_url(url, PROMPT)))
+    assert result.real_time_factor is not None and 0 < result.real_time_factor < 5
+    assert result.took is None and result.traps == ()
 
 
 def test_nobody_there_is_an_error():

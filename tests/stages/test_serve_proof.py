@@ -46,7 +46,7 @@ def test_the_server_feeds_the_frames_of_a_training_tensor(
     trained = trained_prompts(folder, PEOPLE, checkpoint)
     assert trained
     files = files_of_run(folder)
-    tiny_speaker.voices = VoiceList.load(files, checkpoint.load_mimi())
+    tiny_speaker.voices = VoiceList.load(files, checkpoint.load_mimi(), tiny_speaker.lm)
     for name, expected in trained.items():
         audio = prompt_audio(name, files)
         fed = tiny_speaker.begin(

@@ -13,6 +13,7 @@ from duplex.config import SamplingSection
 from duplex.errors import RequestError
 from duplex.files import sha256_bytes
 from pipeline.serving import chat, wire
+from pipeline.serving.prefill import Prefill, PromptCache
 from pipeline.serving.probe import probe
 from pipeline.serving.text import TextAssembler
 from pipeline.serving.wire import Kind
@@ -39,7 +40,7 @@ def test_ready_comes_after_the_prompt_and_says_what_was_fed(tiny_speaker, tiny_c
 
     info, fed = in_loop(tiny_speaker, talk)
     tokens = wire.prompt_tokens(tiny_speaker.tokenizer, PROMPT)
-    prompt = tiny_speaker.plan(PROMPT)
+    prompt = tiny_speaker.plan(PROMPT).prompt
     assert fed["type"] == "prompt" and fed["protocol"] == info["protocol"] == 1
     assert (fed["count"], fed["digest"]) == (len(tokens), wire.prompt_digest(tokens))
     assert fed["frames"] == prompt.num_frames and fed["seed"] == 3 and fed["prefill_s"] > 0
@@ -61,7 +62,7 @@ def test_each_frame_is_answered_by_its_own_text_and_then_its_own_audio(tiny_spea
     pieces, texts = TextAssembler(tiny_speaker.tokenizer), 0
     heard = wire.pcm_samples(wire.pcm_bytes(user_pcm(30))).reshape(30, 1920)
     for frame, answer in zip(heard, answers, strict=True):
-        pcm, token = tiny_speaker.step(frame)
+        pcm, token = tiny_speaker.step({0: frame})[0]
         text = "" if token is None else pieces.append(token)
         texts += bool(text)
         expected = [(Kind.TEXT, text.encode())] if text else []
@@ -130,11 +131,11 @@ def test_a_second_client_is_refused_and_the_first_goes_on(tiny_speaker):
             await ready(first)
             async with session_at(url, format="pcm") as second:
                 kind, reason = await receive(second)
-                assert kind == Kind.ERROR and b"one conversation" in reason
+                assert kind == Kind.ERROR and b"1 conversation at" in reason
                 assert (await receive(second))[0] is None
                 assert second.close_code == 1013
             busy = await probe(url, prompt=PROMPT)
-            assert not busy.proven and "one conversation" in busy.reason
+            assert not busy.proven and "1 conversation at" in busy.reason
             assert len(await lock_step(first, 3)) == 3
         assert (await probe_when_free(url)).proven
 
@@ -159,9 +160,10 @@ def test_a_client_that_vanishes_frees_the_model(tiny_speaker):
 def test_nothing_comes_before_the_prompt_is_fed_and_who_leaves_then_frees_the_model(
     tiny_speaker, monkeypatch
 ):
-    read = tiny_speaker._last_input
-    monkeypatch.setattr(tiny_speaker, "_last_input", lambda: (time.sleep(0.01), read())[1])
-    assert tiny_speaker.plan(LONG).num_frames > 800  # so nine seconds of prefill
+    monkeypatch.setattr(tiny_speaker, "cache", PromptCache(0))  # another test may have fed it
+    feed = Prefill.advance
+    monkeypatch.setattr(Prefill, "advance", lambda own: (time.sleep(0.3), feed(own))[1])
+    assert tiny_speaker.plan(LONG).prompt.num_frames > 800  # so nine seconds of prefill
 
     async def talk(url):
         async with session_at(url, text_prompt=LONG, format="pcm") as ws:
@@ -170,7 +172,7 @@ def test_nothing_comes_before_the_prompt_is_fed_and_who_leaves_then_frees_the_mo
             async with aiohttp.ClientSession() as session:  # the loop is alive meanwhile
                 started = time.perf_counter()
                 async with session.get(f"{url}/ready") as response:
-                    assert await response.json() == {"ready": True, "busy": True}
+                    assert await response.json() == {"ready": True, "slots": 1, "taken": 1}
                 assert time.perf_counter() - started < 0.5
             vanish(ws)
         started = time.perf_counter()

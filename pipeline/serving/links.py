@@ -1,0 +1,82 @@
+"""Links for trainees: a prompt and voice under a random name, with an end.
+
+The link holds the name alone, so nobody reads the prompt out of it. The file, where there is one,
+holds a digest of the name: who reads the file cannot open its links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from duplex.errors import RequestError
+from duplex.files import append_line, read_lines
+
+LONGEST_H = 24 * 31
+NAME_CHARS = 80
+MAX_LINKS = 10_000
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a trainee was given. expires: seconds since 1970."""
+
+    name: str
+    text_prompt: str
+    voice_prompt: str
+    greeting: str
+    expires: int
+
+
+class LinkBook:
+    """The links of a server.
+
+    Args:
+        path: JSON lines that a later start reads again; None: they end with the process.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self._path = path
+        self._passes: dict[str, Pass] = {}
+        if path is not None:
+            for line in read_lines(path):
+                key = str(line.pop("link"))
+                self._passes[key] = Pass(**line)
+
+    def add(
+        self, name: str, text_prompt: str, voice_prompt: str, greeting: str, hours: float
+    ) -> str:
+        """The random name of a new link.
+
+        Raises:
+            RequestError: not a name or time to give, or there are too many.
+        """
+        if not 0 < hours <= LONGEST_H:
+            raise RequestError(f"hours must be more than 0 and at most {LONGEST_H}")
+        if not 0 < len(name) <= NAME_CHARS:
+            raise RequestError(f"name must be 1 to {NAME_CHARS} characters, found {len(name)}")
+        now = time.time()
+        self._passes = {key: one for key, one in self._passes.items() if one.expires > now}
+        if len(self._passes) >= MAX_LINKS:
+            raise RequestError(f"there are {MAX_LINKS} links already; wait until some have ended")
+        link = secrets.token_urlsafe(24)
+        given = Pass(name, text_prompt, voice_prompt, greeting, int(now + hours * 3600))
+        self._passes[_digest(link)] = given
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            line = {"link": _digest(link), **asdict(given)}
+            append_line(self._path, json.dumps(line, ensure_ascii=False))
+        return link
+
+    def find(self, link: str) -> Pass | None:
+        """None where there is no such link, or its time is over."""
+        given = self._passes.get(_digest(link))
+        return given if given is not None and given.expires > time.time() else None
+
+
+def _digest(link: str) -> str:
+    return hashlib.sha256(link.encode("utf-8", "surrogateescape")).hexdigest()
