@@ -37,12 +37,12 @@ import pystoi
 import soxr
 import torch
 
-from benchmarks.tensors import _cpu_name
 from duplex.datafiles import CHECKOUT
 from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
 from duplex.metrics import mean_interval, word_error_rate, words_of
 from pipeline.engines.listening import ToldPocketSphinx, language_model
 from pipeline.engines.recogniser import RECOGNISER_RATE, PocketSphinx
+from training.device import cpu_name
 from training.pocket.codec_labels import FRAME_STEPS, IGNORED, PhoneSet, frame_labels
 from training.pocket.codec_losses import mel_distance
 from training.pocket.speech_pool import HELD_OUT_VARIANTS, VARIANTS, Spoken, record_tape, speak
@@ -84,7 +84,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
         for name, spoken in sets.items()
     }
     return {
-        "machine": f"{_cpu_name()}, one thread, Python {platform.python_version()}",
+        "machine": f"{cpu_name()}, one thread, Python {platform.python_version()}",
         "bytes": (folder / WEIGHTS).stat().st_size,
         "utterances": count,
         "sets": {name: _kept(mimi, sets[name], codes[name]) for name in sets},

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -27,6 +26,7 @@ from statistics import mean
 from typing import Any
 
 from duplex.datafiles import CHECKOUT
+from training.device import cpu_name
 
 RESULTS = CHECKOUT / "docs" / "results"
 RANK, ALPHA = 64, 128
@@ -71,7 +71,7 @@ def measure(root: Path, num_rounds: int, layers: int) -> dict[str, Any]:
         _put_out_of_cache(base, adapter)
         rounds.append({"load_before": load, "copy_s": copy_s} | _merge(base, adapter, root / "out"))
     return {
-        "machine": {"cores": os.cpu_count(), "cpu": _cpu_name(), "torch": torch.__version__},
+        "machine": {"cores": os.cpu_count(), "cpu": cpu_name(), "torch": torch.__version__},
         "weights_gb": weights.stat().st_size / 1e9,
         "adapter_gb": (adapter / "adapter_model.safetensors").stat().st_size / 1e9,
         "rank": RANK,
@@ -285,16 +285,6 @@ def describe(result: dict[str, Any]) -> str:
         "",
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next(
-            x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -43,20 +43,20 @@ import soxr
 import torch
 
 from benchmarks.codec import Told
-from benchmarks.tensors import _cpu_name
 from duplex.datafiles import CHECKOUT
 from duplex.files import write_atomic, write_json
 from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
 from duplex.metrics import proportion_interval, segments, speech_activity
 from pipeline.engines.vad import VAD_RATE
 from pipeline.engines.voice_sound import gender_of_pitch
+from training.device import cpu_name
 from training.fast import FastForward
 from training.pocket.base_bank import Bank
 from training.pocket.base_clips import ClipMaker
 from training.pocket.base_data import Places, load_pocket_codec, speak_and_encode
-from training.pocket.base_loop import LoopSettings, Source
 from training.pocket.base_measures import Answer, collapsed, judge, spoken_turns, yields
 from training.pocket.base_probe import Probe, choose_cut, draw_probe, run_probes
+from training.pocket.base_source import LoopSettings, Source
 from training.pocket.base_units import NEUTRAL, Amounts, Unit, UnitIndex, inventory
 from training.pocket.base_voices import gender_of
 from training.pocket.base_weights import base_config, load_base, load_tokenizer
@@ -111,7 +111,7 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
     spent_s = time.monotonic() - started_s
     return {
         "runs": count,
-        "machine": _cpu_name(),
+        "machine": cpu_name(),
         "seconds_a_run": round(spent_s / count, 1),
         "base": base_config(base),
         "shares": shares(alone, answers, cut_in),

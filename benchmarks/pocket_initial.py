@@ -25,8 +25,9 @@ from pipeline.engines.pocket import LM_CONFIG, build_lm
 from training.batches import Batch
 from training.pocket.base_clips import Lesson
 from training.pocket.base_initial import prepare
-from training.pocket.base_loop import ALONE, LoopSettings, accumulate_gradients, means
+from training.pocket.base_loop import ALONE, accumulate_gradients, means
 from training.pocket.base_optimizer import Masters, mixed_forward
+from training.pocket.base_source import LoopSettings
 from training.pocket.codec_labels import HALVES, IGNORED
 
 RESULTS = CHECKOUT / "docs" / "results"

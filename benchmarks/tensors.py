@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -50,6 +49,7 @@ from pipeline.engines.encoding import read_stereo
 from pipeline.run import plan
 from pipeline.runners.local import execute
 from pipeline.tensors import TensorsStage
+from training.device import cpu_name
 
 BATCH = 8
 QUIET = 1e-4  # RMS below which a frame counts as silent, with the frames that it still rings in
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     encode(mimi, audio[0][:, : 20 * FRAME_SAMPLES])  # warm
     whole = [encode(mimi, one) for one in audio]
     return {
-        "machine": {"cores": os.cpu_count(), "cpu": _cpu_name(), "torch": torch.__version__},
+        "machine": {"cores": os.cpu_count(), "cpu": cpu_name(), "torch": torch.__version__},
         "codec": args.base,
         "workers": args.workers,
         "conversations": len(chosen),
@@ -324,16 +324,6 @@ def describe(result: dict[str, Any]) -> str:
         "",
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next(
-            x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The pocket model: Moshi's own classes at a size that a laptop trains, and taught to speak.
 
-    LMModel    dim 192, 5 layers, depth 96 x 2, card 512: about 6.8 M parameters
+    LMModel    dim 256, 6 layers, depth 128 x 2, card 512: about 13 M parameters
     MimiModel  n_filters 12, 8 x 512 codes, transformer 128 x 2: about 1.9 M parameters
     tokenizer  SentencePiece unigram with byte fallback
 
@@ -32,14 +32,14 @@ CARD = 512
 TEXT_CARD = 600
 
 LM_CONFIG: dict[str, Any] = {
-    "dim": 192,
+    "dim": 256,
     "text_card": TEXT_CARD,
     "existing_text_padding_id": TEXT_PAD,
     "n_q": 16,
     "dep_q": 8,
     "card": CARD,
     "num_heads": 4,
-    "num_layers": 5,
+    "num_layers": 6,
     "hidden_scale": 4.125,
     "causal": True,
     "layer_scale": None,
@@ -48,8 +48,8 @@ LM_CONFIG: dict[str, Any] = {
     "gating": "silu",
     "norm": "rms_norm_f32",
     "positional_embedding": "rope",
-    "depformer_dim": 96,
-    "depformer_dim_feedforward": int(4.125 * 96),
+    "depformer_dim": 128,
+    "depformer_dim_feedforward": int(4.125 * 128),
     "depformer_num_heads": 4,
     "depformer_num_layers": 2,
     "depformer_layer_scale": None,

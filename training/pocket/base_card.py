@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from duplex.files import write_atomic
 from duplex.frames import FRAME_RATE
+from training.device import cpu_name
+from training.distributed import Ranks
 from training.pocket.base_bank import Bank
-from training.pocket.base_loop import LoopSettings, Trained
+from training.pocket.base_loop import Trained
+from training.pocket.base_source import LoopSettings
 from training.pocket.base_voices import AGENT_VOICES, HELD_USER_VOICES, ROOMS, USER_VOICES
 from training.pocket.base_weights import CONFIG, TOKENIZER, WEIGHTS
 from training.pocket.roles import Grammar
@@ -21,8 +26,8 @@ NAME = "BASE.md"
 class Made:
     """What a run made. final, stored: held-out likelihoods of the weights as trained and as they
     are stored; lessons: nats a word piece of lessons by name;
-    margin: of words, prompt against swapped prompt; encoded_s: seconds of this call for speech
-    and codes."""
+    margin: of words, prompt against swapped prompt; encoded_s: seconds of speech and codes;
+    machine: what trained, and how: the options that said so."""
 
     settings: LoopSettings
     grammar: Grammar
@@ -33,7 +38,8 @@ class Made:
     stored: dict[str, float]
     lessons: dict[str, float]
     encoded_s: float
-    processes: int
+    machine: str
+    how: str
     margin: Margin | None
 
 
@@ -60,8 +66,8 @@ def card(folder: Path, made: Made) -> str:
         "python -m training.pocket base "
         f"--steps {settings.steps} --batch-size {settings.batch_size} "
         f"--reading-steps {settings.reading_steps} --word-steps {settings.word_steps} "
-        f"--learning-rate {settings.learning_rate:g} --processes {made.processes} "
-        f"--seed {settings.seed} --work WORK",
+        f"--learning-rate {settings.learning_rate:g} --seed {settings.seed} {made.how} "
+        "--work WORK",
         "```",
         "",
         "| | |",
@@ -80,9 +86,9 @@ def card(folder: Path, made: Made) -> str:
         f"on words alone, the others of {settings.batch_size} dialogues drawn anew; AdamW at "
         f"{settings.learning_rate:g}, bfloat16 over float32 weights; first weights with heads "
         "that copy (training/pocket/base_initial.py) |",
-        f"| time | {made.encoded_s / 60:.0f} min for speech and codes (in this call: those that "
-        f"were there are not made again), {trained.seconds / 60:.0f} min of training "
-        f"({_speed(trained.frames_per_second)}, {made.processes} processes) |",
+        f"| time | {made.encoded_s / 60:.0f} min for speech and codes on two cores, "
+        f"{trained.seconds / 60:.0f} min of training ({_speed(trained.frames_per_second)}, "
+        f"{made.machine}) |",
         "",
         "| held-out dialogues, teacher-forced, nats | as trained | as stored |",
         "| --- | ---: | ---: |",
@@ -114,6 +120,13 @@ def card(folder: Path, made: Made) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def machine_name(ranks: Ranks) -> str:
+    """What trains, as a card says it."""
+    if ranks.device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(ranks.device)}"
+    return f"{cpu_name()}, {ranks.count} processes"
 
 
 def _speed(frames_per_second: float | None) -> str:

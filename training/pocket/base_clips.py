@@ -182,12 +182,14 @@ def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Rand
 
 @dataclass(frozen=True)
 class TrainingClip:
-    """A clip; in which of its frames the agent's codes carry loss, bool [T]; and what phones the
-    user says, int16 [T, 2] (`base_phones`), None where that is not told."""
+    """A clip; in which of its frames the agent's codes carry loss, bool [T]; what phones the
+    user says, int16 [T, 2] (`base_phones`), None where that is not told; and whether its text
+    carries loss."""
 
     clip: Clip
     audible: np.ndarray
     phones: np.ndarray | None = None
+    worded: bool = True
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,9 @@ class Lesson:
 
     batch: Batch
     phones: torch.Tensor
+
+    def to(self, device: torch.device) -> Lesson:
+        return Lesson(self.batch.to(device), self.phones.to(device))
 
 
 def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
@@ -218,6 +223,7 @@ def lesson(clips: Sequence[TrainingClip]) -> Lesson:
     phones = torch.full((len(clips), batch.codes.shape[2], HALVES), IGNORED, dtype=torch.int16)
     for row, one in enumerate(clips):
         batch.loss_mask[row, 1:, : len(one.audible)] &= torch.from_numpy(one.audible)
+        batch.loss_mask[row, 0] &= one.worded
         if one.phones is not None:
             phones[row, : len(one.phones)] = torch.from_numpy(one.phones)
     return Lesson(batch, phones)

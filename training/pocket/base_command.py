@@ -1,18 +1,20 @@
 """`python -m training.pocket base`: the pocket base from nothing, on one machine, resumable.
 
-    1. the grammar's utterances are spoken and encoded        WORK/codes/
+    1. the grammar's utterances are spoken and encoded        WORK/codes/, WORK/bank.safetensors
     2. a tokenizer is trained on the grammar's and the coffee corpus' text
     3. an `LMModel` is trained on dialogues of them           WORK/checkpoints/, WORK/losses.jsonl
     4. the weights are written                                OUT/base.*, tokenizer.model, BASE.md
 
 Each step takes up what an earlier, killed run has done. Every batch is shared by `--processes`
-processes of one thread each.
+processes of one thread each; or a GPU takes it (`--device cuda`), on a machine that need not be the
+one that spoke (`--codes-only` here, `--bank` there).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,13 +24,13 @@ from typing import Any
 import torch
 
 from duplex.base import canonical_json
-from duplex.files import write_atomic
-from pipeline.engines.espeak import EspeakEngine
+from duplex.errors import RequestError
+from duplex.files import append_line, read_lines, write_atomic
+from pipeline.engines import espeak
 from training.distributed import Ranks, digest_of
 from training.fast import FastForward
 from training.launch import run_workers
-from training.pocket.base_bank import Bank
-from training.pocket.base_card import Made, write_card
+from training.pocket.base_card import Made, machine_name, write_card
 from training.pocket.base_clips import ClipMaker
 from training.pocket.base_data import (
     Places,
@@ -38,24 +40,17 @@ from training.pocket.base_data import (
 )
 from training.pocket.base_ear import LAYER, SHARE
 from training.pocket.base_initial import prepare
-from training.pocket.base_loop import (
-    ALONE,
-    LOSS,
-    LoopSettings,
-    Source,
-    Trained,
-    means,
-    score,
-    train,
-)
-from training.pocket.base_phones import Phones, find_phones
+from training.pocket.base_loop import Trained, means, score, train
+from training.pocket.base_pack import Pack, load_pack, save_pack
+from training.pocket.base_phones import find_phones
+from training.pocket.base_source import LOSS, LoopSettings, Source
 from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import voices_digest
 from training.pocket.base_weights import POCKET, load_base, save_base
 from training.pocket.roles import Grammar, load_grammar
 from training.prompt_swap import plan_swaps, score_swaps
 
-SMALL = Amounts(6, 2, 1, 4, 1, 2, 1, 3, 4, 4)
+SMALL = Amounts(6, 2, 1, 4, 1, 2, 1, 3, 4, 4, 8)
 VALID_CLIPS = 48
 WORKER = "training.pocket.base_worker"
 SWAPS = 2
@@ -73,46 +68,58 @@ def main(argv: list[str]) -> int:
         WorkError: a loss that is not finite, or a process that died.
     """
     arguments = _parse(argv)
-    if arguments.processes == 1:
-        make_base(argv, ALONE, say)
-        return 0
     torch.set_num_threads(1)
-    started_s = time.monotonic()
-    _bank(arguments, load_grammar(), say)  # else each process would speak and encode it
-    job = {"argv": argv, "encoded_s": time.monotonic() - started_s}
-    run_workers(WORKER, job, arguments.processes, say)
+    places = Places(arguments.work, arguments.codec)
+    if arguments.bank is None:
+        _make_pack(arguments, places, say)
+    if arguments.codes_only:
+        return 0
+    if arguments.processes == 1:
+        make_base(argv, Ranks(0, 1, torch.device(arguments.device)), say)
+    else:
+        run_workers(WORKER, {"argv": argv}, arguments.processes, say)
     return 0
 
 
-def make_base(
-    argv: list[str], ranks: Ranks, report: Callable[[str], None], encoded_s: float = 0.0
-) -> None:
-    """What one process does of it. encoded_s: seconds of speech and codes that were made before."""
+def make_base(argv: list[str], ranks: Ranks, report: Callable[[str], None]) -> None:
+    """What one process does of it, once utterances are spoken and encoded.
+
+    Raises:
+        RequestError: `--bank` is of another grammar.
+    """
     torch.set_num_threads(1)
     arguments = _parse(argv)
-    started_s = time.monotonic()
     grammar = load_grammar()
-    bank, phones, codec_digest = _bank(arguments, grammar, report)
-    encoded_s += time.monotonic() - started_s
-    tokenizer = train_tokenizer(grammar, bank.units, arguments.seed)
-    run = _Run(arguments, ranks, grammar, bank, phones, tokenizer, codec_digest)
+    path = arguments.bank or Places(arguments.work).pack
+    pack = load_pack(path)
+    if pack.grammar != grammar.digest:
+        raise RequestError(
+            f"--bank must be of the grammar in data/pocket/base, and {path} is of another. Make it "
+            "again: --codes-only"
+        )
+    tokenizer = train_tokenizer(grammar, pack.bank.units, arguments.seed)
+    run = _Run(arguments, ranks, grammar, pack, tokenizer)
     trained = run.train(report)
     if ranks.first:
-        run.write(trained, encoded_s)
+        run.write(trained)
     ranks.wait()
 
 
-def _bank(
-    arguments: argparse.Namespace, grammar: Grammar, report: Callable[[str], None]
-) -> tuple[Bank, Phones, str]:
-    """All utterances' codes, the phones of users' ones, and the digest of the codec."""
+def _make_pack(
+    arguments: argparse.Namespace, places: Places, report: Callable[[str], None]
+) -> None:
+    """Speak and encode all utterances, as far as earlier calls haven't."""
+    started_s = time.monotonic()
+    grammar = load_grammar()
     units = inventory(grammar, SMALL if arguments.small else Amounts(), arguments.seed)
     codec = load_pocket_codec(arguments.codec)
-    places = Places(arguments.work)
-    bank = speak_and_encode(units, grammar, codec, places, report)
-    with EspeakEngine() as engine:
-        phones = find_phones(units, places.codes, engine, engine.revision, report)
-    return bank, phones, codec.digest
+    processes = arguments.processes
+    bank = speak_and_encode(units, grammar, codec, places, report, processes)
+    phones = find_phones(units, places.codes, espeak.revision(), report, processes)
+    places.work.mkdir(parents=True, exist_ok=True)
+    append_line(places.timing, json.dumps({"seconds": time.monotonic() - started_s}))
+    seconds = sum(line["seconds"] for line in read_lines(places.timing))
+    save_pack(places.pack, Pack(bank, phones, codec.digest, grammar.digest, seconds))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -132,15 +139,32 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--seed", type=int, default=1)
     add("--processes", type=int, default=2, help="which share the work; each takes a core")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one process trains on it")
+    add("--ahead", type=int, default=0, help="processes that draw batches ahead, for a GPU")
+    add("--checkpoint-every", type=int, default=200, help="updates")
+    add("--codes-only", action="store_true", help="stop when WORK/bank.safetensors is made")
+    add("--bank", type=Path, help="such a file; then nothing is spoken or encoded here")
     add("--batch-size", type=int, default=8)
     add("--learning-rate", type=float, default=1.5e-3)
     add("--small", action="store_true", help="a third of the utterances, to try it out")
     arguments = parser.parse_args(argv)
-    for name, least in (("steps", 1), ("reading_steps", 0), ("word_steps", 0), ("batch_size", 1)):
+    for name, least in (
+        ("steps", 1),
+        ("reading_steps", 0),
+        ("word_steps", 0),
+        ("batch_size", 1),
+        ("ahead", 0),
+        ("checkpoint_every", 1),
+    ):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     if not 0 < arguments.learning_rate < 1:
         parser.error(f"--learning-rate must lie between 0 and 1, found {arguments.learning_rate}")
+    if arguments.device == "cuda" and not arguments.codes_only:
+        if not torch.cuda.is_available():
+            parser.error("--device cuda needs a GPU that torch can use, found none")
+        if arguments.processes != 1:
+            parser.error("--device cuda trains in one process: give --processes 1")
     if arguments.reading_steps + arguments.word_steps >= arguments.steps:
         parser.error(
             "--steps must be more than --reading-steps and --word-steps, on which nothing is "
@@ -162,10 +186,8 @@ class _Run:
     arguments: argparse.Namespace
     ranks: Ranks
     grammar: Grammar
-    bank: Bank
-    phones: Phones
+    pack: Pack
     tokenizer: bytes
-    codec_digest: str
 
     def __post_init__(self) -> None:
         import sentencepiece
@@ -173,7 +195,8 @@ class _Run:
         from pipeline.engines.pocket import LM_CONFIG
 
         processor = sentencepiece.SentencePieceProcessor(model_proto=self.tokenizer)
-        self.maker = ClipMaker(self.bank, processor, self.phones)
+        self.bank = self.pack.bank
+        self.maker = ClipMaker(self.bank, processor, self.pack.phones)
         self.lm_config = LM_CONFIG
         self.lm = first_lm(self.arguments.seed)
         steps = self.arguments.steps
@@ -181,7 +204,7 @@ class _Run:
             steps,
             self.arguments.batch_size,
             self.arguments.learning_rate,
-            warmup_steps=min(60, max(1, steps // 10)),
+            warmup_steps=min(200, max(1, steps // 40)),
             reading_steps=self.arguments.reading_steps,
             word_steps=self.arguments.word_steps,
             seed=self.arguments.seed,
@@ -191,7 +214,7 @@ class _Run:
 
     def train(self, report: Callable[[str], None]) -> Trained:
         """Train to the last step; the log lies in the work folder."""
-        places, identity = Places(self.arguments.work), self._identity()
+        places, identity = Places(self.arguments.work, self.arguments.codec), self._identity()
         trained = train(
             self.lm,
             self.source,
@@ -201,25 +224,27 @@ class _Run:
             valid=self.valid,
             report=report,
             ranks=self.ranks,
+            makers=self.arguments.ahead,
+            checkpoint_every=self.arguments.checkpoint_every,
         )
         if self.ranks.first:
             write_atomic(places.log, ("\n".join(trained.log) + "\n").encode())
         return trained
 
-    def write(self, trained: Trained, encoded_s: float) -> None:
+    def write(self, trained: Trained) -> None:
         """All files of the base, and its card."""
         out = self.arguments.out
         facts = {
             "steps": self.settings.steps,
             "seed": self.settings.seed,
             "grammar": self.grammar.digest,
-            "codec": self.codec_digest,
+            "codec": self.pack.codec,
         }
         final = means(score(FastForward(self.lm), self.valid), "held")
         save_base(out, self.lm, self.lm_config, facts, self.tokenizer)
-        stored = FastForward(load_base(out))
+        stored = FastForward(load_base(out).to(self.ranks.device))
         clips = [one.clip for one in self.valid]
-        swaps = score_swaps(stored, plan_swaps(clips, [clips], SWAPS, 0), self.lm.device)
+        swaps = score_swaps(stored, plan_swaps(clips, [clips], SWAPS, 0), self.ranks.device)
         made = Made(
             settings=self.settings,
             grammar=self.grammar,
@@ -233,10 +258,17 @@ class _Run:
                 for name, clips in self.source.held_out_lessons(VALID_CLIPS // 2).items()
             },
             margin=swaps.words,
-            encoded_s=encoded_s,
-            processes=self.ranks.count,
+            encoded_s=self.pack.seconds,
+            machine=machine_name(self.ranks),
+            how=self._how(),
         )
         write_card(out, made)
+
+    def _how(self) -> str:
+        """The options that say where it was trained."""
+        if self.ranks.device.type == "cpu":
+            return f"--processes {self.ranks.count}"
+        return f"--device cuda --processes 1 --ahead {self.arguments.ahead}"
 
     def _identity(self) -> str:
         """Digest of all that decides the weights: settings, first weights, and of the data the
@@ -256,11 +288,12 @@ class _Run:
         material = [
             self.grammar.digest,
             voices_digest(),
-            self.codec_digest,
+            self.pack.codec,
             hashlib.sha256(self.tokenizer).hexdigest(),
             asdict(self.settings),
             LOSS.model_dump(mode="json"),
             [SHARE, LAYER],
+            self.ranks.device.type,
             self.ranks.count,  # sums of shares are rounded otherwise than the whole
             self.lm_config,
             *(digest_of(tensors) for tensors in (self.lm.state_dict(), batches, codes)),

@@ -6,10 +6,13 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from pipeline.engines.pocket import POCKET
 from training.pocket.base_bank import Bank, Codec, Espeak, build_bank
 from training.pocket.base_dialogue import draw_dialogue
+from training.pocket.base_parallel import shared_out
 from training.pocket.base_units import Unit, UnitIndex
 from training.pocket.roles import Grammar
 from training.pocket.weights import codes_digest, load_codec
@@ -23,10 +26,20 @@ class Places:
     """Where a run keeps what it has."""
 
     work: Path
+    codec: Path = POCKET
 
     @property
     def codes(self) -> Path:
         return self.work / "codes"
+
+    @property
+    def pack(self) -> Path:
+        return self.work / "bank.safetensors"
+
+    @property
+    def timing(self) -> Path:
+        """How long calls that spoke and encoded took."""
+        return self.work / "codes.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -55,10 +68,23 @@ def speak_and_encode(
     codec: Codec,
     places: Places,
     report: Callable[[str], None],
+    processes: int = 1,
 ) -> Bank:
-    """The bank of all units; says every 20 s how far it is."""
+    """The bank of all units; says every 20 s how far it is.
+
+    Args:
+        codec: of `places.codec`.
+        processes: share the work, by speakers.
+    """
     from pipeline.engines.codec import keep_freed_memory
 
+    if processes > 1:
+        by_speaker: dict[str, list[Unit]] = {}
+        for unit in units:
+            by_speaker.setdefault(unit.speaker.id, []).append(unit)
+        speakers = list(by_speaker.values())
+        encode = partial(_encode_speakers, grammar=grammar, places=places)
+        shared_out(encode, speakers, processes, lambda n: report(f"{n} of {len(speakers)} voices"))
     keep_freed_memory()
     last_s = time.monotonic()
 
@@ -70,6 +96,16 @@ def speak_and_encode(
 
     with Espeak() as speak:
         return build_bank(units, grammar, codec, places.codes, speak, speak.revision, progress)
+
+
+def _encode_speakers(
+    speakers: Sequence[Sequence[Unit]], grammar: Grammar, places: Places
+) -> list[None]:
+    """Leave the codes of these speakers' units in the work folder."""
+    codec = load_pocket_codec(places.codec)
+    units = [unit for own in speakers for unit in own]
+    speak_and_encode(units, grammar, codec, places, lambda line: None)
+    return [None] * len(speakers)
 
 
 def corpus_of(grammar: Grammar, units: Sequence[Unit], seed: int) -> str:

@@ -37,7 +37,8 @@ class Ear:
     def __init__(self, lm: Any, forward: FastForward):
         self._lm = lm
         self._heard: torch.Tensor | None = None
-        self._named = self._labels = 0
+        self._named: torch.Tensor | int = 0
+        self._labels: torch.Tensor | int = 0
         layer = forward.layers[min(LAYER, len(forward.layers) - 1)]
         self._hook = layer.register_forward_hook(self._listen)
 
@@ -49,7 +50,7 @@ class Ear:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             head.weight.normal_(std=width**-0.5, generator=generator)
-        lm.add_module(NAME, head)
+        lm.add_module(NAME, head.to(lm.text_emb.weight.device))
 
     def _listen(self, _module: nn.Module, _args: Any, out: torch.Tensor) -> None:
         self._heard = out
@@ -66,14 +67,17 @@ class Ear:
         due = functional.pad(phones, (0, 0, BEHIND, 0), value=IGNORED)[:, : phones.shape[1]].long()
         logits = getattr(self._lm, NAME)(self._heard).float().view(*due.shape, -1)
         known = due != IGNORED
-        self._named += int((logits[known].argmax(-1) == due[known]).sum())
-        self._labels += int(known.sum())
+        self._named = self._named + (logits[known].argmax(-1) == due[known]).sum()
+        self._labels = self._labels + known.sum()
         return functional.cross_entropy(logits[known], due[known], reduction="sum")
 
-    def share(self, ranks: Ranks) -> float:
-        """Of the labels since the last call, by all ranks, those that were named right."""
-        named, labels = ranks.sum(torch.tensor([float(self._named), float(self._labels)])).tolist()
+    def restart(self) -> None:
+        """Count anew."""
         self._named = self._labels = 0
+
+    def share(self, ranks: Ranks) -> float:
+        """Of the labels since `restart`, of all ranks, those that were named right."""
+        named, labels = ranks.sum(torch.tensor([float(self._named), float(self._labels)])).tolist()
         return round(named / max(1.0, labels), 4)
 
     def remove(self) -> None:

@@ -86,12 +86,12 @@ class Masters:
     @torch.no_grad()
     def copy_to(self, lm: Any) -> None:
         """Give `lm` these weights, in its own types."""
-        for name, parameter in lm.named_parameters():
-            parameter.copy_(self.parameters[name])
+        names, own = zip(*lm.named_parameters(), strict=True)
+        torch._foreach_copy_(list(own), [self.parameters[name] for name in names])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint needs: weights and AdamW's state, on the CPU."""
-        found = {WEIGHT + n: p.detach().clone() for n, p in self.parameters.items()}
+        found = {WEIGHT + n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         return found | adam_tensors(self._adam, self.parameters)
 
     @torch.no_grad()

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -22,8 +21,10 @@ from safetensors.numpy import save_file
 from duplex.base import canonical_json
 from duplex.files import atomic_path
 from duplex.frames import FRAME_SAMPLES, frame_at, frames_covering_samples
+from pipeline.engines.espeak import EspeakEngine
+from training.pocket.base_parallel import shared_out
 from training.pocket.base_units import Unit
-from training.pocket.base_voices import spoken_params
+from training.pocket.base_voices import Params, spoken_params
 from training.pocket.codec_labels import IGNORED, PhoneSet, frame_labels, phones_on_grid
 
 VERSION = 1
@@ -58,30 +59,45 @@ class Phones:
         return row
 
 
+Heard = tuple[np.ndarray, list[int]]  # names of phones [S // 240], by word the frame of its end
+
+
 def find_phones(
-    units: Sequence[Unit], folder: Path, engine: Any, revision: str, report: Callable[[str], None]
+    units: Sequence[Unit],
+    folder: Path,
+    revision: str,
+    report: Callable[[str], None],
+    processes: int = 1,
 ) -> Phones:
     """Labels of all users' units; read where `folder` has them.
 
     Args:
-        engine: an `EspeakEngine`.
+        revision: of espeak.
     """
     places = [place for place, unit in enumerate(units) if unit.speaker.side == "user"]
-    said = [[units[p].text, spoken_params(units[p].speaker)] for p in places]
+    said = [(units[p].text, spoken_params(units[p].speaker)) for p in places]
     key = hashlib.sha256(canonical_json([VERSION, revision, said]).encode()).hexdigest()[:32]
     path = folder / f"phones-{key}.safetensors"
     if not path.exists():
         report(f"listening for the phones of {len(places)} utterances …")
-        _write(path, [engine.synthesize_with_phones(text, params) for text, params in said])
+        _write(path, shared_out(_listen, said, processes))
     return _read(path, places)
 
 
-def _write(path: Path, spoken: Sequence[tuple[Any, Any]]) -> None:
-    grids, ends = [], []
-    for utterance, phones in spoken:
-        frames = frames_covering_samples(len(utterance.samples))
-        grids.append(phones_on_grid(phones, frames * FRAME_SAMPLES))
-        ends.append([frame_at(word.end_s) for word in utterance.words])
+def _listen(said: Sequence[tuple[str, Params]]) -> list[Heard]:
+    """What espeak tells of each text."""
+    found = []
+    with EspeakEngine() as engine:
+        for text, params in said:
+            utterance, phones = engine.synthesize_with_phones(text, params)
+            frames = frames_covering_samples(len(utterance.samples))
+            grid = phones_on_grid(phones, frames * FRAME_SAMPLES)
+            found.append((grid, [frame_at(word.end_s) for word in utterance.words]))
+    return found
+
+
+def _write(path: Path, heard: Sequence[Heard]) -> None:
+    grids, ends = zip(*heard, strict=True)
     classes = PhoneSet.of(grids)
     labels = [frame_labels(classes.indices(grid)) for grid in grids]
     metadata = {

@@ -2,8 +2,9 @@
 
 Behind an ordinary prompt the agent says its facts in any order, one sentence after the other, in
 the text row alone; all audio rows hold the codec's silence and carry no loss. Nothing needs to be
-understood but the prompt, values come from all of a slot's training values, and a clip is a third
-as long as a dialogue: so attention learns to copy from the prompt early.
+understood but the prompt, and a clip is a third as long as a dialogue: so attention learns to copy
+from the prompt early. Half of the values are a slot's, half any words of the grammar, so that what
+is copied is what stands there and not what is likely.
 
 Shapes: T frames.
 """
@@ -11,6 +12,8 @@ Shapes: T frames.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,15 +34,21 @@ from training.pocket.base_units import company_of
 from training.pocket.roles import Grammar, filled, wordings
 
 FACTS = (2, 6)
+ANY_WORDS = 0.5  # of the values
 GAP = (1, 4)
 TAIL = 4
 
 
 def reading_clip(
-    grammar: Grammar, tokenizer: Any, tokens: CodecTokens, rng: random.Random, name: str
+    grammar: Grammar,
+    tokenizer: Any,
+    tokens: CodecTokens,
+    words: Sequence[str],
+    rng: random.Random,
+    name: str,
 ) -> TrainingClip:
-    """A prompt and its facts as text."""
-    character, facts = _character(grammar, rng)
+    """A prompt and its facts as text. words: what values are also made of."""
+    character, facts = _character(grammar, words, rng)
     prompt = prompt_text(grammar, character, rng, "train")
     head = build_prompt(prompt_tokens(tokenizer, prompt), tokens).training_codes()
     row: list[int] = []
@@ -58,15 +67,25 @@ def reading_clip(
     return TrainingClip(Clip(name, whole, frames, frames), np.zeros(whole.shape[1], dtype=bool))
 
 
-def _character(grammar: Grammar, rng: random.Random) -> tuple[Character, list[Fact]]:
+def _character(
+    grammar: Grammar, words: Sequence[str], rng: random.Random
+) -> tuple[Character, list[Fact]]:
+    def drawn(value: str, most: int = 1) -> str:
+        """The value, or any words."""
+        if rng.random() > ANY_WORDS:
+            return value
+        return " ".join(rng.sample(words, rng.randint(1, most)))
+
     role = rng.choice(grammar.role_ids)
-    name = rng.choice(grammar.values("name", "train"))
+    name = drawn(rng.choice(grammar.values("name", "train"))).capitalize()
     company = ""
     said = [Fact("name", name)]
     if grammar.scope_of(role) == "business":
-        company = company_of(grammar, role, rng.choice(grammar.values("surname", "train")))
+        surname = drawn(rng.choice(grammar.values("surname", "train"))).capitalize()
+        company = company_of(grammar, role, surname)
         said.append(Fact("company", company))
     facts = more_facts(grammar, role, [], rng.randint(*FACTS), rng, "train")
+    facts = [replace(fact, value=drawn(fact.value, most=3)) for fact in facts]
     mood = rng.choice(list(grammar.talk.moods))
     said += facts
     rng.shuffle(said)

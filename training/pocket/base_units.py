@@ -29,6 +29,8 @@ NEUTRAL = "neutral"
 SAMPLE_ACT = "sample"
 HEAR_ACT = "hear"
 WORDS_ACT = "words"
+ALOUD_ACT = "aloud"
+MOODY_ALOUD = 4  # in a mood an agent reads aloud a part of what it does without one
 WORDS_A_UNIT = (2, 3, 3, 4)
 
 
@@ -36,16 +38,17 @@ WORDS_A_UNIT = (2, 3, 3, 4)
 class Amounts:
     """Utterances of each act and speaker; the first number is that of a neutral agent."""
 
-    answers: int = 32
-    moody_answers: int = 8
+    answers: int = 64
+    moody_answers: int = 16
     questions: int = 2
     good_questions: int = 12
     held_answers: int = 4
     others: int = 4
     user_others: int = 2
     samples: int = 16
-    heard: int = 30
-    words: int = 250
+    heard: int = 10
+    words: int = 90
+    aloud: int = 280
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def inventory(grammar: Grammar, amounts: Amounts, seed: int) -> list[Unit]:
 
 def words_of(units: Iterable[Unit]) -> list[str]:
     """All words that dialogues are made of, in lower case and order."""
-    texts = (unit.text for unit in units if unit.act not in (HEAR_ACT, SAMPLE_ACT))
+    texts = (unit.text for unit in units if unit.act not in (HEAR_ACT, SAMPLE_ACT, ALOUD_ACT))
     return sorted(
         {word.lower() for text in texts for word in re.findall(r"[A-Za-z][A-Za-z']*", text)}
     )
@@ -150,6 +153,9 @@ def _agent_units(
             yield Unit(speaker, act, line)
     if neutral:
         yield from _samples(grammar, speaker, amounts.samples, rng)
+    vocabulary = load_vocabulary(held_out=False)
+    for _ in range(amounts.aloud if neutral else amounts.aloud // MOODY_ALOUD):
+        yield Unit(speaker, ALOUD_ACT, sentence(vocabulary, rng, own=False))
 
 
 def _answers(

@@ -40,20 +40,20 @@ USER_VARIANTS = tuple(
 )
 
 
-def _user_voices(variants: tuple[str, ...], name: str) -> dict[str, Params]:
-    """Two voices of each variant, in accents in turn; pitch, range and rate are drawn."""
+def _user_voices(variants: tuple[str, ...], name: str, of_each: int) -> dict[str, Params]:
+    """`of_each` voices of each variant, in accents in turn; pitch, range and rate are drawn."""
     rng = random.Random(name)
     return {
         f"{name}{number}": _params(
             ACCENTS[number % len(ACCENTS)], variant, rng.randint(30, 70), rng.randint(150, 195),
             rng.randint(40, 65),
         )
-        for number, variant in enumerate((*variants, *variants))
+        for number, variant in enumerate(variants * of_each)
     }  # fmt: skip
 
 
-USER_VOICES = _user_voices(USER_VARIANTS, "u")
-HELD_USER_VOICES = _user_voices(HELD_USER_VARIANTS, "h")
+USER_VOICES = _user_voices(USER_VARIANTS, "u", 5)
+HELD_USER_VOICES = _user_voices(HELD_USER_VARIANTS, "h", 2)
 # Under the user's channel; the agent's is digital silence outside of its turns.
 ROOMS: dict[str, TimelineSection] = {
     "quiet": TimelineSection(),

@@ -20,10 +20,10 @@ def join_group() -> Any:
 
 
 def make(job: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
-    """One rank of it. job: `argv` of the command; `encoded_s` spent on utterances before."""
+    """One rank of it. job: `argv` of the command."""
     from training.pocket.base_command import make_base
 
-    make_base(job["argv"], join_group(), report, job["encoded_s"])
+    make_base(job["argv"], join_group(), report)
     return {}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from moshi.utils.compile import no_compile
 
 from duplex.files import append_line, read_lines, sha256_file, write_atomic
 from pipeline.engines.pocket import POCKET
+from training.device import cpu_name
 from training.pocket.codec_card import CARD, card
 from training.pocket.codec_loop import CodecRecipe, CodecTrainer, record_tapes
 from training.pocket.weights import WEIGHTS, load_codec, save_codec
@@ -77,7 +77,7 @@ def train(recipe: CodecRecipe, out: Path, work: Path) -> None:
         "bytes": (out / WEIGHTS).stat().st_size,
         "codes_changed": rounded.float().mean((0, 2)).tolist(),
         "digest": sha256_file(out / WEIGHTS),
-        "machine": f"{_cpu_name()}, one thread, torch {torch.__version__}",
+        "machine": f"{cpu_name()}, one thread, torch {torch.__version__}",
     }
     write_atomic(out / CARD, card(facts).encode())
 
@@ -86,11 +86,3 @@ def _seconds(work: Path) -> dict[str, float]:
     """Seconds of all runs that led here; the last ones of a step that was done twice."""
     by_step = {line["step"]: line for line in read_lines(work / TIMING)}
     return {kind: sum(line[kind] for line in by_step.values()) for kind in ("wall_s", "cpu_s")}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

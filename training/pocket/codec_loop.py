@@ -39,7 +39,6 @@ from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
 from training.optimizer import adam_tensors, load_adam
 from training.pocket.codec_labels import HALVES, IGNORED
 from training.pocket.codec_losses import spectral_losses
-from training.pocket.codec_pitch import PitchHead, pitches
 from training.pocket.crops import Beds, Crops, draw_crops, make_beds
 from training.pocket.initial import scale_by_speech
 from training.pocket.quantizer import counters, set_counters, steer, stop_leak
@@ -70,8 +69,7 @@ class CodecRecipe:
     clip_norm: float = 2.0
     weights: dict[str, float] = field(
         default_factory=lambda: {
-            "mel": 2.0, "magnitude": 0.3, "harmonics": 0.7, "wave": 0.02, "commitment": 0.1,
-            "phone": 0.3, "pitch": 0.5,
+            "mel": 2.0, "magnitude": 0.3, "wave": 0.02, "commitment": 0.1, "phone": 0.3,
         }
     )  # fmt: skip
     config: dict[str, Any] = field(default_factory=lambda: MIMI_CONFIG)
@@ -106,16 +104,14 @@ class CodecTrainer:
         self._valid = draw_crops(
             valid, self._beds, np.random.default_rng([recipe.seed, 1]), *recipe.valid
         )
-        self.mimi, self.head, self.pitch = build(recipe, len(tape.phones.names))
+        self.mimi, self.head = build(recipe, len(tape.phones.names))
         rng = np.random.default_rng([recipe.seed, 2])
         scale_by_speech(self.mimi, draw_crops(tape, self._beds, rng, *SCALED_BY).audio)
         self._semantic: list[torch.Tensor] = []
-        self._latent: list[torch.Tensor] = []
         self.mimi.quantizer.rvq_first.register_forward_hook(self._keep_semantic)
-        self.mimi.quantizer.register_forward_hook(self._keep_latent)
         self._parameters = {
             f"{part}.{name}": parameter
-            for part, module in self._modules().items()
+            for part, module in (("mimi", self.mimi), ("head", self.head))
             for name, parameter in module.named_parameters()
         }
         groups = [{"params": [*self._parameters.values()], "names": [*self._parameters]}]
@@ -123,13 +119,6 @@ class CodecTrainer:
             groups, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
         )
         self.log: list[dict[str, Any]] = []
-
-    def _modules(self) -> dict[str, nn.Module]:
-        return {"mimi": self.mimi, "head": self.head, "pitch": self.pitch}
-
-    def _keep_latent(self, module: nn.Module, inputs: Any, result: Any) -> None:
-        if module.training:
-            self._latent = [result.x]
 
     def _keep_semantic(self, module: nn.Module, inputs: Any, result: Any) -> None:
         if module.training:
@@ -184,7 +173,6 @@ class CodecTrainer:
         return spectral_losses(result.x, crops.audio) | {
             "commitment": result.penalty,
             "phone": F.cross_entropy(logits, crops.labels, ignore_index=IGNORED),
-            "pitch": self.pitch.loss(self._latent.pop(), crops.audio),
         }
 
     def _decoder_losses(self, crops: Crops) -> dict[str, torch.Tensor]:
@@ -201,9 +189,7 @@ class CodecTrainer:
         logits = self.head(self.mimi.quantizer.rvq_first.decode(codes[:, :1]))
         known = self._valid.labels != IGNORED
         right = (logits.argmax(1) == self._valid.labels)[known].float().mean()
-        kept = _share_of_pitches_kept(decoded, self._valid.audio)
         return {
-            "valid_pitch": round(kept, 4),
             "valid_mel": round(float(spectral_losses(decoded, self._valid.audio)["mel"]), 4),
             "valid_phone_accuracy": round(float(right), 4),
         }
@@ -214,11 +200,9 @@ class CodecTrainer:
         return mimi.eval().encode(self._valid.audio)
 
     def _state(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{part}.{name}": tensor.detach().contiguous()
-            for part, module in self._modules().items()
-            for name, tensor in module.state_dict().items()
-        }
+        modules = {f"mimi.{name}": tensor for name, tensor in self.mimi.state_dict().items()}
+        modules |= {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+        return {name: tensor.detach().contiguous() for name, tensor in modules.items()}
 
     def _save(self, step: int) -> None:
         tensors = self._state() | adam_tensors(self._adam, self._parameters)
@@ -230,10 +214,9 @@ class CodecTrainer:
         state = latest_checkpoint(self._work, self.recipe.identity())
         if state is None:
             return 0
-        for part, module in self._modules().items():
-            start = f"{part}."
+        for part, module in (("mimi.", self.mimi), ("head.", self.head)):
             module.load_state_dict(
-                {k.removeprefix(start): v for k, v in state.tensors.items() if k.startswith(start)}
+                {k.removeprefix(part): v for k, v in state.tensors.items() if k.startswith(part)}
             )
         load_adam(self._adam, state.tensors)
         set_counters(self.mimi, state.tensors[COUNTERS])
@@ -241,18 +224,12 @@ class CodecTrainer:
         return state.step
 
 
-def _share_of_pitches_kept(decoded: torch.Tensor, original: torch.Tensor) -> float:
-    wanted, voiced = pitches(original)
-    found, _ = pitches(decoded)
-    return float(((found - wanted).abs() < 0.07)[voiced].float().mean())  # 5 %
-
-
 def _means(lines: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(sum(line[name] for line in lines) / len(lines), 4) for name in lines[0]}
 
 
-def build(recipe: CodecRecipe, classes: int) -> tuple[Any, PhoneHead, PitchHead]:
-    """An untrained `MimiModel` and heads, all weights drawn from the recipe's seed."""
+def build(recipe: CodecRecipe, classes: int) -> tuple[Any, PhoneHead]:
+    """An untrained `MimiModel` and head, all weights drawn from the recipe's seed."""
     from moshi.models.loaders import get_mimi
 
     with torch.random.fork_rng(devices=[]), no_compile():
@@ -260,9 +237,8 @@ def build(recipe: CodecRecipe, classes: int) -> tuple[Any, PhoneHead, PitchHead]
         quantizer = recipe.config["quantizer"]
         mimi = get_mimi(None, recipe.config, num_codebooks=quantizer["n_q"])
         head = PhoneHead(quantizer["output_dimension"], classes)
-        pitch = PitchHead(quantizer["output_dimension"])
     stop_leak(mimi)
-    return mimi, head, pitch
+    return mimi, head
 
 
 def settled(step: int, recipe: CodecRecipe) -> float:

@@ -5,11 +5,9 @@ spectra count and the waveform hardly does.
 
     mel        L1 of log mel magnitudes, mean over windows of 256 … 2048 samples
     magnitude  L1 of linear magnitudes over the original's: peaks, loud formants
-    harmonics  L1 of log magnitudes under 1.5 kHz at the longest window, whose bins of 12 Hz tell
-               harmonics from what lies between them: a whisper has none
     wave       L1 of samples over the original's
 
-Magnitude and wave are shares of the original, or of a sound of -40 dBFS where that is louder, since
+The last two are shares of the original, or of a sound of -40 dBFS where that is louder, since
 what silence is divided by must not be nothing.
 
 Source: multi-scale mel losses as of SoundStream (arXiv 2107.03312) and Encodec (2210.13438).
@@ -29,7 +27,6 @@ SCALES = {256: 20, 512: 40, 1024: 64, 2048: 80}
 FLOOR = 1e-4  # mean magnitude of a band that counts as silence: -80 dB under a full-scale tone
 QUIET = 0.01  # -40 dBFS; noise of that RMS has about QUIET / sqrt(window) in a bin
 LOWEST_HZ = 40.0
-HARMONICS_HZ, HARMONICS_FLOOR = 1500.0, 3e-4
 
 
 def spectral_losses(decoded: torch.Tensor, original: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -46,14 +43,10 @@ def spectral_losses(decoded: torch.Tensor, original: torch.Tensor) -> dict[str, 
         mels.append((log_mel(found, window) - log_mel(wanted, window)).abs().mean())
         faintest = QUIET / math.sqrt(window)
         magnitudes.append((found - wanted).abs().mean() / wanted.mean().clamp(min=faintest))
-    lowest = round(HARMONICS_HZ / SAMPLE_RATE * window)
-    logs = (torch.log(m[:, 4:lowest] + HARMONICS_FLOOR) for m in (found, wanted))
-    harmonics = torch.sub(*logs).abs().mean()
     wave = (decoded - original).abs().mean() / original.abs().mean().clamp(min=QUIET)
     return {
         "mel": torch.stack(mels).mean(),
         "magnitude": torch.stack(magnitudes).mean(),
-        "harmonics": harmonics,
         "wave": wave,
     }
 

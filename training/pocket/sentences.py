@@ -89,9 +89,12 @@ def _is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % HELD_OUT_OF == 0
 
 
-def sentence(vocabulary: Vocabulary, rng: random.Random, *, everyday: bool = False) -> str:
-    """One sentence; `everyday`: of the corpus or with numbers, no strings of words."""
-    kind = rng.random()
+def sentence(
+    vocabulary: Vocabulary, rng: random.Random, *, everyday: bool = False, own: bool = True
+) -> str:
+    """One sentence; `everyday`: of the corpus or with numbers, no strings of words; without `own`
+    none of the corpus."""
+    kind = rng.random() if own else rng.uniform(0.4, 1)
     if everyday:
         return rng.choice(vocabulary.lines) if kind < 0.6 else _numbers(rng)
     if kind < 0.4:

@@ -13,7 +13,8 @@ from tests.stages.pocket.conftest import random_bank, random_phones
 from training.distributed import digest_of
 from training.launch import work
 from training.pocket.base_clips import ClipMaker
-from training.pocket.base_loop import LoopSettings, Source, train
+from training.pocket.base_loop import train
+from training.pocket.base_source import LoopSettings, Source
 from training.pocket.base_worker import join_group
 from training.pocket.roles import load_grammar
 

@@ -26,9 +26,10 @@ from training.pocket import base_weights
 from training.pocket.base_bank import LEAD_FRAMES, TAIL_FRAMES, build_bank
 from training.pocket.base_clips import ClipMaker, lesson, place, thinned
 from training.pocket.base_dialogue import Character, Dialogue, Said, draw_dialogue
-from training.pocket.base_loop import LoopSettings, Source, train
+from training.pocket.base_loop import train
 from training.pocket.base_probe import RUN_FRAMES, draw_probe, probe_clip
 from training.pocket.base_reading import reading_clip
+from training.pocket.base_source import LoopSettings, Source, drawn_ahead
 from training.pocket.base_units import UnitIndex, inventory
 from training.pocket.base_voices import agent_speaker, user_speaker
 
@@ -226,6 +227,17 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path, grammar, bank, t
     assert all(torch.equal(whole[name], other[name]) for name in whole), "a finished run stays"
 
 
+@pytest.mark.parametrize("span", [(0, 6), (1, 3), (3, 9)])
+def test_batches_drawn_ahead_are_the_same(grammar, bank, tokenizer, phones, span):
+    source = Source(grammar, ClipMaker(bank, tokenizer, phones), SETTINGS)
+    here, ahead = (list(drawn_ahead(source, *span, processes)) for processes in (0, 2))
+    assert len(here) == len(ahead) == span[1] - span[0]
+    for own, other in zip(here, ahead, strict=True):
+        for a, b in zip(own, other, strict=True):
+            assert torch.equal(a.batch.codes, b.batch.codes) and torch.equal(a.phones, b.phones)
+            assert torch.equal(a.batch.loss_mask, b.batch.loss_mask)
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_kept(
     tmp_path, grammar, bank, tokenizer, phones
 ):
@@ -271,12 +283,13 @@ def test_a_probe_asks_in_turn_and_expects_what_its_prompt_holds(grammar, bank, t
 
 
 def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
-    tmp_path, monkeypatch, bank, codec
+    tmp_path, monkeypatch, bank, codec, phones
 ):
     """With made-up codes and a tiny model."""
     from training.pocket import base_command
 
     monkeypatch.setattr(base_command, "speak_and_encode", lambda *_: bank)
+    monkeypatch.setattr(base_command, "find_phones", lambda *_: phones)
     monkeypatch.setattr(base_command, "load_pocket_codec", lambda _: codec)
     monkeypatch.setattr(base_command, "VALID_CLIPS", 2)
     config = {**TINY_LM_CONFIG, "text_card": pocket.TEXT_CARD}
@@ -319,9 +332,12 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
     assert run("two", "--seed", "2") != first
 
 
+WORDS = ["moon", "rope", "glass", "seven", "bread"]
+
+
 def test_a_reading_clip_says_what_its_prompt_holds_and_nothing_is_heard(grammar, codec, tokenizer):
     for seed in range(30):
-        one = reading_clip(grammar, tokenizer, codec.tokens, random.Random(seed), "r")
+        one = reading_clip(grammar, tokenizer, codec.tokens, WORDS, random.Random(seed), "r")
         clip = one.clip
         assert not check_codes(
             clip.codes.astype(np.int64), card=TINY_CARD, text_card=TINY_TEXT_CARD

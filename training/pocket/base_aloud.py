@@ -1,0 +1,53 @@
+"""Clips that teach to speak: the agent reads aloud what its text row holds, whatever it is.
+
+Dialogues hold some thousand different sentences; these are strings of a dictionary's words, prices,
+names and telephone numbers, so that the sound of a piece is learnt apart from the sentence that it
+stands in. What is said cannot be guessed from its fixed prompt, so the text carries no loss.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from training.pocket.base_clips import ClipMaker, TrainingClip, thinned
+from training.pocket.base_dialogue import SAMPLED, Character, Dialogue, Said
+from training.pocket.base_units import ALOUD_ACT, NEUTRAL, SAMPLE_ACT, UnitIndex
+from training.pocket.base_voices import AGENT_VOICES, agent_speaker, users
+from training.pocket.roles import Grammar
+
+PROMPT = "Read aloud."
+UTTERANCES, GAP, TAIL = (1, 3), (3, 10), 6
+
+
+class Aloud:
+    """Draws such clips from what a bank's agents read aloud."""
+
+    def __init__(self, grammar: Grammar, index: UnitIndex, maker: ClipMaker):
+        self.index, self.maker = index, maker
+        moods = grammar.talk.moods
+        self._speakers = [agent_speaker(voice, mood) for voice in AGENT_VOICES for mood in moods]
+        # As often as in dialogues.
+        self._weights = [moods[speaker.state].weight for speaker in self._speakers]
+
+    def clip(self, rng: random.Random, name: str) -> TrainingClip:
+        """One agent, in half of the clips behind a sample of its voice; the user is silent."""
+        speaker = rng.choices(self._speakers, self._weights)[0]
+        units = self.index.find(speaker, ALOUD_ACT)
+        samples = self.index.find(agent_speaker(speaker.voice, NEUTRAL), SAMPLE_ACT)
+        count = rng.randint(*UTTERANCES)
+        dialogue = Dialogue(
+            Character("", "", "", speaker.state),
+            PROMPT,
+            speaker,
+            rng.choice(users("train")),
+            rng.choice(samples) if samples and rng.random() < SAMPLED else None,
+            tuple(Said("agent", (rng.choice(units),), rng.randint(*GAP)) for _ in range(count)),
+            (0,) * count,
+            TAIL,
+        )
+        spoken = self.maker.clip(dialogue, rng, name)
+        noise = np.random.default_rng(rng.getrandbits(32))
+        one = thinned(spoken, noise)
+        return TrainingClip(one.clip, one.audible, one.phones, worded=False)

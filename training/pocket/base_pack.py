@@ -1,0 +1,139 @@
+"""A bank and its labels in one file, for processes and machines that neither speak nor encode.
+
+    WORK/bank.safetensors
+        codes        int16 [8, ΣT]       of all units, one behind the other
+        frames       int32 [U]           T of each
+        phones       int16 [ΣT', 2]      of users' units, in their order
+        phone_frames int32 [U']          T' of each
+        word_ends    int32 [W]           of users' units' words, in their order
+        word_counts  int32 [U']
+        room.<name>  int16 [8, T]
+    metadata: units and classes of phones as JSON, the codec's steady state, digests of codec and
+    grammar, the time that it took
+
+Legend: U units, U' of users, W words of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from duplex.errors import CorruptFileError, MissingInputError
+from duplex.files import atomic_path
+from duplex.streams import CodecTokens
+from training.pocket.base_bank import Bank
+from training.pocket.base_phones import Phones, Sounds
+from training.pocket.base_units import Unit
+from training.pocket.base_voices import Speaker
+
+ROOM = "room."
+
+
+@dataclass(frozen=True)
+class Pack:
+    """codec, grammar: digests of what made it; seconds: that speech and codes took."""
+
+    bank: Bank
+    phones: Phones
+    codec: str
+    grammar: str
+    seconds: float
+
+
+def save_pack(path: Path, pack: Pack) -> None:
+    """Write the file, whole or not at all."""
+    bank, phones = pack.bank, pack.phones
+    sounds = [phones.sounds[place] for place in sorted(phones.sounds)]
+    tensors = {
+        "codes": np.concatenate(bank.codes, axis=1),
+        "frames": _numbers(codes.shape[1] for codes in bank.codes),
+        "phones": np.concatenate([one.phones for one in sounds]),
+        "phone_frames": _numbers(len(one.phones) for one in sounds),
+        "word_ends": _numbers(end for one in sounds for end in one.word_ends),
+        "word_counts": _numbers(len(one.word_ends) for one in sounds),
+        **{ROOM + name: codes for name, codes in bank.rooms.items()},
+    }
+    metadata = {
+        "units": json.dumps([asdict(unit) for unit in bank.units]),
+        "names": json.dumps(phones.names),
+        "tokens": json.dumps(asdict(bank.tokens)),
+        "codec": pack.codec,
+        "grammar": pack.grammar,
+        "seconds": json.dumps(pack.seconds),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_pack(path: Path) -> Pack:
+    """What `save_pack` wrote.
+
+    Raises:
+        MissingInputError, CorruptFileError
+    """
+    if not path.exists():
+        raise MissingInputError(
+            f"{path}: must be there, found none. Make it: python -m training.pocket base "
+            "--codes-only --work WORK"
+        )
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        units = tuple(_unit(found) for found in json.loads(metadata["units"]))
+        sounds = zip(
+            _parts(tensors["phones"], tensors["phone_frames"], 0),
+            _parts(tensors["word_ends"], tensors["word_counts"], 0),
+            strict=True,
+        )
+        users = [place for place, unit in enumerate(units) if unit.speaker.side == "user"]
+        heard = {
+            place: Sounds(phones, tuple(ends.tolist()))
+            for place, (phones, ends) in zip(users, sounds, strict=True)
+        }
+        steady = {n: tuple(v) for n, v in json.loads(metadata["tokens"]).items()}
+        bank = Bank(
+            units,
+            tuple(_parts(tensors["codes"], tensors["frames"], 1)),
+            {n.removeprefix(ROOM): codes for n, codes in tensors.items() if n.startswith(ROOM)},
+            CodecTokens(**steady),
+        )
+        phones = Phones(tuple(json.loads(metadata["names"])), heard)
+        seconds = float(metadata["seconds"])
+        pack = Pack(bank, phones, metadata["codec"], metadata["grammar"], seconds)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path}: must be what --codes-only writes, found otherwise: {error}. Remove it and "
+            "make it again."
+        ) from None
+    return pack
+
+
+def _numbers(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, dtype=np.int32)
+
+
+def _parts(whole: np.ndarray, lengths: np.ndarray, axis: int) -> list[np.ndarray]:
+    """`whole`, cut to pieces of these lengths.
+
+    Raises:
+        ValueError: they do not add up to it.
+    """
+    if lengths.sum() != whole.shape[axis]:
+        raise ValueError(f"lengths add up to {lengths.sum()}, of {whole.shape[axis]}")
+    parts = np.split(whole, np.cumsum(lengths)[:-1], axis)
+    return [np.ascontiguousarray(part) for part in parts]
+
+
+def _unit(found: dict) -> Unit:
+    speaker = Speaker(**found.pop("speaker"))
+    values = tuple((slot, value) for slot, value in found.pop("values"))
+    return Unit(speaker=speaker, values=values, **found)
