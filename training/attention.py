@@ -47,6 +47,8 @@ def step_attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
     if not _is_fused(qkv.device):
         return _StepAttention.apply(qkv, heads)  # pyright: ignore[reportReturnType]
     steps, places, width = qkv.shape
+    if not places:  # a batch of text alone, of which CUDA's kernels make None
+        return qkv[..., : width // 3]
     q, k, v = (part.unflatten(0, (places, heads)) for part in _by_place(qkv, heads))
     y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # [N, H, K, d]
     return y.permute(2, 0, 1, 3).reshape(steps, places, width // 3)

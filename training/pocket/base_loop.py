@@ -92,10 +92,12 @@ def train(
         first, log = state.step, list(state.log)
         masters.restore(state.tensors)
     masters.copy_to(lm)
-    forward = mixed_forward(lm, dtype)
+    on_gpu = ranks.device.type != "cpu"
+    forward = mixed_forward(lm, dtype, wide=on_gpu)
     ear = Ear(lm, forward)
+    drawn = drawn_ahead(source, first, last, makers, together=on_gpu)
     seen, started_s, written_s = 0, time.monotonic(), time.monotonic()
-    for step, batches in enumerate(drawn_ahead(source, first, last, makers), first):
+    for step, batches in enumerate(drawn, first):
         sums = accumulate_gradients(forward, batches, masters.section, ranks, ear)
         noted = masters.update(lm, step, ranks)
         require_finite("the gradient's norm", noted["norm"], step + 1, [], folder)
@@ -139,19 +141,18 @@ def accumulate_gradients(
 ) -> StreamSums:
     """Leave the gradients of this rank's share of the lessons in the model; sums of the whole,
     float64 on their device."""
-    batches = [one.batch for one in lessons]
-    counts = [part_counts(batch.codes, batch.loss_mask) for batch in batches]
+    labels = max(1, sum(int((one.phones != IGNORED).sum()) for one in lessons))
+    lessons = [one.to(ranks.device) for one in lessons]
+    counts = [part_counts(one.batch.codes, one.batch.loss_mask) for one in lessons]
     whole = sum(counts[1:], counts[0])
     weights = coefficients(whole, section.loss)
-    labels = max(1, sum(int((one.phones != IGNORED).sum()) for one in lessons))
-    weights = weights.to(ranks.device)
     zeros = torch.zeros_like(weights, dtype=torch.float64)
     total = StreamSums(zeros, zeros)
     if ear is not None:
         ear.restart()
     for one in lessons:
         codes, mask, phones = (
-            rows[ranks.rank :: ranks.count].to(ranks.device, non_blocking=True)
+            rows[ranks.rank :: ranks.count]
             for rows in (one.batch.codes, one.batch.loss_mask, one.phones)
         )
         if len(codes):  # a batch of few clips leaves nothing for the last ranks

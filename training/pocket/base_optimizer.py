@@ -19,6 +19,7 @@ from duplex.config_train import TrainSection
 from training.distributed import Ranks
 from training.fast import FastForward
 from training.optimizer import adam_tensors, load_adam, make_adam, set_rates
+from training.pocket.base_gpu import WideForward
 
 WEIGHT = "weight."
 
@@ -38,11 +39,17 @@ def is_embedding(name: str) -> bool:
     return name.startswith(("text_emb.", "emb.", "depformer_text_emb.", "depformer_emb."))
 
 
-def mixed_forward(lm: Any, dtype: torch.dtype) -> FastForward:
-    """The fast forward of `lm`, whose weights become `dtype`, its embeddings excepted."""
+def mixed_forward(lm: Any, dtype: torch.dtype, *, wide: bool = False) -> FastForward:
+    """The fast forward of `lm`, whose weights become `dtype`, its embeddings excepted.
+
+    Args:
+        wide: the one that is made for a GPU.
+    """
     for name, parameter in lm.named_parameters():
         if not is_embedding(name):
             parameter.data = parameter.data.to(dtype)
+    if wide:
+        return WideForward(lm)
     forward = FastForward(lm)
     if dtype != torch.float32:
         depth, inputs = forward.depth, forward.embedding
@@ -71,10 +78,16 @@ class Masters:
         Returns:
             Rates, and the gradient's norm before it was clipped.
         """
+        found: list[tuple[nn.Parameter, torch.Tensor]] = []
         for name, parameter in lm.named_parameters():
-            gradient = parameter.grad
-            self.parameters[name].grad = None if gradient is None else gradient.float()
+            self.parameters[name].grad = None
+            if parameter.grad is not None:
+                found.append((self.parameters[name], parameter.grad))
             parameter.grad = None
+        wide = [torch.empty_like(master) for master, _ in found]
+        torch._foreach_copy_(wide, [gradient for _, gradient in found])
+        for (master, _), gradient in zip(found, wide, strict=True):
+            master.grad = gradient
         ranks.sum_gradients(self.parameters.values())
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.section.clip_norm)
         rates = set_rates(self._adam, step, self.section)

@@ -22,6 +22,7 @@ from training.pocket.base_clips import (
     DialogueClip,
     Lesson,
     TrainingClip,
+    joined,
     lesson,
     silenced,
     thinned,
@@ -169,28 +170,36 @@ def cropped(one: DialogueClip, longest: int) -> DialogueClip:
 class _Groups:
     """`POOL_STEPS` steps' batches by number, as a DataLoader's processes ask for them."""
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(self, source: Source, together: bool):
+        self._source, self._together = source, together
 
     def __getitem__(self, group: int) -> list[list[Lesson]]:
-        return [self._source.batches(group * POOL_STEPS + place) for place in range(POOL_STEPS)]
+        return [self.step(group * POOL_STEPS + place) for place in range(POOL_STEPS)]
+
+    def step(self, step: int) -> list[Lesson]:
+        batches = self._source.batches(step)
+        return [joined(batches)] if self._together else batches
 
 
-def drawn_ahead(source: Source, first: int, last: int, processes: int) -> Iterator[list[Lesson]]:
+def drawn_ahead(
+    source: Source, first: int, last: int, processes: int, *, together: bool = False
+) -> Iterator[list[Lesson]]:
     """The batches of steps `first` to `last` - 1, in order.
 
     Args:
         processes: that draw them while others are trained on; 0: drawn here, when asked for.
+        together: all clips of a step in one batch.
     """
+    made = _Groups(source, together)
     if processes == 0:
         for step in range(first, last):
-            yield source.batches(step)
+            yield made.step(step)
         return
     from torch.utils.data import DataLoader
 
     groups = range(first // POOL_STEPS, -(-last // POOL_STEPS))
     loader = DataLoader(
-        _Groups(source),  # pyright: ignore[reportArgumentType]
+        made,  # pyright: ignore[reportArgumentType]
         batch_size=None,
         sampler=groups,
         num_workers=processes,
