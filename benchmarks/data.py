@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tensors import _cpu_name
 from duplex.configfile import load_config
 from duplex.datafiles import CHECKOUT
 from duplex.frames import SAMPLE_RATE
@@ -30,6 +29,7 @@ from duplex.records import Dialogue, Speech
 from pipeline.engines.near_duplicates import NearDuplicates
 from pipeline.engines.set_review import full_text
 from pipeline.run import plan
+from training.device import cpu_name
 
 CONFIG = CHECKOUT / "configs" / "pocket-full.yaml"
 STAGES = ("personas", "dialogues", "voices", "speech")
@@ -48,7 +48,7 @@ def measure() -> dict[str, Any]:
         dialogues = _records(folders["dialogues"], Dialogue)
         speeches = _records(folders["speech"], Speech)
         return {
-            "machine": f"{_cpu_name()}, Python {platform.python_version()}",
+            "machine": f"{cpu_name()}, Python {platform.python_version()}",
             "wall_s": round(wall_s, 1),
             "cpu_s": round(cpu_s, 1),
             "again_s": round(again_s, 1),

@@ -58,7 +58,7 @@ from training.pocket.base_measures import Answer, collapsed, judge, spoken_turns
 from training.pocket.base_probe import Probe, choose_cut, draw_probe, run_probes
 from training.pocket.base_source import LoopSettings, Source
 from training.pocket.base_units import NEUTRAL, Amounts, Unit, UnitIndex, inventory
-from training.pocket.base_voices import gender_of
+from training.pocket.base_voices import Speaker, gender_of, users
 from training.pocket.base_weights import base_config, load_base, load_tokenizer
 from training.pocket.roles import Grammar, load_grammar
 from training.prompt_swap import plan_swaps, score_swaps
@@ -66,6 +66,7 @@ from training.prompt_swap import plan_swaps, score_swaps
 RESULTS = CHECKOUT / "docs" / "results"
 BATCH, SEED, SWAP_CLIPS, SWAPS, FLOOR = 20, 4242, 40, 3, 80
 EXAMPLES = 6
+KNOWN_USERS = tuple(users("train")[:: len(users("train")) // 8])  # as many as are held out
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,14 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
     units = held_out_units(inventory(grammar, Amounts(), seed))
     bank = speak_and_encode(units, grammar, codec, places, print)
     started_s = time.monotonic()
-    alone, cut_in = free_runs(lm, grammar, bank, tokenizer, codec.mimi, count)
-    refusals = grammar.talk.refusal
-    answers = [judge(run.probe.questions, run.text, tokenizer.decode, refusals) for run in alone]
+    alone, cut_in = free_runs(lm, grammar, bank, tokenizer, codec.mimi, count, users("held"))
+    known, _ = free_runs(lm, grammar, bank, tokenizer, codec.mimi, count // 2, KNOWN_USERS)
+
+    def answers_of(runs: Sequence[Run]) -> list[list[Answer]]:
+        refusals = grammar.talk.refusal
+        return [judge(run.probe.questions, run.text, tokenizer.decode, refusals) for run in runs]
+
+    answers = answers_of(alone)
     spent_s = time.monotonic() - started_s
     return {
         "runs": count,
@@ -115,6 +121,7 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
         "seconds_a_run": round(spent_s / count, 1),
         "base": base_config(base),
         "shares": shares(alone, answers, cut_in),
+        "known_voices": fact_shares(answers_of(known)),
         "speech": speech_says_text(alone, bank, tokenizer, codec.mimi),
         "margin": margins(lm, grammar, bank, tokenizer, seed),
         "topics": by_topic(answers),
@@ -123,11 +130,13 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
 
 
 def held_out_units(units: Sequence[Unit]) -> list[Unit]:
-    """Users that training never heard; of the neutral agents what dialogues with them need."""
+    """Users that training never heard, and some that it did; of the neutral agents what dialogues
+    with them need."""
     return [
         unit
         for unit in units
         if unit.speaker.is_held_out
+        or unit.speaker in KNOWN_USERS
         or (
             unit.speaker.state == NEUTRAL
             and (unit.side == "held" or not unit.act.startswith("answer/"))
@@ -136,7 +145,13 @@ def held_out_units(units: Sequence[Unit]) -> list[Unit]:
 
 
 def free_runs(
-    lm: Any, grammar: Grammar, bank: Bank, tokenizer: Any, mimi: Any, count: int
+    lm: Any,
+    grammar: Grammar,
+    bank: Bank,
+    tokenizer: Any,
+    mimi: Any,
+    count: int,
+    asking: Sequence[Speaker],
 ) -> tuple[list[Run], list[bool]]:
     """All runs without interruptions, and for each turn that was cut in on, whether it yielded."""
     index = UnitIndex(bank.units)
@@ -144,7 +159,8 @@ def free_runs(
     yielded: list[bool] = []
     for first in range(0, count, BATCH):
         rng = random.Random(f"{SEED}/{first}")
-        probes = [draw_probe(grammar, bank, index, rng) for _ in range(min(BATCH, count - first))]
+        size = min(BATCH, count - first)
+        probes = [draw_probe(grammar, bank, index, rng, asking) for _ in range(size)]
         runs = _runs(lm, probes, bank, tokenizer, mimi, SEED + first, None)
         cuts = [choose_cut(run.probe, run.speaking, index, rng) for run in runs]
         again = _runs(lm, probes, bank, tokenizer, mimi, SEED + first, cuts)
@@ -194,29 +210,34 @@ def shares(
 ) -> dict[str, Any]:
     """Each share as hits, trials and its interval."""
     every = [answer for row in answers for answer in row]
-    facts = [a for a in every if a.answered and a.question.says]
     lacking = [a for a in every if a.answered and a.question.says is None]
     collapses = [collapsed(run.probe.questions, run.text) for run in runs]
     counted = {
         "answers": [a.answered for a in every],
-        "fact right": [a.right for a in facts],
-        **{
-            f"fact right, {words} wordings, {values} values": [
-                a.right
-                for a in facts
-                if (a.question.wording_held, a.question.value_held)
-                == (words == "held-out", values == "held-out")
-            ]
-            for words in ("known", "held-out")
-            for values in ("known", "held-out")
-        },
         "refuses what the prompt lacks": [a.right for a in lacking],
         "premature": [a.premature for a in every],
         "yields": list(yielded),
         "collapsed": collapses,
         "voice": _voices(runs),
     }
-    return {name: _share([bool(hit) for hit in hits]) for name, hits in counted.items()}
+    found = {name: _share([bool(hit) for hit in hits]) for name, hits in counted.items()}
+    return {"answers": found.pop("answers"), **fact_shares(answers), **found}
+
+
+def fact_shares(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+    """Of the answered questions whose fact the prompt holds: in all, by wording and by value."""
+    facts = [a for row in answers for a in row if a.answered and a.question.says]
+    counted = {"fact right": facts} | {
+        f"fact right, {words} wordings, {values} values": [
+            a
+            for a in facts
+            if (a.question.wording_held, a.question.value_held)
+            == (words == "held-out", values == "held-out")
+        ]
+        for words in ("known", "held-out")
+        for values in ("known", "held-out")
+    }
+    return {name: _share([bool(a.right) for a in some]) for name, some in counted.items()}
 
 
 def _share(hits: Sequence[bool]) -> dict[str, Any]:
@@ -320,7 +341,14 @@ def describe(result: dict[str, Any]) -> str:
         "",
         "| share | reached | of | 95 % | wanted |",
         "| --- | ---: | ---: | --- | --- |",
-        *(_row(name, share) for name, share in result["shares"].items()),
+        *(_row(name, share, WANTED) for name, share in result["shares"].items()),
+        "",
+        f"The same of {result['runs'] // 2} further runs, in which voices of training ask (the "
+        "prompts and the dialogues are new):",
+        "",
+        "| share | reached | of | 95 % | |",
+        "| --- | ---: | ---: | --- | --- |",
+        *(_row(name, share, {}) for name, share in result["known_voices"].items()),
         "",
         _speech(result["speech"]),
         "",
@@ -343,12 +371,12 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, share: dict[str, Any]) -> str:
+def _row(name: str, share: dict[str, Any], wanted: dict[str, str]) -> str:
     if not share["of"]:
-        return f"| {name} | none | 0 | | {WANTED.get(name, '')} |"
+        return f"| {name} | none | 0 | | {wanted.get(name, '')} |"
     return (
         f"| {name} | {share['hits'] / share['of']:.1%} | {share['of']} | "
-        f"{share['low']:.1%} to {share['high']:.1%} | {WANTED.get(name, '')} |"
+        f"{share['low']:.1%} to {share['high']:.1%} | {wanted.get(name, '')} |"
     )
 
 

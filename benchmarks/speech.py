@@ -24,7 +24,6 @@ from typing import Any
 
 import psutil
 
-from benchmarks.tensors import _cpu_name
 from duplex.config_data import SpeechSection
 from duplex.datafiles import CHECKOUT, load_personas, load_scenarios
 from duplex.errors import DuplexError, RecordError
@@ -37,6 +36,7 @@ from pipeline.engines.listening import choose_recogniser
 from pipeline.engines.scripted import ScriptedWriter
 from pipeline.engines.speaker import Speaker
 from pipeline.engines.speaking import SpeechRequest
+from training.device import cpu_name
 
 UTTERANCES, HEARD, LONG_RUN, EARLY = 300, 60, 2000, 200
 RESULTS = CHECKOUT / "docs/results"
@@ -68,7 +68,7 @@ def measure() -> dict[str, Any]:
         speed("and transcribed", requests[:HEARD], {"share": 1.0}),
     ]
     return {
-        "machine": {"cpu": _cpu_name(), "cores": len(psutil.Process().cpu_affinity() or [])},
+        "machine": {"cpu": cpu_name(), "cores": len(psutil.Process().cpu_affinity() or [])},
         "python": platform.python_version(),
         "engine": engine_module("espeak").revision(SpeechSection()),
         "recogniser": recogniser,

@@ -1,7 +1,8 @@
 """`python -m training.pocket base`: the pocket base from nothing, on one machine, resumable.
 
-    1. the grammar's utterances are spoken and encoded        WORK/codes/, WORK/bank.safetensors
-    2. a tokenizer is trained on the grammar's and the coffee corpus' text
+    1. the grammar's utterances are spoken and encoded        WORK/codes/
+    2. a tokenizer is trained on the grammar's and the coffee corpus' text; both in one file
+                                                              WORK/bank.safetensors
     3. an `LMModel` is trained on dialogues of them           WORK/checkpoints/, WORK/losses.jsonl
     4. the weights are written                                OUT/base.*, tokenizer.model, BASE.md
 
@@ -97,8 +98,7 @@ def make_base(argv: list[str], ranks: Ranks, report: Callable[[str], None]) -> N
             f"--bank must be of the grammar in data/pocket/base, and {path} is of another. Make it "
             "again: --codes-only"
         )
-    tokenizer = train_tokenizer(grammar, pack.bank.units, arguments.seed)
-    run = _Run(arguments, ranks, grammar, pack, tokenizer)
+    run = _Run(arguments, ranks, grammar, pack)
     trained = run.train(report)
     if ranks.first:
         run.write(trained)
@@ -117,9 +117,10 @@ def _make_pack(
     bank = speak_and_encode(units, grammar, codec, places, report, processes)
     phones = find_phones(units, places.codes, espeak.revision(), report, processes)
     places.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(grammar, units, arguments.seed)
     append_line(places.timing, json.dumps({"seconds": time.monotonic() - started_s}))
     seconds = sum(line["seconds"] for line in read_lines(places.timing))
-    save_pack(places.pack, Pack(bank, phones, codec.digest, grammar.digest, seconds))
+    save_pack(places.pack, Pack(bank, phones, tokenizer, codec.digest, grammar.digest, seconds))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -187,14 +188,13 @@ class _Run:
     ranks: Ranks
     grammar: Grammar
     pack: Pack
-    tokenizer: bytes
 
     def __post_init__(self) -> None:
         import sentencepiece
 
         from pipeline.engines.pocket import LM_CONFIG
 
-        processor = sentencepiece.SentencePieceProcessor(model_proto=self.tokenizer)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=self.pack.tokenizer)
         self.bank = self.pack.bank
         self.maker = ClipMaker(self.bank, processor, self.pack.phones)
         self.lm_config = LM_CONFIG
@@ -241,7 +241,7 @@ class _Run:
             "codec": self.pack.codec,
         }
         final = means(score(FastForward(self.lm), self.valid), "held")
-        save_base(out, self.lm, self.lm_config, facts, self.tokenizer)
+        save_base(out, self.lm, self.lm_config, facts, self.pack.tokenizer)
         stored = FastForward(load_base(out).to(self.ranks.device))
         clips = [one.clip for one in self.valid]
         swaps = score_swaps(stored, plan_swaps(clips, [clips], SWAPS, 0), self.ranks.device)
@@ -289,7 +289,7 @@ class _Run:
             self.grammar.digest,
             voices_digest(),
             self.pack.codec,
-            hashlib.sha256(self.tokenizer).hexdigest(),
+            hashlib.sha256(self.pack.tokenizer).hexdigest(),
             asdict(self.settings),
             LOSS.model_dump(mode="json"),
             [SHARE, LAYER],

@@ -10,6 +10,7 @@ Measured on the pocket model, one core, 5 254 frames a step: forward and backwar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,12 +81,13 @@ class Masters:
         """
         found: list[tuple[nn.Parameter, torch.Tensor]] = []
         for name, parameter in lm.named_parameters():
-            self.parameters[name].grad = None
-            if parameter.grad is not None:
-                found.append((self.parameters[name], parameter.grad))
+            gradient = parameter.grad
+            if gradient is None:  # of a part that this batch did not reach: AdamW counts the step
+                gradient = torch.zeros_like(parameter)
+            found.append((self.parameters[name], gradient))
             parameter.grad = None
         wide = [torch.empty_like(master) for master, _ in found]
-        torch._foreach_copy_(wide, [gradient for _, gradient in found])
+        _copy(wide, [gradient for _, gradient in found])
         for (master, _), gradient in zip(found, wide, strict=True):
             master.grad = gradient
         ranks.sum_gradients(self.parameters.values())
@@ -100,7 +102,7 @@ class Masters:
     def copy_to(self, lm: Any) -> None:
         """Give `lm` these weights, in its own types."""
         names, own = zip(*lm.named_parameters(), strict=True)
-        torch._foreach_copy_(list(own), [self.parameters[name] for name in names])
+        _copy(own, [self.parameters[name] for name in names])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint needs: weights and AdamW's state, on the CPU."""
@@ -113,3 +115,8 @@ class Masters:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[WEIGHT + name])
         load_adam(self._adam, {n: t for n, t in tensors.items() if not n.startswith(WEIGHT)})
+
+
+def _copy(to: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> None:
+    """Each tensor's values, whatever its type; on a GPU in a few kernels."""
+    torch._foreach_copy_(to, source)  # pyright: ignore[reportPrivateImportUsage]

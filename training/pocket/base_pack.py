@@ -7,6 +7,7 @@
         phone_frames int32 [U']          T' of each
         word_ends    int32 [W]           of users' units' words, in their order
         word_counts  int32 [U']
+        tokenizer    uint8 [B]           a SentencePiece model's bytes
         room.<name>  int16 [8, T]
     metadata: units and classes of phones as JSON, the codec's steady state, digests of codec and
     grammar, the time that it took
@@ -38,10 +39,12 @@ ROOM = "room."
 
 @dataclass(frozen=True)
 class Pack:
-    """codec, grammar: digests of what made it; seconds: that speech and codes took."""
+    """tokenizer: a SentencePiece model; codec, grammar: digests of what made it; seconds: that
+    speech and codes took."""
 
     bank: Bank
     phones: Phones
+    tokenizer: bytes
     codec: str
     grammar: str
     seconds: float
@@ -58,6 +61,7 @@ def save_pack(path: Path, pack: Pack) -> None:
         "phone_frames": _numbers(len(one.phones) for one in sounds),
         "word_ends": _numbers(end for one in sounds for end in one.word_ends),
         "word_counts": _numbers(len(one.word_ends) for one in sounds),
+        "tokenizer": np.frombuffer(pack.tokenizer, dtype=np.uint8),
         **{ROOM + name: codes for name, codes in bank.rooms.items()},
     }
     metadata = {
@@ -108,7 +112,14 @@ def load_pack(path: Path) -> Pack:
         )
         phones = Phones(tuple(json.loads(metadata["names"])), heard)
         seconds = float(metadata["seconds"])
-        pack = Pack(bank, phones, metadata["codec"], metadata["grammar"], seconds)
+        pack = Pack(
+            bank,
+            phones,
+            tensors["tokenizer"].tobytes(),
+            metadata["codec"],
+            metadata["grammar"],
+            seconds,
+        )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             f"{path}: must be what --codes-only writes, found otherwise: {error}. Remove it and "

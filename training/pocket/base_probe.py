@@ -59,10 +59,16 @@ class Probe:
     questions: tuple[Question, ...]
 
 
-def draw_probe(grammar: Grammar, bank: Bank, index: UnitIndex, rng: random.Random) -> Probe:
-    """A run's character, prompt and questions."""
+def draw_probe(
+    grammar: Grammar,
+    bank: Bank,
+    index: UnitIndex,
+    rng: random.Random,
+    asking: Sequence[Speaker] = tuple(users("held")),
+) -> Probe:
+    """A run's character, prompt and questions. asking: users, one of whom asks."""
     voice = rng.choice(list(AGENT_VOICES))
-    user = rng.choice(users("held"))
+    user = rng.choice(asking)
     role = rng.choice(grammar.role_ids)
     wording: Side = rng.choice(("train", "held"))
     sides: dict[str, Side] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -82,8 +83,6 @@ class Source:
     def __init__(self, grammar: Grammar, maker: ClipMaker, settings: LoopSettings):
         self.grammar, self.maker, self.settings = grammar, maker, settings
         self.index = UnitIndex(maker.bank.units)
-        assert maker.phones is not None, "lessons in hearing need labels"
-        self.hearing = Hearing(maker.bank, maker.tokenizer, maker.phones)
         self.aloud = Aloud(grammar, self.index, maker)
         self.words = words_of(unit for unit in maker.bank.units if unit.side == "train")
         self._pool: tuple[int, list[list[DialogueClip]]] = (-1, [])
@@ -118,6 +117,12 @@ class Source:
         if self._pool[0] != group:
             self._pool = (group, self._draw_pool(group))
         return self._pool[1][place]
+
+    @cached_property
+    def hearing(self) -> Hearing:
+        maker = self.maker
+        assert maker.phones is not None, "lessons in hearing need labels"
+        return Hearing(maker.bank, maker.tokenizer, maker.phones)
 
     def heard(self, name: str, side: Side = "train") -> TrainingClip:
         """A clip that teaches to hear."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from duplex.characters import GapRange
-from duplex.errors import WorkError
+from duplex.errors import RequestError, WorkError
 from duplex.mixing import VoicedTurn, mix_turns
 from duplex.records import Speech
 from duplex.sinks import FolderBlobs
@@ -27,6 +27,7 @@ from training.pocket.base_bank import LEAD_FRAMES, TAIL_FRAMES, build_bank
 from training.pocket.base_clips import ClipMaker, lesson, place, thinned
 from training.pocket.base_dialogue import Character, Dialogue, Said, draw_dialogue
 from training.pocket.base_loop import train
+from training.pocket.base_pack import Pack, save_pack
 from training.pocket.base_probe import RUN_FRAMES, draw_probe, probe_clip
 from training.pocket.base_reading import reading_clip
 from training.pocket.base_source import LoopSettings, Source, drawn_ahead
@@ -333,6 +334,24 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
 
 
 WORDS = ["moon", "rope", "glass", "seven", "bread"]
+
+
+def test_what_cannot_be_trained_is_said_at_once(tmp_path, bank, phones, capsys, monkeypatch):
+    from training.pocket import base_command
+
+    other = tmp_path / "bank.safetensors"
+    save_pack(other, Pack(bank, phones, b"", "codec", "another grammar", 0))
+    argv = ["--work", str(tmp_path), "--bank", str(other), "--processes", "1"]
+    with pytest.raises(RequestError, match="is of another"):
+        base_command.main(argv)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        base_command.main([*argv, "--device", "cuda"])
+    assert "needs a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        base_command.main([*argv[:-1], "2", "--device", "cuda"])
+    assert "trains in one process" in capsys.readouterr().err
 
 
 def test_a_reading_clip_says_what_its_prompt_holds_and_nothing_is_heard(grammar, codec, tokenizer):

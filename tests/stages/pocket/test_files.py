@@ -3,14 +3,18 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from duplex.errors import CorruptFileError, MissingInputError, WorkError
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.engines.pocket import build_lm
 from tests.stages.conftest import TINY_LM_CONFIG, TINY_TEXT_CARD
 from training.pocket import base_weights
+from training.pocket.base_pack import Pack, load_pack, save_pack
 from training.pocket.weights import codes_digest, load_codec, save_codec
 
 
@@ -112,3 +116,43 @@ def test_what_decides_the_codes_is_all_but_the_decoder(codec):
     with torch.no_grad():
         mimi.quantizer.rvq_first.input_proj.weight.add_(1)
     assert codes_digest(mimi) != before
+
+
+def test_a_pack_gives_back_what_was_put_into_it(tmp_path, bank, phones):
+    path = tmp_path / "work" / "bank.safetensors"
+    save_pack(path, Pack(bank, phones, b"pieces", "codec", "grammar", 1.5))
+    found = load_pack(path)
+    assert found.bank.units == bank.units and found.bank.tokens == bank.tokens
+    assert all(np.array_equal(a, b) for a, b in zip(found.bank.codes, bank.codes, strict=True))
+    assert found.bank.rooms.keys() == bank.rooms.keys()
+    assert all(np.array_equal(found.bank.rooms[name], bank.rooms[name]) for name in bank.rooms)
+    assert found.phones.names == phones.names and found.phones.sounds.keys() == phones.sounds.keys()
+    for place, sounds in phones.sounds.items():
+        assert np.array_equal(found.phones.sounds[place].phones, sounds.phones)
+        assert found.phones.sounds[place].word_ends == sounds.word_ends
+    assert (found.tokenizer, found.codec, found.grammar) == (b"pieces", "codec", "grammar")
+    assert found.seconds == 1.5
+
+
+def test_a_damaged_pack_is_named(tmp_path, bank, phones):
+    path = tmp_path / "bank.safetensors"
+    with pytest.raises(MissingInputError, match="codes-only"):
+        load_pack(path)
+    save_pack(path, Pack(bank, phones, b"", "codec", "grammar", 0))
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole.replace(b'"names"', b'"nomes"', 1), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptFileError, match="bank[.]safetensors"):
+            load_pack(path)
+    tensors = load_file(path_of(tmp_path, whole))
+    tensors["frames"] = tensors["frames"] + 1
+    with safe_open(path_of(tmp_path, whole), framework="np") as file:
+        save_file(tensors, path, metadata=file.metadata())
+    with pytest.raises(CorruptFileError, match="lengths add up"):
+        load_pack(path)
+
+
+def path_of(folder, content):
+    path = folder / "whole.safetensors"
+    path.write_bytes(content)
+    return path
