@@ -10,7 +10,6 @@ Measured on the pocket model, one core, 5 254 frames a step: forward and backwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ class Masters:
     def copy_to(self, lm: Any) -> None:
         """Give `lm` these weights, in its own types."""
         names, own = zip(*lm.named_parameters(), strict=True)
-        _copy(own, [self.parameters[name] for name in names])
+        _copy(list(own), [self.parameters[name] for name in names])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint needs: weights and AdamW's state, on the CPU."""
@@ -117,6 +116,6 @@ class Masters:
         load_adam(self._adam, {n: t for n, t in tensors.items() if not n.startswith(WEIGHT)})
 
 
-def _copy(to: Sequence[torch.Tensor], source: Sequence[torch.Tensor]) -> None:
+def _copy(to: list[torch.Tensor], source: list[torch.Tensor]) -> None:
     """Each tensor's values, whatever its type; on a GPU in a few kernels."""
     torch._foreach_copy_(to, source)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,0 +1,83 @@
+"""docs/results/pocket_base.md: what `benchmarks.pocket_base` measured, as a page. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WANTED = {
+    "answers": "> 95 %",
+    "fact right": "> 90 %",
+    "premature": "< 10 %",
+    "yields": "> 50 %",
+    "collapsed": "0",
+}
+
+
+def describe(result: dict[str, Any]) -> str:
+    lines = [
+        "# The pocket base, speaking freely",
+        "",
+        f"`python -m benchmarks.pocket_base --runs {result['runs']} --write`: {result['runs']} "
+        "conversations of 30 s with prompts that training never saw, by voices that it never heard "
+        f"({result['base']['steps']} steps; {result['machine']}, {result['seconds_a_run']} s a run "
+        "on one core, both of its passes).",
+        "",
+        "| share | reached | of | 95 % | wanted |",
+        "| --- | ---: | ---: | --- | --- |",
+        *(_row(name, share, WANTED) for name, share in result["shares"].items()),
+        "",
+        f"The same of {result['runs'] // 2} further runs, in which voices of training ask (the "
+        "prompts and the dialogues are new):",
+        "",
+        "| share | reached | of | 95 % | |",
+        "| --- | ---: | ---: | --- | --- |",
+        *(_row(name, share, {}) for name, share in result["known_voices"].items()),
+        "",
+        _speech(result["speech"]),
+        "",
+        _margin(result["margin"]),
+        "",
+        "Facts by topic, right of asked (unanswered ones are wrong): "
+        + ", ".join(f"{topic} {hits}/{count}" for topic, (hits, count) in result["topics"].items())
+        + ".",
+        "",
+        "## The first runs",
+        "",
+    ]
+    for one in result["examples"]:
+        lines += [f"> {one['prompt']}", ""]
+        for question in one["questions"]:
+            wanted = question["wanted"] or "a refusal"
+            verdict = {True: "right", False: "wrong", None: "no answer"}[question["right"]]
+            lines.append(f"- {question['topic']} ({wanted}): {question['said']!r}, {verdict}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(name: str, share: dict[str, Any], wanted: dict[str, str]) -> str:
+    if not share["of"]:
+        return f"| {name} | none | 0 | | {wanted.get(name, '')} |"
+    return (
+        f"| {name} | {share['hits'] / share['of']:.1%} | {share['of']} | "
+        f"{share['low']:.1%} to {share['high']:.1%} | {wanted.get(name, '')} |"
+    )
+
+
+def _speech(speech: dict[str, Any]) -> str:
+    base, floor = speech["base"], speech["synthesiser"]
+    if base["wer"] is None:
+        return "Speech says its text: nothing was said."
+    return (
+        f"Speech says its text: word error rate {base['wer']:.2f} over {base['turns']} turns "
+        f"({base['words']} words; wanted < .20). The synthesiser's own sentences through the codec:"
+        f" {floor['wer']:.2f}."
+    )
+
+
+def _margin(margin: dict[str, Any]) -> str:
+    words = margin["words"]
+    return (
+        f"Prompt-swap margin: {words['mean']:+.3f} nats per word token "
+        f"[{words['low']:+.3f}, {words['high']:+.3f}] over {words['clips']} held-out dialogues; "
+        f"their own words {margin['own_words']:.3f}, semantic codes {margin['own_semantic']:.3f}."
+    )
