@@ -1,4 +1,4 @@
-"""What an evaluation says of two models: a verdict for each measure, from pairs of conversations."""
+"""What an evaluation says of two models: a verdict for each measure, by pairs of conversations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from duplex.verdict import Pair, compare
+from duplex.verdict import Better, Pair, compare
 from pipeline.evaluation.scoring import MEASURES, Measure, Measured
 
 # The same for both models by design, or a check that has ended the evaluation where it fails.
@@ -23,7 +23,7 @@ def verdicts(
     """
     assert [m.spoken.item.id for m in first] == [m.spoken.item.id for m in last]
     judged = [measure for measure in MEASURES if measure.key not in NOT_JUDGED]
-    pairs = {
+    pairs: dict[str, tuple[Sequence[Pair], Better]] = {
         measure.key: (
             [
                 Pair(*_sums(measure, a), *_sums(measure, b))
