@@ -207,6 +207,10 @@ def probe(
     from pipeline.serving.probe import probe_sync
     from pipeline.serving.wire import query_pairs
 
+    if not url.startswith(("http://", "https://", "ws://", "wss://")):
+        raise RequestError(
+            f"a server's URL must begin with http://, https://, ws:// or wss://, found {url[:80]}"
+        )
     if not any(key == "text_prompt" and value for key, value in query_pairs(url)):
         raise RequestError(
             "the URL must hold the text_prompt that is to be proven, found none: "

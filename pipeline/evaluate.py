@@ -47,7 +47,7 @@ USER_VOICE: dict[str, str | int | float] = {"voice": "en-us"}
 class EvaluateStage(WholeStage):
     name = "evaluate"
     number = 9
-    version = 2  # 2: each slot draws by its own generator, so the same seed says other words
+    version = 3  # 2: each slot draws by its own generator; 3: verdicts
     reads = ("personas", "tensors", "train", "merge")
 
     def engine(self, config: Config) -> str:

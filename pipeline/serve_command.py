@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from duplex.errors import MissingInputError, RequestError, ServerError
 from pipeline.run import plan, run_folder_of
 
 GRADES, LINKS = "grades.jsonl", "links.jsonl"
+MAX_PORT = 65_535
+ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 MAX_ARGUMENT_BYTES = 100_000  # Linux takes 128 KiB
 
 
@@ -54,13 +57,17 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
     Raises:
         RequestError, MissingInputError, ServerError: said before any URL is printed.
     """
-    config = None if Path(target).is_dir() else load_config(Path(target), list(overrides))
-    served = served_model(target, config, options, runs)
+    config = None if is_model(target) else load_config(Path(target), list(overrides))
     if options.engine not in ("duplex", "moshi"):
         raise RequestError(f"--engine must be duplex or moshi, found {options.engine}")
     runtime = (config or Config(name="any")).serve.runtime
     host = options.host or runtime.host
     port = runtime.port if options.port is None else options.port
+    if not 0 <= port <= MAX_PORT:
+        raise RequestError(f"--port must be 0 to {MAX_PORT}, found {port}")
+    for friend in options.friends:
+        require_origin(friend)
+    served = served_model(target, config, options, runs)
     require_free_port(host, port)
     if options.engine == "moshi":
         from pipeline.serving.stock import serve_stock
@@ -69,8 +76,14 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
         raise SystemExit(code)
     if config is not None:
         scheme = "http" if options.ssl is None else "https"
-        for name, url in persona_urls(config, runs, f"{scheme}://{host}:{port}"):
+        shown = ANY_HOST.get(host, f"[{host}]" if ":" in host else host)
+        for name, url in persona_urls(config, runs, f"{scheme}://{shown}:{port}"):
             print(f"{name:<20} {url}")
+        if host in ANY_HOST:
+            print(
+                f"From elsewhere: this machine's address in the place of {shown}, and &token=… at "
+                "the end, once; the browser keeps it."
+            )
         print("Loading; these open once the line `serving at …` has come.")
     command = [sys.executable, "-m", "pipeline.serving.app", str(served.folder)]
     command += ["--host", host, "--port", str(port), "--device", runtime.device]
@@ -100,6 +113,26 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
         environment["DUPLEX_TOKEN"] = token  # never on the command line, where others see it
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)
+
+
+def is_model(target: str) -> bool:
+    """Whether `target` means a model: a folder, `pocket`, or a hub's owner/name. Else a config."""
+    path = Path(target)
+    if path.is_dir() or target == "pocket":
+        return True
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", target) and path.suffix not in (".yaml", ".yml")
+    return bool(is_name) and not path.exists() and not path.parent.is_dir()
+
+
+def require_origin(friend: str) -> None:
+    """
+    Raises:
+        RequestError: it is nothing that a browser says of a page.
+    """
+    if not re.fullmatch(r"https?://[^/?#\s]+/?", friend):
+        raise RequestError(
+            f"--friend must be a server's origin, as http://127.0.0.1:8998, found {friend}"
+        )
 
 
 def served_model(target: str, config: Config | None, options: ServeOptions, runs: Path) -> Served:

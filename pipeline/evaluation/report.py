@@ -32,6 +32,7 @@ from pipeline.evaluation.audio import opus_bytes, wav_bytes
 from pipeline.evaluation.drawing import Track, curves, timeline
 from pipeline.evaluation.play import Played, same_answer
 from pipeline.evaluation.scoring import Measured, summarize, timed_words
+from pipeline.evaluation.verdicts import verdicts
 
 TEMPLATES = Path(__file__).parent / "templates"
 AUDIO_BUDGET_BYTES = 7_000_000  # as base64: the page stays under 10 MB
@@ -112,6 +113,9 @@ def report_data(
             for model in played
         ],
         "changed": _changed(played),
+        "verdict": verdicts(played[0].conversations, played[-1].conversations)
+        if len(played) > 1
+        else [],
         "summary": summarize(conversations, labels),
         "protocol": {
             **protocol,
@@ -229,6 +233,7 @@ def render(
             times=times,
             origins=origins,
             rows=[_row(row, labels) for row in data["summary"]],
+            verdict=[_verdict_row(row) for row in data["verdict"]],
             curves=[
                 (key, title, curves(_points(data["training"][key]), f"{title} by step"))
                 for key, title in CURVES.items()
@@ -317,6 +322,24 @@ def _row(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         difference = f"{show(float(round(100 * gap)), True)} pp" if is_rate else show(gap, True)
     unit = {"rate": row["unit"], "median": f"{row['unit']}, median", "mean": f"{row['unit']}, mean"}
     return {**row, "cells": cells, "difference": difference, "unit": unit[row["kind"]]}
+
+
+def _verdict_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A verdict as text: the difference with its interval, and how sure it is."""
+    is_rate = row["kind"] == "rate"
+    scale, unit = (100, " pp") if is_rate else (1, "")
+
+    def scaled(value: float | None, signed: bool = True) -> str:
+        return show(None if value is None else float(round(scale * value, 2)), signed)
+
+    span = f"{scaled(row['low'])} to {scaled(row['high'])}{unit}" if row["low"] is not None else ""
+    return {
+        **row,
+        "unit": "share" if is_rate else f"{row['unit']}, mean",
+        "shown": scaled(row["difference"]) + (unit if row["difference"] is not None else ""),
+        "span": span,
+        "sure": "" if row["p_holm"] is None else f"p = {row['p_holm']:.2g}",
+    }
 
 
 def show(value: Any, signed: bool = False) -> str:

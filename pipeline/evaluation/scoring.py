@@ -23,6 +23,7 @@ from duplex.metrics import (
     timing,
     words_of,
 )
+from duplex.verdict import Better
 from pipeline.evaluation.client import Conversation
 from pipeline.evaluation.items import SpokenItem
 
@@ -152,6 +153,7 @@ class Measure(NamedTuple):
     """A row: how it is pooled over the conversations of one model, and what it means.
 
     kind: `rate` (values are (hits, trials) pairs), `mean` or `median` (values are numbers).
+    better: which way is; "" where that depends on the persona.
     """
 
     key: str
@@ -160,6 +162,7 @@ class Measure(NamedTuple):
     kind: str
     values: Callable[[Measured], list[Any]]
     meaning: str
+    better: Better = ""
 
 
 def answered_delays(measured: Measured) -> list[float]:
@@ -181,6 +184,7 @@ MEASURES = (
         lambda m: [(m.timing.responses, len(m.exchanges))],
         "The agent begins to speak after the turn's start, before the next turn, and still "
         "speaks after the turn's end.",
+        "high",
     ),
     Measure(
         "response_delay_s", "Response delay", "s", "median", answered_delays,
@@ -195,6 +199,7 @@ MEASURES = (
         "dead_air_s", "Dead air", "s", "mean", lambda m: [m.timing.dead_air_s],
         "Seconds of a conversation in silences of both of over 1 s (Jefferson 1989), each "
         "counted whole; the user's script leaves pauses for the answer.",
+        "low",
     ),
     Measure(
         "agent_speech_share", "Agent speaks", "share", "mean", lambda m: [m.timing.agent_share],
@@ -214,18 +219,21 @@ MEASURES = (
         lambda m: [(sum(m.facts.values()), len(m.facts))],
         "Facts of the prompt of which the agent's text holds one of the listed wordings, whole "
         "words, any case. A fact that nobody asked for counts in the total too.",
+        "high",
     ),
     Measure(
         "echo_rate", "Echoed replies", "replies", "rate",
         lambda m: [(sum(e.echo for e in m.exchanges), len(m.replies))],
         "Replies that say the user's words back: equal, or four words and more with WER <= .35 "
         "or LCS >= .8 of the reply with at most .2 new words.",
+        "low",
     ),
     Measure(
         "repeated_share", "Repeated 4-grams", "share", "mean",
         lambda m: _some(repeated_share(m.conversation.transcript)),
         "1 - different runs of four words / runs of four words (seq-rep-4, Welleck et al. "
         "2020), over conversations with four words and more.",
+        "low",
     ),
 )  # fmt: skip
 

@@ -32,7 +32,13 @@ from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
 from duplex.config import SamplingSection, ServeRuntime
-from duplex.errors import EXIT_DONE, EXIT_WORK_FAILED, DuplexError, RequestError
+from duplex.errors import (
+    EXIT_DONE,
+    EXIT_WORK_FAILED,
+    DuplexError,
+    MissingInputError,
+    RequestError,
+)
 from duplex.files import write_json
 from pipeline.serving.access import is_loopback
 from pipeline.serving.limits import HEADER_S, Limits
@@ -244,7 +250,11 @@ def _recognition(wanted: str | None) -> Recognition | None:
     from pipeline.serving.hearing import Recognition
 
     name, _, model = wanted.partition(":")
-    return Recognition(make_recogniser(name, model or None, "en"))
+    try:
+        return Recognition(make_recogniser(name, model or None, "en"))
+    except (RequestError, MissingInputError) as error:
+        text = str(error).replace("--recogniser-model ", "--listen NAME:")
+        raise type(error)(text.replace("--recogniser", "--listen")) from None
 
 
 def _settings(args: argparse.Namespace) -> ServerSettings:

@@ -234,13 +234,16 @@ class _Conversation:
         while not self._gone:
             if answered == self._seat.room:
                 return await self._end("context", "the model's context is full")
-            if time.monotonic() > ends_s:
+            if time.monotonic() >= ends_s:
                 return await self._end(
-                    "time", f"a conversation lasts {self._limits.session_s:g} s at most"
+                    "time", f"a conversation lasts {self._limits.session_s:.0f} s at most here"
                 )
             try:
-                answer = await asyncio.wait_for(self._desk.answer(self._seat), self._limits.idle_s)
+                wait_s = max(0.0, min(self._limits.idle_s, ends_s - time.monotonic()))
+                answer = await asyncio.wait_for(self._desk.answer(self._seat), wait_s)
             except TimeoutError:
+                if time.monotonic() >= ends_s:
+                    continue
                 return await self._end(
                     "idle", f"no audio came for {self._limits.idle_s:g} s", wire.CLOSE_POLICY
                 )

@@ -31,16 +31,21 @@ class GradedWords(Body):
 
 
 class Grade(Body):
-    """What the page sends. prompt_digest: of the tokens that were fed, as `04` gave it."""
+    """What the page sends. prompt_digest: of the tokens that were fed, as `04` gave it;
+    conversation: the same for all grades of one, of which the last counts; delays_s: from the
+    user's last sound to the answer, in the conversation's own time; waits_s: with what the server
+    was behind."""
 
     grade: Literal["perfect", "good", "poor"]
     note: str = Field(default="", max_length=2_000)
     persona: str = Field(default="", max_length=200)
+    conversation: str = Field(default="", pattern=r"^[0-9a-z]*$", max_length=40)
     prompt_digest: str = Field(default="", pattern=r"^[0-9a-f]*$", max_length=64)
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
     seconds: float = Field(ge=0, le=36_000)
     words: Annotated[tuple[GradedWords, ...], Field(max_length=2_000)] = ()
     delays_s: Annotated[tuple[float, ...], Field(max_length=2_000)] = ()
+    waits_s: Annotated[tuple[float, ...], Field(max_length=2_000)] = ()
     echoes: int = Field(default=0, ge=0)
 
 

@@ -36,16 +36,33 @@ class LinkBook:
     """The links of a server.
 
     Args:
-        path: JSON lines that a later start reads again; None: they end with the process.
+        path: JSON lines that a later start reads again; None: they end with the process. The file
+            is what counts: who removes it, or a line of it, ends those links at once.
     """
 
     def __init__(self, path: Path | None = None):
         self._path = path
         self._passes: dict[str, Pass] = {}
-        if path is not None:
-            for line in read_lines(path):
-                key = str(line.pop("link"))
-                self._passes[key] = Pass(**line)
+        self._read_at: tuple[int, int] | None = None  # the file's time and size
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Read the file again if it is another one by now."""
+        if self._path is None:
+            return
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            found = None
+        else:
+            found = (status.st_mtime_ns, status.st_size)
+        if found == self._read_at:
+            return
+        self._read_at = found
+        self._passes = {}
+        for line in read_lines(self._path):
+            key = str(line.pop("link"))
+            self._passes[key] = Pass(**line)
 
     def add(
         self, name: str, text_prompt: str, voice_prompt: str, greeting: str, hours: float
@@ -56,9 +73,12 @@ class LinkBook:
             RequestError: not a name or time to give, or there are too many.
         """
         if not 0 < hours <= LONGEST_H:
-            raise RequestError(f"hours must be more than 0 and at most {LONGEST_H}")
+            raise RequestError(
+                f"hours must be more than 0 and at most {LONGEST_H}, found {str(hours)[:20]}"
+            )
         if not 0 < len(name) <= NAME_CHARS:
             raise RequestError(f"name must be 1 to {NAME_CHARS} characters, found {len(name)}")
+        self._refresh()
         now = time.time()
         self._passes = {key: one for key, one in self._passes.items() if one.expires > now}
         if len(self._passes) >= MAX_LINKS:
@@ -70,10 +90,12 @@ class LinkBook:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             line = {"link": _digest(link), **asdict(given)}
             append_line(self._path, json.dumps(line, ensure_ascii=False))
+            self._refresh()
         return link
 
     def find(self, link: str) -> Pass | None:
         """None where there is no such link, or its time is over."""
+        self._refresh()
         given = self._passes.get(_digest(link))
         return given if given is not None and given.expires > time.time() else None
 

@@ -198,7 +198,8 @@ class ServedModel:
         if context is not None and prompt.num_frames >= context:
             raise RequestError(
                 f"text_prompt must fit into the model's context of {context} frames with room to "
-                f"talk; found {len(prompt.tokens)} tokens, {prompt.num_frames} frames. Shorten it."
+                f"talk; found {len(prompt.tokens)} tokens, {prompt.num_frames} frames. Shorten it "
+                f"by {prompt.num_frames - context + 1} tokens and more: a frame of talk is one."
             )
         return self.planned(prompt, embeddings)
 

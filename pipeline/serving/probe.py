@@ -97,9 +97,10 @@ async def probe(
                 tokenizer, timeout_s
             )
     except (aiohttp.ClientConnectionError, TimeoutError) as error:
-        raise ServerError(
-            f"{wire.base_url(url)} must answer, it does not: {error or type(error).__name__}"
-        ) from None
+        text = f"{wire.base_url(url)} must answer, it does not: {error or type(error).__name__}"
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            text += ". If the certificate is your own: SSL_CERT_FILE=DIR/cert.pem duplex probe …"
+        raise ServerError(text) from None
 
 
 class _Probe:
@@ -208,7 +209,10 @@ class _Probe:
         """Why a handshake failed: a plain GET of the same URL tells in words."""
         url = URL(f"http{chat.removeprefix('ws')}", encoded=True)
         async with self._session.get(url) as response:
-            message = f"{self._base} refused: {error.status} {(await response.text())[:500]}"
+            text = (await response.text())[:500]
+            if response.content_type == "text/html":  # a page for people, which says nothing here
+                text = "with a web page: no Moshi server is there, or not under this path"
+            message = f"{self._base} refused: {error.status} {text}"
         return RequestError(message) if error.status == 400 else ServerError(message)
 
     async def _step_pcm(self, ws: aiohttp.ClientWebSocketResponse) -> None:

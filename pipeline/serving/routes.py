@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -259,7 +260,11 @@ class Routes:
         _bound_unread(request)
         self._sockets.add(ws)
         try:
-            await converse(self._desk, request, ws, wanted, planned, self._settings.limits)
+            limits = self._settings.limits
+            if visitor.given is not None:  # a link ends what it began too
+                left_s = max(0.0, visitor.given.expires - time.time())
+                limits = replace(limits, session_s=min(limits.session_s, left_s))
+            await converse(self._desk, request, ws, wanted, planned, limits)
         finally:
             self._sockets.discard(ws)
         return ws
@@ -307,6 +312,8 @@ class Routes:
         body = read_body(LinkBody, await _json(request))
         query = body.model_dump(exclude={"name", "hours"}).items()
         wanted = self._wanted((key, value) for key, value in query if value)
+        if not wanted.text_prompt and not self._model().bare:
+            raise RequestError("a link must hold a prompt, found none: write who the model is")
         self._model().plan(wanted.text_prompt, wanted.voice_prompt, wanted.greeting)
         link = self._access.links.add(
             body.name.strip(), wanted.text_prompt, wanted.voice_prompt, wanted.greeting, body.hours

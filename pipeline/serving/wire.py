@@ -96,13 +96,25 @@ KNOWN_KEYS = (
 )  # fmt: skip
 
 
+OTHER_WORDS = {
+    "prompt": "text_prompt",
+    "system_prompt": "text_prompt",
+    "system": "text_prompt",
+    "voice": "voice_prompt",
+    "temperature": "text_temperature or audio_temperature",
+    "topk": "text_topk or audio_topk",
+    "top_k": "text_topk or audio_topk",
+}
+
+
 def parse_chat_request(
     query: Iterable[tuple[str, str]], defaults: SamplingSection | None = None
 ) -> ChatRequest:
     """Read the decoded pairs of a query. Missing and empty keys have defaults.
 
-    Unknown keys are ignored, but for those a letter or two away from a known one, and for the
-    shape that a bare `&` inside a prompt leaves behind.
+    Unknown keys are ignored, since stock clients send some. Refused are those that mean a known
+    one: a letter or two away from it, in other case, or another word for it (`OTHER_WORDS`); and
+    the shape that a bare `&` inside a prompt leaves behind.
 
     Raises:
         RequestError: with every fault found; the server answers 400.
@@ -138,7 +150,9 @@ def _first_values(query: Iterable[tuple[str, str]], faults: list[str]) -> dict[s
                 faults.append(f"{key} must be given once, found it twice")
             if value:
                 given.setdefault(key, value)
-        elif near := difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.85):
+        elif meant := OTHER_WORDS.get(key.lower()):
+            faults.append(f"{key} is not known; did you mean {meant}?")
+        elif near := difflib.get_close_matches(key.lower(), KNOWN_KEYS, n=1, cutoff=0.85):
             faults.append(f"{key} is not known; did you mean {near[0]}?")
         elif not value or key != key.strip() or " " in key:
             # `Salt & Straw` unencoded ends the prompt at `Salt` and nobody would notice.

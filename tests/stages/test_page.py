@@ -204,6 +204,31 @@ def test_it_says_why_it_was_refused(tiny_speaker):
     assert all("400" in fault for fault in faults)  # what the browser says of the refusal itself
 
 
+def test_values_of_the_url_that_the_server_takes_start_a_conversation(tiny_speaker):
+    """Fields in a folded part of the form, of which a browser would refuse some without a word."""
+
+    async def look(page, url):
+        await page.goto(wire.page_url(url, PROMPT) + "&text_temperature=0.72&audio_temperature=.33")
+        await connect(page)
+
+    assert in_browser(tiny_speaker, look) == []
+
+
+def test_a_hash_that_cuts_the_prompt_is_told_and_nothing_begins_until_it_is_mended(tiny_speaker):
+    from playwright.async_api import expect
+
+    async def look(page, url):
+        await page.goto(f"{url}/?text_prompt=You are%20number #1 of all")
+        state = page.locator(".state")
+        await expect(state).to_contain_text("must be written %23")
+        await page.click("#talk")
+        await expect(state).to_contain_text("must be written %23")
+        await page.fill("#prompt", "You are number #1 of all")
+        await connect(page)
+
+    assert in_browser(tiny_speaker, look) == []
+
+
 def test_it_says_when_and_why_a_conversation_is_over(tiny_speaker):
     from playwright.async_api import expect
 
@@ -227,12 +252,27 @@ def test_a_grade_is_kept_with_what_was_said(tiny_speaker, tmp_path):
         await connect(page)
         await expect(page.locator(".transcript")).not_to_be_empty()
         await page.click("#stop")
+        # What the form says by now is not what was held.
+        await page.fill("#prompt", "You are somebody else entirely.")
         await page.fill("#note", "In character “throughout”.")
+        await page.click("text=Good")
+        await expect(page.locator("#graded")).to_have_text("Kept as good.")
         await page.click("text=Perfect")
         await expect(page.locator("#graded")).to_have_text("Kept as perfect.")
+        files = []
+        page.on("download", lambda download: files.append(download))
+        await page.click("#save")
+        await page.wait_for_timeout(800)
+        (record,) = [one for one in files if one.suggested_filename.endswith(".json")]
+        saved.append(json.loads(Path(await record.path()).read_text()))
+        await connect(page)
+        await expect(page.locator("#note")).to_have_value("")
 
+    saved = []
     assert in_browser(tiny_speaker, look, grades=path, personas=PERSONAS) == []
-    (kept,) = read_lines(path)
+    assert saved[0]["text_prompt"] == PROMPT and saved[0]["seed"] == 3
+    other, kept = read_lines(path)
+    assert other["conversation"] == kept["conversation"] != "" and other["grade"] == "good"
     assert (kept["grade"], kept["persona"], kept["seed"]) == ("perfect", "marcus", 3)
     assert kept["note"] == "In character “throughout”." and kept["words"][0]["text"]
     assert kept["model_digest"] == tiny_speaker.model_digest

@@ -134,10 +134,11 @@ def test_no_link_without_a_token_and_none_for_nonsense(tiny_speaker):
     async def owner(url):
         bodies = [
             {"name": "", "text_prompt": "Hi."},
-            {"name": "M", "hours": 0},
-            {"name": "M", "hours": float("inf")},
-            {"name": "M", "hours": "x"},
-            {"name": "M", "hours": 10**400},
+            {"name": "M", "hours": 1},
+            {"name": "M", "text_prompt": "Hi.", "hours": 0},
+            {"name": "M", "text_prompt": "Hi.", "hours": float("inf")},
+            {"name": "M", "text_prompt": "Hi.", "hours": "x"},
+            {"name": "M", "text_prompt": "Hi.", "hours": 10**400},
             {"name": "M", "text_prompt": None},
             {"name": "\ud800"},
             {"name": "M", "voice_prompt": "../x"},
@@ -161,6 +162,36 @@ def test_links_outlive_a_start_and_end_by_themselves(tmp_path, monkeypatch):
     later = time.time() + 3601
     monkeypatch.setattr(time, "time", lambda: later)
     assert again.find(link) is None and LinkBook(path).find(link) is None
+
+
+def test_who_removes_a_link_from_the_file_ends_it_at_once(tmp_path):
+    path = tmp_path / "links.jsonl"
+    book = LinkBook(path)
+    first, second = (book.add(name, "You are M.", "", "", 1) for name in ("A", "B"))
+    assert book.find(first) is not None and book.find(second) is not None
+    path.write_text(path.read_text().splitlines(keepends=True)[1])
+    assert book.find(first) is None and book.find(second) is not None
+    path.unlink()
+    assert book.find(second) is None
+    third = book.add("C", "You are M.", "", "", 1)
+    assert book.find(third) is not None and book.find(second) is None
+
+
+def test_a_link_ends_the_conversation_that_it_began(tiny_speaker):
+    async def talk(url):
+        body = {"name": "M", "text_prompt": "You are M.", "hours": 3.2 / 3600}
+        async with client() as session:
+            async with session.post(f"{url}/api/links", json=body, headers=OWNER) as response:
+                link = (await response.json())["pass"]
+            started_s = time.monotonic()
+            chat = f"{url}/api/chat?format=pcm&pass={link}"
+            async with session.ws_connect(chat) as socket:
+                async for _ in socket:
+                    pass
+            return time.monotonic() - started_s, socket.close_code
+
+    seconds, code = in_loop(tiny_speaker, talk, token=TOKEN)
+    assert 1.5 < seconds < 6 and code == wire.CLOSE_DONE
 
 
 def test_a_token_of_any_bytes_is_wrong_and_not_an_error():

@@ -65,6 +65,22 @@ def test_a_bad_value_is_refused_by_name(query, named):
         parse(f"ws://h/api/chat?{query}")
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("prompt", "text_prompt"),
+        ("System_Prompt", "text_prompt"),
+        ("Text_Prompt", "text_prompt"),
+        ("voice", "voice_prompt"),
+        ("temperature", "text_temperature or audio_temperature"),
+        ("top_k", "text_topk or audio_topk"),
+    ],
+)
+def test_a_key_that_means_another_is_refused_with_that_one(key, meant):
+    with pytest.raises(RequestError, match=f"{key} is not known; did you mean {meant}"):
+        parse(f"ws://h/api/chat?{key}=x")
+
+
 def test_all_faults_are_told_at_once():
     with pytest.raises(RequestError) as caught:
         parse("ws://h/?seed=x&text_topk=0&format=mp3")

@@ -16,6 +16,7 @@ const here = location.origin + location.pathname.replace(/\/$/, "");
 const servers = [{ base: here, headers: {}, query: {} }];
 const panes = [];
 let talks = [], last = [], context = null, microphone = null;
+let cut = "";  // why the prompt of the URL is not whole
 
 function otherServer(address) {
   const url = new URL(address, location.href), token = url.searchParams.get("token");
@@ -60,6 +61,10 @@ async function begin() {
   });
   panes.forEach((pane) => { pane.part("title").hidden = panes.length < 2; });
   if (stranger) panes[0].show(stranger, "bad");
+  if (location.hash.length > 1) {
+    cut = `A # inside the prompt of a URL must be written %23: this one is cut before ${JSON.stringify(location.hash.slice(0, 40))}. Mend the prompt below, or the URL.`;
+    panes[0].show(cut, "bad");
+  }
   const info = servers[0].info;
   if (!info) return;
   $("model").textContent = [`${info.name} ${info.version}`, info.label, `model ${info.model_digest.slice(0, 12)}`,
@@ -85,6 +90,7 @@ function own(info) {
     $(id).value = wanted;
     $(id + "-row").hidden = false;
   }
+  $("prompt").addEventListener("input", () => { cut = ""; });
   $("share").hidden = !info.gives_links;
   if (!info.personas.length) return;
   $("persona-row").hidden = false;
@@ -124,9 +130,19 @@ function buttons() {
 }
 
 async function start(withMicrophone) {
-  const own = servers.map((server, number) => new Talk(server, wanted(), panes[number], ended));
+  if (cut) return panes[0].show(cut, "bad");
+  if (!window.isSecureContext) return panes.forEach((pane) => pane.show(
+    "Browsers give microphones, and the sound that this page plays, to https and localhost only; this page came over plain http.", "bad"));
+  const asked = wanted();
+  // Of two models side by side, one seed: else they would differ by chance too.
+  if (servers.length > 1 && !asked.get("seed")) asked.set("seed", Math.floor(Math.random() * 2 ** 32));
+  const own = servers.map((server, number) => new Talk(server, asked, panes[number], ended));
+  // What a grade and a file say is what was asked for now, whatever the form says by then.
+  const held = { persona: $("persona").value, prompt: $("prompt").value.trim(), conversation: Date.now().toString(36) };
+  own.forEach((talk) => Object.assign(talk, held));
   talks = [...own]; last = own;
-  $("graded").textContent = "";
+  $("graded").textContent = $("note").value = "";
+  $("which").hidden = servers.length < 2;
   document.querySelectorAll("#grades button").forEach((button) => button.setAttribute("aria-pressed", "false"));
   buttons();
   panes.forEach((pane) => { pane.reset(); pane.show(withMicrophone ? "Waiting for the microphone …" : "Starting …"); });
@@ -139,11 +155,17 @@ async function start(withMicrophone) {
   } catch (error) {
     if (own.some((talk) => talk.ended)) return;
     stop();
-    const text = withMicrophone && !window.isSecureContext
-      ? "Browsers give microphones to https and localhost only; this page came over plain http."
-      : `Could not start: ${error.message || error}`;
+    const text = await unreachable() || `Could not start: ${error.message || error}`;
     panes.forEach((pane) => pane.show(text, "bad"));
   }
+}
+
+// Why this server gives nothing any more; nothing if it does.
+async function unreachable() {
+  try {
+    const response = await fetch(here + "/api/info");
+    return response.ok ? "" : "Refused: " + await response.text();
+  } catch { return "The server does not answer."; }
 }
 
 function ended(talk) {
@@ -173,7 +195,8 @@ function save() {
     if (!talk.got.length) return;
     const info = talk.server.info || {}, name = `duplex-${info.label || "model"}-${stamp}${number ? "-2" : ""}`;
     const record = { ...talk.record(), model_digest: info.model_digest, label: info.label };
-    if (!info.pass) record.text_prompt = $("prompt").value.trim();
+    record.heard = talk.pane.heardLines;
+    if (!info.pass) record.text_prompt = talk.prompt;
     download(wavFile(talk.got, talk.sent), name + ".wav");
     download(new Blob([JSON.stringify(record, null, 2)], { type: "application/json" }), name + ".json");
   });
@@ -193,7 +216,8 @@ $("save").onclick = save;
 $("grades").onclick = async (event) => {
   const grade = event.target.dataset.grade;
   if (!grade) return;
-  const body = { grade, note: $("note").value, persona: $("persona").value, ...last[0].record() };
+  const { persona, conversation } = last[0];
+  const body = { grade, note: $("note").value, persona, conversation, ...last[0].record() };
   try {
     await post("/api/grades", body);
     event.target.setAttribute("aria-pressed", "true");

@@ -20,7 +20,7 @@ export class Pane {
 
   reset() {
     this.user = []; this.model = [];      // loudness by frame
-    this.lines = []; this.delays = []; this.echoes = 0;
+    this.lines = []; this.heardLines = []; this.delays = []; this.waits = []; this.echoes = 0;
     this.spoken = 0; this.quietSince = null;
     for (const name of ["proof", "transcript", "lag"]) this.part(name).textContent = "";
     this.part("warning").hidden = true;
@@ -32,15 +32,16 @@ export class Pane {
     this.part("state").dataset.kind = kind;
   }
 
-  // A frame of the conversation: what was said by both, loudness each.
-  frame(user, model) {
+  // A frame of the conversation: what was said by both, loudness each, and how many seconds later
+  // than it was due: who waits for an answer waits for those too.
+  frame(user, model, behind) {
     this.user.push(user); this.model.push(model);
     const at = this.model.length;
     if (user > LOUD) {
       this.spoken += 1;
       this.quietSince = at;
     } else if (this.quietSince !== null && this.begins()) {
-      if (this.spoken >= SPOKEN_FRAMES) this.answered((at - 1 - this.quietSince) * FRAME_S);
+      if (this.spoken >= SPOKEN_FRAMES) this.answered((at - 1 - this.quietSince) * FRAME_S, Math.max(0, behind));
       this.spoken = 0; this.quietSince = null;
     }
     this.draw();
@@ -52,10 +53,12 @@ export class Pane {
     return last.pop() > LOUD && last.every((loud) => loud <= LOUD);
   }
 
-  answered(delay) {
+  // delay: in the conversation's own time; who talks waits for what the server is behind, too.
+  answered(delay, behind) {
     this.delays.push(Number(delay.toFixed(2)));
-    this.pending = delay;
-    const sorted = [...this.delays].sort((a, b) => a - b);
+    this.pending = delay + behind;
+    this.waits.push(Number(this.pending.toFixed(2)));
+    const sorted = [...this.waits].sort((a, b) => a - b);
     this.median = sorted[sorted.length >> 1];
   }
 
@@ -81,12 +84,15 @@ export class Pane {
     time.textContent = `${Math.floor(now / 60)}:${String(Math.floor(now % 60)).padStart(2, "0")}`;
     words.className = kind; delay.className = "delay";
     node.append(time, words, delay);
-    this.part("transcript").append(node);
+    node.dataset.start = now;
+    const later = [...this.part("transcript").children].find((line) => Number(line.dataset.start) > now);
+    this.part("transcript").insertBefore(node, later || null);
     return node;
   }
 
   // What the server's recogniser heard of the user.
   heard({ text, start_s }) {
+    this.heardLines.push({ start_s, text });
     this.newLine(start_s, "heard").firstChild.nextSibling.textContent = "You: " + text;
     this.scroll();
   }

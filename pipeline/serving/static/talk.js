@@ -3,7 +3,7 @@ import { OpusReader, OpusWriter } from "./opus.js";
 import { FRAME_S, Player, fromInt16, loudness, toInt16 } from "./sound.js";
 
 const READY = 0, AUDIO = 1, TEXT = 2, METADATA = 4, ERROR = 5;
-const CLOSE_BUSY = 1013, CLOSE_DONE = 1000;
+const CLOSE_BUSY = 1013, CLOSE_DONE = 1000, CLOSE_GOING_AWAY = 1001;
 
 export class Talk {
   // server: {base, headers, query}; wanted: the query, `format` opus or pcm; onEnd is called once.
@@ -79,7 +79,8 @@ export class Talk {
     if (this.ended) return;
     this.got.push(frame);
     this.player.play(frame);
-    this.pane.frame(loudness(this.sent[this.got.length - 1] || new Float32Array(1)), loudness(frame));
+    const behind = (this.sent.length - this.got.length) * FRAME_S;
+    this.pane.frame(loudness(this.sent[this.got.length - 1] || new Float32Array(1)), loudness(frame), behind);
     this.status();
   }
 
@@ -120,6 +121,7 @@ export class Talk {
     this.end();
     if (event.code === CLOSE_BUSY) this.pane.show("The server is busy: all its places are taken. Try again later.", "bad");
     else if (this.fault) this.pane.show("Refused: " + this.fault, "bad");
+    else if (event.code === CLOSE_GOING_AWAY) this.pane.show("The server was stopped.", "bad");
     else if (this.ending) this.pane.show(`The conversation is over: ${this.ending}.`);
     else this.pane.show(event.code === CLOSE_DONE ? "The conversation is over." : `The connection was lost (${event.code}).`);
   }
@@ -139,6 +141,7 @@ export class Talk {
       seconds: Number((this.got.length * FRAME_S).toFixed(2)),
       words: this.pane.lines.map(({ start_s, text }) => ({ start_s, text: text.trim() })),
       delays_s: this.pane.delays,
+      waits_s: this.pane.waits,
       echoes: this.pane.echoes,
     };
   }

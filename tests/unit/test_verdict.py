@@ -1,0 +1,113 @@
+"""Verdicts hold their level, find what is there, and say nothing where nothing can be said."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from duplex.verdict import ALL_SWAPS, LEVEL, Pair, compare, holm
+
+
+def pairs_of(a, b):
+    return [Pair(x, 1, y, 1) for x, y in zip(a, b, strict=True)]
+
+
+def finding(pairs, better="high", seed=0):
+    return compare({"m": (pairs, better)}, seed)["m"]
+
+
+def test_p_is_that_of_the_permutation_test_worked_out_by_hand():
+    """Three items, all better by 1, 2 and 3: only swapping none or all is as far from 0."""
+    one = finding(pairs_of([0, 0, 0], [1, 2, 3]))
+    assert one.p == 2 / 8 and one.difference == 2 and one.n == 3
+    assert one.word == "inconclusive"
+
+
+def test_p_agrees_with_scipy_on_more_items():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=10), rng.normal(0.8, size=10)
+    theirs = stats.permutation_test(
+        (b, a), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples",
+        vectorized=True, n_resamples=math.inf,
+    )  # fmt: skip
+    assert finding(pairs_of(a, b)).p == pytest.approx(theirs.pvalue, abs=1e-9)
+
+
+def test_a_rate_is_pooled_over_its_trials():
+    """An item of ten facts weighs as much as ten of one."""
+    one = finding([Pair(9, 10, 10, 10), Pair(0, 1, 0, 1)])
+    assert one.value_a == pytest.approx(9 / 11) and one.value_b == pytest.approx(10 / 11)
+
+
+def test_a_planted_difference_is_found_in_its_direction():
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=40)
+    b = a + 1 + 0.3 * rng.normal(size=40)
+    assert finding(pairs_of(a, b), "high").word == "improved"
+    assert finding(pairs_of(a, b), "low").word == "regressed"
+    assert finding(pairs_of(b, a), "high").word == "regressed"
+    assert finding(pairs_of(a, b), "").word == "differs"
+    one = finding(pairs_of(a, b))
+    assert one.low is not None and one.high is not None and 0.85 < one.low < 1 < one.high < 1.15
+
+
+@pytest.mark.parametrize("n", [6, 30])
+def test_equal_models_are_told_apart_no_more_often_than_the_level_allows(n):
+    """200 comparisons of what does not differ, with a few swapped sides that do: about 5 %."""
+    rng = np.random.default_rng(n)
+    wrong = 0
+    for seed in range(200):
+        a, b = rng.normal(size=(2, n))
+        one = finding(pairs_of(a, b), seed=seed)
+        assert one.p is not None
+        wrong += one.p <= LEVEL
+    assert wrong / 200 < 0.09 and (n == 6 or wrong > 2)
+
+
+def test_eight_measures_together_are_wrong_no_more_often_than_one():
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for seed in range(60):
+        measures = {str(k): (pairs_of(*rng.normal(size=(2, 12))), "high") for k in range(8)}
+        found = compare(measures, seed)
+        wrong += any(one.word != "inconclusive" for one in found.values())
+    assert wrong / 60 < 0.13
+
+
+def test_a_model_against_itself_is_never_called_different():
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        a = rng.normal(size=20)
+        one = finding(pairs_of(a, a))
+        assert one.p == 1 and one.difference == 0 and one.word == "inconclusive"
+        assert one.low == one.high == 0
+
+
+def test_where_nothing_was_measured_nothing_is_said():
+    assert finding([]).word == "not measured"
+    assert finding([Pair(0, 0, 0, 0)]) == finding([])
+    one = finding([Pair(0, 0, 1, 1), Pair(0, 0, 1, 2)])
+    assert one.word == "not measured" and one.value_a is None and one.value_b == 2 / 3
+    # One item on which the other model gave nothing: kept, and swapped with the rest.
+    mixed = finding([Pair(0, 0, 1, 1), Pair(0, 1, 1, 1), Pair(0, 1, 0, 1)])
+    assert mixed.n == 3 and mixed.p is not None and mixed.p > 0.2
+
+
+def test_exact_and_drawn_swaps_meet_at_the_border():
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=ALL_SWAPS), rng.normal(0.4, size=ALL_SWAPS)
+    exact = finding(pairs_of(a, b)).p
+    # The same items and one that has nothing to swap: too many for the whole list.
+    drawn = finding([*pairs_of(a, b), Pair(0, 1, 0, 1)]).p
+    assert exact is not None and drawn == pytest.approx(exact, abs=0.02)
+
+
+def test_holm_is_that_of_its_definition():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == {"a": 0.03, "c": 0.06, "b": 0.06}
+    assert holm({"a": 0.5, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+    for p in product((0.001, 0.02, 0.2), repeat=3):
+        adjusted = holm(dict(enumerate(p)))  # pyright: ignore[reportArgumentType]
+        assert all(adjusted[k] >= value for k, value in enumerate(p))  # pyright: ignore
