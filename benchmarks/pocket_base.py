@@ -6,8 +6,10 @@
 `--runs` conversations of 30 s: a prompt that training never saw, a user's voice that it never
 heard, up to five questions on a fixed timetable (training/pocket/base_probe.py). In half of the
 runs the prompt is worded as none of training was, and so are most of the questions; up to half of
-the facts have values that no prompt of it had. Both are told apart below. Text is sampled at
-.4 / top 10, audio at .7 / top 50. Definitions: training/pocket/base_measures.py; in
+the facts have values that no prompt of it had. All three are told apart below. Half as many further
+runs ask by voices of training, in the very recordings that training used (those voices have no new
+questions): what falls between the two is voice, recording and, in part, wording together. Text is
+sampled at .4 / top 10, audio at .7 / top 50. Definitions: training/pocket/base_measures.py; in
 short:
 
     answers           questions behind which the agent says something before the next one
@@ -67,7 +69,10 @@ from training.prompt_swap import plan_swaps, score_swaps
 RESULTS = CHECKOUT / "docs" / "results"
 BATCH, SEED, SWAP_CLIPS, SWAPS, FLOOR = 20, 4242, 40, 3, 80
 EXAMPLES = 6
-KNOWN_USERS = tuple(users("train")[:: len(users("train")) // 8])  # as many as are held out
+# As many voices of training as are held out.
+KNOWN_USERS = tuple(
+    users("train")[:: len(users("train")) // len(users("held"))][: len(users("held"))]
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
     bank = speak_and_encode(units, grammar, codec, places, print)
     started_s = time.monotonic()
     alone, cut_in = free_runs(lm, grammar, bank, tokenizer, codec.mimi, count, users("held"))
+    spent_s = time.monotonic() - started_s
     known, _ = free_runs(lm, grammar, bank, tokenizer, codec.mimi, count // 2, KNOWN_USERS)
 
     def answers_of(runs: Sequence[Run]) -> list[list[Answer]]:
@@ -115,7 +121,6 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
         return [judge(run.probe.questions, run.text, tokenizer.decode, refusals) for run in runs]
 
     answers = answers_of(alone)
-    spent_s = time.monotonic() - started_s
     return {
         "runs": count,
         "machine": cpu_name(),
@@ -228,16 +233,20 @@ def shares(
 def fact_shares(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
     """Of the answered questions whose fact the prompt holds: in all, by wording and by value."""
     facts = [a for row in answers for a in row if a.answered and a.question.says]
-    counted = {"fact right": facts} | {
-        f"fact right, {words} wordings, {values} values": [
-            a
-            for a in facts
-            if (a.question.wording_held, a.question.value_held)
-            == (words == "held-out", values == "held-out")
-        ]
-        for words in ("known", "held-out")
-        for values in ("known", "held-out")
-    }
+    counted = {"fact right": facts}
+    for prompts in ("known", "new"):
+        for questions in ("known", "new"):
+            for values in ("known", "new"):
+                wanted = tuple(kind == "new" for kind in (prompts, questions, values))
+                some = [
+                    a
+                    for a in facts
+                    if (a.question.prompt_held, a.question.asked_held, a.question.value_held)
+                    == wanted
+                ]
+                if some:
+                    name = f"{prompts} prompt wording, {questions} question, {values} value"
+                    counted[name] = some
     return {name: _share([bool(a.right) for a in some]) for name, some in counted.items()}
 
 

@@ -26,8 +26,8 @@ def describe(result: dict[str, Any]) -> str:
         "| --- | ---: | ---: | --- | --- |",
         *(_row(name, share, WANTED) for name, share in result["shares"].items()),
         "",
-        f"The same of {result['runs'] // 2} further runs, in which voices of training ask (the "
-        "prompts and the dialogues are new):",
+        f"The same of {result['runs'] // 2} further runs, in which voices of training ask, in "
+        "the very recordings that training used (prompts and dialogues are new):",
         "",
         "| share | reached | of | 95 % | |",
         "| --- | ---: | ---: | --- | --- |",

@@ -1,21 +1,24 @@
 """Whether one model did better than another on the same items, and how sure that is. Pure.
 
 Both models played the same items with the same seeds. A *pair* is what an item gave for each of
-them: a sum and a count, whose pooled ratio is the measure (hits and trials of a rate; the sum of
-values and their number for a mean). What is asked of all pairs together is
+them: a sum and a count, whose ratio is the item's value (hits of trials; a sum of values and their
+number). An item on which either model counted nothing is left out: a reply that was not given is
+neither right nor wrong. The difference d is the mean over items of `value_b - value_a`: each item
+weighs the same, however much a model talks.
 
-    d = Σ sum_b / Σ count_b - Σ sum_a / Σ count_a
-
-p-value   Under "the models do not differ" each item could have come out with its sides swapped.
-          p is the share of swaps whose |d| is at least the one that was found: of all 2^n up to
-          `ALL_SWAPS` items, else of `DRAWS` drawn ones with the found one among them. Exact at any
-          n: with four items p is never under 1/8, and nothing can be concluded. (Fisher's paired
-          permutation test; Phipson & Smyth 2010 for drawn ones.)
+p-value   Under "the models do not differ" an item's difference is as likely to point one way as the
+          other. p is the share of sign changes whose |d| is at least the one that was found: of all
+          2^n up to `ALL_SIGNS` items, else of `DRAWS` drawn ones with the found one among them.
+          Exact at any n: with four items p is never under 1/8. (Fisher's paired randomisation test;
+          Phipson & Smyth 2010 for drawn ones.)
 interval  Percentiles of d over `DRAWS` bootstrap samples of items, widened by sqrt(n / (n - 1)),
           since a bootstrap of few items is too narrow (Hesterberg 2015). It describes; p decides.
-many      Holm 1979: with m measures asked at once, no verdict is wrong with more than `LEVEL`.
+many      Holm 1979: with m measures asked at once, the chance that any verdict is wrong is at most
+          `LEVEL`.
 
-Items are taken as independent; several seeds of one item are one pair, their sums added up.
+Pooling sums and counts over items instead, and swapping them, would test whether the models are
+the same in everything: of a silent and a talkative model with equal error rates it called half
+different. Items are taken as independent.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 LEVEL = 0.05
-ALL_SWAPS = 11
+ALL_SIGNS = 11
 DRAWS = 4_000
 
 Better = Literal["high", "low", ""]
@@ -46,8 +49,9 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a measure says. n: items where either model gave something to measure; value_a,
-    value_b, difference, low, high: None where that is nothing; p, p_holm: None likewise."""
+    """What a measure says. n: items on which both models gave something to measure; value_a,
+    value_b: means over them; low, high: of the difference. None where nothing was measured, and
+    low, high where it was on one item."""
 
     word: Word
     n: int
@@ -99,69 +103,51 @@ def _judged(one: Finding, p_holm: float, better: Better) -> Finding:
     )
 
 
+def least_items(num_measures: int) -> int:
+    """How many items, all pointing one way, a verdict on one of so many measures takes at least."""
+    n = 1
+    while num_measures * 2 / 2**n > LEVEL:
+        n += 1
+    return n
+
+
 def _measured(pairs: Sequence[Pair], seed: int) -> Finding:
     """Everything but the verdict."""
-    kept = np.array([pair for pair in pairs if pair.count_a or pair.count_b], dtype=float)
-    n = len(kept)
-    if not n:
+    kept = np.array([pair for pair in pairs if pair.count_a and pair.count_b], dtype=float)
+    if not len(kept):
         return Finding("not measured", 0)
-    sums, counts = kept[:, [0, 2]], kept[:, [1, 3]]
-    value_a, value_b = _ratios(sums.sum(0), counts.sum(0))
-    if np.isnan(value_a) or np.isnan(value_b):
-        return Finding("not measured", n, _plain(value_a), _plain(value_b))
+    values_a, values_b = kept[:, 0] / kept[:, 1], kept[:, 2] / kept[:, 3]
+    differences = values_b - values_a
     rng = np.random.default_rng(seed)
-    low, high = _interval(sums, counts, rng)
+    p = _sign_p(differences, rng)
+    low, high = _interval(differences, rng)
     return Finding(
-        "inconclusive", n, float(value_a), float(value_b), float(value_b - value_a), low, high,
-        _swap_p(sums, counts, rng),
+        "inconclusive", len(kept), float(values_a.mean()), float(values_b.mean()),
+        float(differences.mean()), low, high, p,
     )  # fmt: skip
 
 
-def _ratios(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """sums / counts, nan where nothing was counted."""
-    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-
-
-def _differences(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """d of many samples: [R, 2] -> [R], nan where a side counted nothing."""
-    ratios = _ratios(sums, counts)
-    return ratios[:, 1] - ratios[:, 0]
-
-
-def _swap_p(sums: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> float:
-    n = len(sums)
-    if n <= ALL_SWAPS:
-        swaps = np.array(list(product((False, True), repeat=n)))
+def _sign_p(differences: np.ndarray, rng: np.random.Generator) -> float:
+    """float [n] -> p."""
+    n = len(differences)
+    if n <= ALL_SIGNS:
+        signs = np.array(list(product((1.0, -1.0), repeat=n)))
     else:
-        swaps = rng.random((DRAWS, n)) < 0.5
-        swaps[0] = False  # the one that was found
-    kept = ~swaps
-
-    def both(values: np.ndarray) -> np.ndarray:
-        a = kept @ values[:, 0] + swaps @ values[:, 1]
-        b = kept @ values[:, 1] + swaps @ values[:, 0]
-        return np.stack([a, b], axis=1)
-
-    differences = np.abs(_differences(both(sums), both(counts)))
-    found = differences[0]  # no swap at all stands first in both lists
-    # A swap that leaves one side with nothing tells nothing, and counts against the finding.
-    return float(np.mean(np.isnan(differences) | (differences >= found - 1e-12)))
+        signs = rng.choice((1.0, -1.0), (DRAWS, n))
+        signs[0] = 1  # the one that was found
+    means = np.abs(signs @ differences) / n
+    return float(np.mean(means >= means[0] - 1e-12))
 
 
 def _interval(
-    sums: np.ndarray, counts: np.ndarray, rng: np.random.Generator
+    differences: np.ndarray, rng: np.random.Generator
 ) -> tuple[float | None, float | None]:
-    n = len(sums)
+    """Bounds of the mean of float [n]; None for one item. Never beyond what an item shows."""
+    n = len(differences)
     if n < 2:
         return None, None
-    drawn = rng.integers(0, n, (DRAWS, n))
-    differences = _differences(sums[drawn].sum(1), counts[drawn].sum(1))
-    differences = differences[~np.isnan(differences)]
-    centre = float(_differences(sums.sum(0)[None], counts.sum(0)[None])[0])
-    wide = centre + (differences - centre) * np.sqrt(n / (n - 1))
+    means = differences[rng.integers(0, n, (DRAWS, n))].mean(1)
+    centre = differences.mean()
+    wide = centre + (means - centre) * np.sqrt(n / (n - 1))
     low, high = np.quantile(wide, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)
-
-
-def _plain(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return float(max(low, differences.min())), float(min(high, differences.max()))

@@ -79,11 +79,10 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
         shown = ANY_HOST.get(host, f"[{host}]" if ":" in host else host)
         for name, url in persona_urls(config, runs, f"{scheme}://{shown}:{port}"):
             print(f"{name:<20} {url}")
+        if options.token or runtime.token or os.environ.get("DUPLEX_TOKEN"):
+            print("Each wants the token behind it once, as &token=…; the browser keeps it.")
         if host in ANY_HOST:
-            print(
-                f"From elsewhere: this machine's address in the place of {shown}, and &token=… at "
-                "the end, once; the browser keeps it."
-            )
+            print(f"From elsewhere: this machine's address in the place of {shown}.")
         print("Loading; these open once the line `serving at …` has come.")
     command = [sys.executable, "-m", "pipeline.serving.app", str(served.folder)]
     command += ["--host", host, "--port", str(port), "--device", runtime.device]

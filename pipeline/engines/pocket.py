@@ -1,6 +1,6 @@
 """The pocket model: Moshi's own classes at a size that a laptop trains, and taught to speak.
 
-    LMModel    dim 256, 6 layers, depth 128 x 2, card 512: about 13 M parameters
+    LMModel    dim 256, 6 layers, depth 128 x 2, card 512: 11.8 M parameters
     MimiModel  n_filters 12, 8 x 512 codes, transformer 128 x 2: about 1.9 M parameters
     tokenizer  SentencePiece unigram with byte fallback
 

@@ -1,5 +1,6 @@
 """What the models are asked: prompts, and the user's side of each conversation as audio.
 
+    must_not_say: ["what can I get", …]      # lines of the other side, for all items
     items:
       - id: angry-marcus-order
         persona_type: angry
@@ -37,7 +38,8 @@ LOUDNESS_DBFS = -24.0  # RMS of each turn, as in the training data
 
 
 class EvaluationItem(Frozen):
-    """One conversation to hold: the prompt, what the user says, and what may be recalled."""
+    """One conversation to hold: the prompt, what the user says, what may be recalled, and what
+    only the other side says."""
 
     # A score's id is the item's with a model's name behind it, and a slug too.
     id: Annotated[Slug, Field(max_length=80)]
@@ -46,9 +48,11 @@ class EvaluationItem(Frozen):
     first_speaker: Role = "user"
     user_turns: tuple[Text, ...] = Field(min_length=1)
     facts: tuple[Fact, ...] = ()
+    must_not_say: tuple[Text, ...] = ()
 
 
 class ItemsFile(Frozen):
+    must_not_say: tuple[Text, ...] = ()
     items: tuple[EvaluationItem, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -96,7 +100,11 @@ def load_items(path: Path) -> tuple[EvaluationItem, ...]:
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise DataFileError(f"{path}: must hold a mapping with `items`, found {type(raw).__name__}")
-    return validate(ItemsFile, raw, path).items
+    found: ItemsFile = validate(ItemsFile, raw, path)
+    return tuple(
+        item.model_copy(update={"must_not_say": (*found.must_not_say, *item.must_not_say)})
+        for item in found.items
+    )
 
 
 def speak_item(

@@ -28,6 +28,7 @@ from duplex.metrics import (
     segments,
     speech_activity,
 )
+from duplex.verdict import least_items
 from pipeline.evaluation.audio import opus_bytes, wav_bytes
 from pipeline.evaluation.drawing import Track, curves, timeline
 from pipeline.evaluation.play import Played, same_answer
@@ -234,6 +235,7 @@ def render(
             origins=origins,
             rows=[_row(row, labels) for row in data["summary"]],
             verdict=[_verdict_row(row) for row in data["verdict"]],
+            least_items=least_items(sum(row["p"] is not None for row in data["verdict"])),
             curves=[
                 (key, title, curves(_points(data["training"][key]), f"{title} by step"))
                 for key, title in CURVES.items()

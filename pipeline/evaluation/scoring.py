@@ -25,6 +25,7 @@ from duplex.metrics import (
 )
 from duplex.verdict import Better
 from pipeline.evaluation.client import Conversation
+from pipeline.evaluation.grounding import invented
 from pipeline.evaluation.items import SpokenItem
 
 
@@ -36,12 +37,15 @@ class PromptProof(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A user turn and what came back. delay_s: None when no speech answered it."""
+    """A user turn and what came back. delay_s: None when no speech answered it; out_of_role: it
+    says a line of the other side's; invented: details that nobody gave (`grounding`)."""
 
     user: str
     reply: str
     delay_s: float | None
     echo: bool
+    out_of_role: bool = False
+    invented: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Measured:
             "facts_said": sum(self.facts.values()),
             "replies": len(self.replies),
             "echoes": sum(exchange.echo for exchange in self.exchanges),
+            "out_of_role": sum(exchange.out_of_role for exchange in self.exchanges),
+            "ungrounded": sum(bool(exchange.invented) for exchange in self.exchanges),
             "repeated_share": repeated,
         }
         return {k: round(v, 6) if isinstance(v, float) else v for k, v in found.items()}
@@ -96,13 +102,18 @@ def measure(
         speech_activity(conversation.agent), speech_activity(spoken.samples), spoken.turns
     )
     opening, replies = split_replies(conversation.text, [turn.start for turn in spoken.turns])
-    exchanges = tuple(
-        Exchange(user, reply, delay_s, is_echo(user, reply))
-        for user, reply, delay_s in zip(spoken.texts, replies, found.delays_s, strict=True)
-    )
+    item, exchanges = spoken.item, []
+    for turn, (user, reply, delay_s) in enumerate(
+        zip(spoken.texts, replies, found.delays_s, strict=True)
+    ):
+        exchange = Exchange(
+            user, reply, delay_s, is_echo(user, reply), says_any(reply, item.must_not_say),
+            invented(reply, (item.text_prompt, *spoken.texts[: turn + 1])),
+        )  # fmt: skip
+        exchanges.append(exchange)
     transcript = conversation.transcript
-    facts = {fact.key: says_any(transcript, fact.says) for fact in spoken.item.facts}
-    return Measured(spoken, model, conversation, proof, found, opening, exchanges, facts)
+    facts = {fact.key: says_any(transcript, fact.says) for fact in item.facts}
+    return Measured(spoken, model, conversation, proof, found, opening, tuple(exchanges), facts)
 
 
 def prove_prompt(said: dict[str, Any] | None, digest: str, count: int) -> PromptProof:
@@ -226,6 +237,21 @@ MEASURES = (
         lambda m: [(sum(e.echo for e in m.exchanges), len(m.replies))],
         "Replies that say the user's words back: equal, or four words and more with WER <= .35 "
         "or LCS >= .8 of the reply with at most .2 new words.",
+        "low",
+    ),
+    Measure(
+        "out_of_role", "Out of role", "replies", "rate",
+        lambda m: [(sum(e.out_of_role for e in m.exchanges), len(m.replies))],
+        "Replies that hold a line of the other side's, of the items file's must_not_say: whole "
+        "words, any case.",
+        "low",
+    ),
+    Measure(
+        "ungrounded", "Invented details", "replies", "rate",
+        lambda m: [(sum(bool(e.invented) for e in m.exchanges), len(m.replies))],
+        "Replies that name a number or a name which neither the prompt nor the user up to then "
+        "has given. Of scripted dialogues without a fault it blames some too: "
+        "docs/results/grounding.md says how many.",
         "low",
     ),
     Measure(

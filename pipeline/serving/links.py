@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from duplex.errors import RequestError
-from duplex.files import append_line, read_lines
+from duplex.files import append_line, read_lines, write_atomic
+from pipeline.serving.bodies import Body, read_body
 
 LONGEST_H = 24 * 31
 NAME_CHARS = 80
@@ -32,12 +34,23 @@ class Pass:
     expires: int
 
 
+class _Kept(Body):
+    """A line of the file, without the link's digest."""
+
+    name: str
+    text_prompt: str
+    voice_prompt: str
+    greeting: str
+    expires: int
+
+
 class LinkBook:
     """The links of a server.
 
     Args:
         path: JSON lines that a later start reads again; None: they end with the process. The file
-            is what counts: who removes it, or a line of it, ends those links at once.
+            is what counts: who removes it, or a line of it, ends those links; what is being said
+            over them goes on to the time that they had.
     """
 
     def __init__(self, path: Path | None = None):
@@ -47,7 +60,7 @@ class LinkBook:
         self._refresh()
 
     def _refresh(self) -> None:
-        """Read the file again if it is another one by now."""
+        """Read the file again if it is another one by now. A line that is no link is left out."""
         if self._path is None:
             return
         try:
@@ -58,11 +71,15 @@ class LinkBook:
             found = (status.st_mtime_ns, status.st_size)
         if found == self._read_at:
             return
-        self._read_at = found
-        self._passes = {}
+        passes = {}
         for line in read_lines(self._path):
-            key = str(line.pop("link"))
-            self._passes[key] = Pass(**line)
+            try:
+                key, given = str(line.pop("link")), read_body(_Kept, line)
+            except (KeyError, RequestError) as error:
+                logging.warning("%s: a line is no link, opens nothing: %s", self._path.name, error)
+                continue
+            passes[key] = Pass(**given.model_dump())
+        self._passes, self._read_at = passes, found
 
     def add(
         self, name: str, text_prompt: str, voice_prompt: str, greeting: str, hours: float
@@ -80,7 +97,10 @@ class LinkBook:
             raise RequestError(f"name must be 1 to {NAME_CHARS} characters, found {len(name)}")
         self._refresh()
         now = time.time()
-        self._passes = {key: one for key, one in self._passes.items() if one.expires > now}
+        kept = {key: one for key, one in self._passes.items() if one.expires > now}
+        if len(kept) < len(self._passes):
+            self._passes = kept
+            self._rewrite()
         if len(self._passes) >= MAX_LINKS:
             raise RequestError(f"there are {MAX_LINKS} links already; wait until some have ended")
         link = secrets.token_urlsafe(24)
@@ -88,16 +108,26 @@ class LinkBook:
         self._passes[_digest(link)] = given
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            line = {"link": _digest(link), **asdict(given)}
-            append_line(self._path, json.dumps(line, ensure_ascii=False))
+            append_line(self._path, _line(_digest(link), given))
             self._refresh()
         return link
+
+    def _rewrite(self) -> None:
+        """Leave what has ended out of the file."""
+        if self._path is not None:
+            lines = [_line(key, one) + "\n" for key, one in self._passes.items()]
+            write_atomic(self._path, "".join(lines).encode())
+            self._read_at = None
 
     def find(self, link: str) -> Pass | None:
         """None where there is no such link, or its time is over."""
         self._refresh()
         given = self._passes.get(_digest(link))
         return given if given is not None and given.expires > time.time() else None
+
+
+def _line(digest: str, given: Pass) -> str:
+    return json.dumps({"link": digest, **asdict(given)}, ensure_ascii=False)
 
 
 def _digest(link: str) -> str:

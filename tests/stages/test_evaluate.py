@@ -18,6 +18,7 @@ from pipeline.evaluation.items import load_items, speak_item
 from pipeline.evaluation.play import PlaySettings, evaluate_urls
 from pipeline.evaluation.report import report_data
 from pipeline.evaluation.scoring import split_replies, timed_words
+from pipeline.evaluation.verdicts import verdicts
 from tests.stages.planted_server import Plan, item, planted, spoken
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,8 +211,40 @@ def test_a_silent_server_is_measured_as_silent(plan):
         "user_turns": 2, "responses": 0, "response_delay_median_s": None, "overlap_s": 0,
         "dead_air_s": 1.6 + 38 * 0.08, "agent_speech_s": 0, "agent_speech_share": 0, "words": 0,
         "words_per_s": None, "facts": 2, "facts_said": 0, "replies": 0, "echoes": 0,
-        "repeated_share": None,
+        "out_of_role": 0, "ungrounded": 0, "repeated_share": None,
     })  # fmt: skip
+
+
+def test_a_server_on_the_wrong_side_and_one_that_invents_are_found_out(plan):
+    plan.says = {
+        17: "Hello,",
+        18: " what can I get you?",
+        50: " It is seven dollars,",
+        60: " Priya.",
+    }
+    lines = ("what can I get",)
+    (wrong,) = play(plan, [spoken(must_not_say=lines)]).conversations
+    assert [exchange.out_of_role for exchange in wrong.exchanges] == [True, False]
+    assert [exchange.invented for exchange in wrong.exchanges] == [(), ("7", "priya")]
+    assert (wrong.metrics()["out_of_role"], wrong.metrics()["ungrounded"]) == (1, 1)
+    plan.says = {17: "A large latte.", 50: " I am Ann, what else."}
+    (right,) = play(plan, [spoken(must_not_say=lines)]).conversations
+    assert (right.metrics()["out_of_role"], right.metrics()["ungrounded"]) == (0, 0)
+
+
+@pytest.mark.parametrize("num_items", [4, 9])
+def test_a_verdict_needs_items_enough(plan, num_items):
+    """A silent model against one that answers every turn: sure with nine items, not with four."""
+    silent = play(plan).conversations[0]
+    plan.echo = 13
+    answers = play(plan).conversations[0]
+    rows = {row["key"]: row for row in verdicts([silent] * num_items, [answers] * num_items)}
+    answered = rows["response_rate"]
+    assert (answered["value_a"], answered["value_b"]) == (0, 1) and answered["n"] == num_items
+    assert answered["p"] == pytest.approx(2 / 2**num_items, abs=1e-6)
+    assert answered["word"] == ("improved" if num_items == 9 else "inconclusive")
+    assert rows["dead_air_s"]["word"] == ("improved" if num_items == 9 else "inconclusive")
+    assert rows["facts_said"]["word"] == "inconclusive" and "prompt_proven" not in rows
 
 
 def test_an_echoing_server_is_found_out(plan):

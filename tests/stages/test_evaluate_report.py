@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import wave
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -233,3 +234,22 @@ def test_curves_hold_every_point_and_survive_a_flat_or_empty_one():
 )  # fmt: skip
 def test_numbers_for_reading(value, signed, shown):
     assert show(value, signed) == shown
+
+
+def test_the_verdict_stands_first_in_its_direction():
+    """A silent model and one that answers, nine times each."""
+    items = [spoken(item_id=f"item-{number}") for number in range(9)]
+    played = played_by({"silent": Plan(), "answers": Plan(echo=13)}, items)
+    for pair, word in ((played, "improved"), (played[::-1], "regressed")):
+        page = Page(render_of(pair))
+        assert f"Turns answered {word}" in page.text
+        rows = [cell["class"] for cell in page.all("td") if cell.get("data-name") == "verdict"]
+        assert word in rows and "inconclusive" in rows
+        assert page.text.index("Verdict:") < page.text.index("What was run")
+    few = Page(render_of([replace(one, conversations=one.conversations[:4]) for one in played]))
+    assert "Nothing can be concluded" in few.text and "a verdict takes 8 items at least" in few.text
+
+
+def render_of(played):
+    _, loose = page_files(played, {}, about={"name": "n"}, protocol=PROTOCOL, training=[])
+    return loose["report.html"].decode()

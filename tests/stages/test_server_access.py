@@ -177,21 +177,43 @@ def test_who_removes_a_link_from_the_file_ends_it_at_once(tmp_path):
     assert book.find(third) is not None and book.find(second) is None
 
 
+def test_a_line_that_is_no_link_opens_nothing_and_harms_no_other(tmp_path, caplog):
+    path = tmp_path / "links.jsonl"
+    link = LinkBook(path).add("A", "You are M.", "", "", 1)
+    good = path.read_text()
+    late = json.dumps(json.loads(good) | {"expires": "x"})
+    for odd in ('{"x": 1}', late, '{"link": "a", "name": 3}'):
+        path.write_text(f"{odd}\n{good}")
+        assert LinkBook(path).find(link) is not None, odd
+        assert "a line is no link" in caplog.text
+        caplog.clear()
+
+
+def test_what_has_ended_leaves_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "links.jsonl"
+    book = LinkBook(path)
+    book.add("A", "You are M.", "", "", 1)
+    later = time.time() + 3601
+    monkeypatch.setattr(time, "time", lambda: later)
+    link = book.add("B", "You are M.", "", "", 1)
+    assert [line["name"] for line in read_lines(path)] == ["B"] and book.find(link) is not None
+
+
 def test_a_link_ends_the_conversation_that_it_began(tiny_speaker):
     async def talk(url):
-        body = {"name": "M", "text_prompt": "You are M.", "hours": 3.2 / 3600}
+        body = {"name": "M", "text_prompt": "You are M.", "hours": 4 / 3600}
         async with client() as session:
             async with session.post(f"{url}/api/links", json=body, headers=OWNER) as response:
                 link = (await response.json())["pass"]
-            started_s = time.monotonic()
             chat = f"{url}/api/chat?format=pcm&pass={link}"
             async with session.ws_connect(chat) as socket:
-                async for _ in socket:
-                    pass
-            return time.monotonic() - started_s, socket.close_code
+                said = [message.data async for message in socket]
+            return said, socket.close_code
 
-    seconds, code = in_loop(tiny_speaker, talk, token=TOKEN)
-    assert 1.5 < seconds < 6 and code == wire.CLOSE_DONE
+    said, code = in_loop(tiny_speaker, talk, token=TOKEN)
+    notes = [json.loads(one[1:]) for one in said if one[0] == wire.Kind.METADATA]
+    assert notes[-1]["type"] == "end" and notes[-1]["reason"] == "time", notes
+    assert code == wire.CLOSE_DONE
 
 
 def test_a_token_of_any_bytes_is_wrong_and_not_an_error():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from duplex.verdict import ALL_SWAPS, LEVEL, Pair, compare, holm
+from duplex.verdict import ALL_SIGNS, LEVEL, Pair, compare, holm, least_items
 
 
 def pairs_of(a, b):
@@ -35,10 +35,26 @@ def test_p_agrees_with_scipy_on_more_items():
     assert finding(pairs_of(a, b)).p == pytest.approx(theirs.pvalue, abs=1e-9)
 
 
-def test_a_rate_is_pooled_over_its_trials():
-    """An item of ten facts weighs as much as ten of one."""
-    one = finding([Pair(9, 10, 10, 10), Pair(0, 1, 0, 1)])
-    assert one.value_a == pytest.approx(9 / 11) and one.value_b == pytest.approx(10 / 11)
+def test_an_item_weighs_the_same_however_much_was_said():
+    one = finding([Pair(9, 10, 10, 10), Pair(0, 1, 1, 1)])
+    assert one.value_a == pytest.approx(0.45) and one.value_b == 1
+    assert one.difference == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_a_talkative_model_is_not_called_different_for_talking(share):
+    """Equal error rates, one reply in some items against five in each."""
+    rng = np.random.default_rng(int(10 * share))
+    wrong = told = 0
+    for seed in range(120):
+        pairs = []
+        for _ in range(20):
+            count_a = int(rng.random() < share)
+            pairs.append(Pair(rng.binomial(count_a, 0.3), count_a, rng.binomial(5, 0.3), 5))
+        one = finding(pairs, seed=seed)
+        told += one.p is not None
+        wrong += one.p is not None and one.p <= LEVEL
+    assert told > 80 and wrong / 120 < 0.11
 
 
 def test_a_planted_difference_is_found_in_its_direction():
@@ -55,7 +71,7 @@ def test_a_planted_difference_is_found_in_its_direction():
 
 @pytest.mark.parametrize("n", [6, 30])
 def test_equal_models_are_told_apart_no_more_often_than_the_level_allows(n):
-    """200 comparisons of what does not differ, with a few swapped sides that do: about 5 %."""
+    """200 comparisons of what does not differ: about 5 %."""
     rng = np.random.default_rng(n)
     wrong = 0
     for seed in range(200):
@@ -87,21 +103,32 @@ def test_a_model_against_itself_is_never_called_different():
 
 def test_where_nothing_was_measured_nothing_is_said():
     assert finding([]).word == "not measured"
-    assert finding([Pair(0, 0, 0, 0)]) == finding([])
-    one = finding([Pair(0, 0, 1, 1), Pair(0, 0, 1, 2)])
-    assert one.word == "not measured" and one.value_a is None and one.value_b == 2 / 3
-    # One item on which the other model gave nothing: kept, and swapped with the rest.
-    mixed = finding([Pair(0, 0, 1, 1), Pair(0, 1, 1, 1), Pair(0, 1, 0, 1)])
-    assert mixed.n == 3 and mixed.p is not None and mixed.p > 0.2
+    assert finding([Pair(0, 0, 0, 0), Pair(0, 0, 1, 1)]) == finding([])
+    alone = finding([Pair(0, 0, 1, 1), Pair(0, 1, 1, 1)])
+    assert alone.n == 1 and alone.p == 1 and alone.low is None
 
 
-def test_exact_and_drawn_swaps_meet_at_the_border():
+def test_exact_and_drawn_signs_meet_at_the_border():
     rng = np.random.default_rng(2)
-    a, b = rng.normal(size=ALL_SWAPS), rng.normal(0.4, size=ALL_SWAPS)
+    a, b = rng.normal(size=ALL_SIGNS), rng.normal(0.4, size=ALL_SIGNS)
     exact = finding(pairs_of(a, b)).p
-    # The same items and one that has nothing to swap: too many for the whole list.
+    # The same items and one that shows no difference: too many for the whole list.
     drawn = finding([*pairs_of(a, b), Pair(0, 1, 0, 1)]).p
-    assert exact is not None and drawn == pytest.approx(exact, abs=0.02)
+    assert exact is not None and drawn == pytest.approx(exact, abs=0.03)
+
+
+def test_an_interval_stays_within_what_items_show():
+    one = finding([Pair(0, 1, 0, 1), Pair(0, 1, 1, 1)])
+    assert (one.low, one.high) == (0, 1)
+
+
+def test_how_many_items_a_verdict_takes():
+    assert [least_items(m) for m in (1, 2, 8, 12)] == [6, 7, 9, 9]
+    for m, n in ((1, 6), (12, 9)):
+        pairs = pairs_of([0] * n, [1] * n)
+        others = {str(k): (pairs_of([0] * n, [0] * n), "high") for k in range(m - 1)}
+        assert compare({"m": (pairs, "high"), **others})["m"].word == "improved"
+        assert compare({"m": (pairs[1:], "high"), **others})["m"].word == "inconclusive"
 
 
 def test_holm_is_that_of_its_definition():

@@ -86,7 +86,7 @@ def card(folder: Path, made: Made) -> str:
         f"on words alone, the others of {settings.batch_size} dialogues drawn anew; AdamW at "
         f"{settings.learning_rate:g}, bfloat16 over float32 weights; first weights with heads "
         "that copy (training/pocket/base_initial.py) |",
-        f"| time | {made.encoded_s / 60:.0f} min for speech and codes on two cores, "
+        f"| time | {made.encoded_s / 60:.0f} min for speech and codes, "
         f"{trained.seconds / 60:.0f} min of training ({_speed(trained.frames_per_second)}, "
         f"{made.machine}) |",
         "",

@@ -3,7 +3,7 @@
 What a user says shows in the loss through few words of the text row, and a small model learns
 utterances by heart before it learns to hear. A linear head on the second layer names the phone in
 each half of the frame before last, which the layer has read with all codebooks; its loss is added
-and the head thrown away. What it changed in the base stands in docs/results/pocket_base.md.
+and the head thrown away. What it changed in the base was not measured apart.
 
 Shapes: B clips, T frames, C width, P phone classes.
 """

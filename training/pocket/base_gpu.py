@@ -6,7 +6,9 @@ embedding tables, parts of a head. Here they lie side by side in one product eac
 results are kept. Contract and values are `FastForward`'s (tests/stages/pocket/test_gpu.py).
 
 The gradient of an embedding is a product with one-hot rows: of a batch half of all codes are one
-code of silence, and CUDA adds rows of one code one after the other.
+code of silence, and CUDA adds rows of one code one after the other. Like every other weight's it is
+summed in float32 and rounded to the type that is computed in. The one-hot rows take K V N of that
+type, 1 GB for 48 000 places.
 
 Shapes: B clips, T frames, K = 8 codebooks, N places with audio loss, V vocabulary, C temporal
 width, D depth width.
@@ -79,13 +81,18 @@ class _SummedTables(nn.Module):
     def __init__(self, tables: Sequence[Any], dtype: torch.dtype):
         super().__init__()
         self.tables, self._dtype = nn.ModuleList(tables), dtype
-        assert all(table.norm is None and table.low_rank is None for table in tables)
+        assert all(_is_plain(table) for table in tables)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         ids = inputs.transpose(0, 1).flatten(1)  # [17, B T]
         weights = [table.weight for table in self.tables]
         rows: Any = _Tables.apply(ids, True, self._dtype, *weights)
         return rows.view(inputs.shape[0], inputs.shape[2], -1)
+
+
+def _is_plain(table: Any) -> bool:
+    """Whether an embedding gives its rows as they are."""
+    return table.norm is None and table.low_rank is None and not table.demux_second_stream
 
 
 class _WideDepth(nn.Module):
@@ -99,6 +106,9 @@ class _WideDepth(nn.Module):
         self.inputs, self.heads = lm.depformer_in, lm.linears
         self.tables = nn.ModuleList([lm.depformer_text_emb, *lm.depformer_emb])
         self.layers = lm.depformer.layers
+        assert all(_is_plain(table) for table in self.tables)
+        scales = [s for layer in self.layers for s in (layer.layer_scale_1, layer.layer_scale_2)]
+        assert all(isinstance(scale, nn.Identity) for scale in scales)
 
     def forward(
         self, x: torch.Tensor, targets: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor

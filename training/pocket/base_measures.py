@@ -43,7 +43,7 @@ Decode = Callable[[Sequence[int]], str]
 class Question:
     """Frames [start, end) of the user's speech; what an answer must say, None where the prompt
     lacks it; other values that such an answer could have; whether that value is one that no
-    prompt of training held, and whether the prompt's wordings are."""
+    prompt of training held, whether the prompt is worded as none was, and the question."""
 
     start: int
     end: int
@@ -51,7 +51,8 @@ class Question:
     says: str | None
     others: tuple[str, ...] = ()
     value_held: bool = False
-    wording_held: bool = False
+    prompt_held: bool = False
+    asked_held: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Legend: U units, U' of users, W words of theirs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +28,13 @@ from safetensors.numpy import save_file
 
 from duplex.errors import CorruptFileError, MissingInputError
 from duplex.files import atomic_path
-from duplex.streams import CodecTokens
+from duplex.streams import CODEBOOKS, CodecTokens
+from pipeline.engines.pocket import CARD
 from training.pocket.base_bank import Bank
 from training.pocket.base_phones import Phones, Sounds
 from training.pocket.base_units import Unit
-from training.pocket.base_voices import Speaker
+from training.pocket.base_voices import ROOMS, Speaker
+from training.pocket.codec_labels import IGNORED
 
 ROOM = "room."
 
@@ -92,40 +94,70 @@ def load_pack(path: Path) -> Pack:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        units = tuple(_unit(found) for found in json.loads(metadata["units"]))
-        sounds = zip(
-            _parts(tensors["phones"], tensors["phone_frames"], 0),
-            _parts(tensors["word_ends"], tensors["word_counts"], 0),
-            strict=True,
-        )
-        users = [place for place, unit in enumerate(units) if unit.speaker.side == "user"]
-        heard = {
-            place: Sounds(phones, tuple(ends.tolist()))
-            for place, (phones, ends) in zip(users, sounds, strict=True)
-        }
-        steady = {n: tuple(v) for n, v in json.loads(metadata["tokens"]).items()}
+        _check(tensors)
         bank = Bank(
-            units,
+            tuple(_unit(found) for found in json.loads(metadata["units"])),
             tuple(_parts(tensors["codes"], tensors["frames"], 1)),
             {n.removeprefix(ROOM): codes for n, codes in tensors.items() if n.startswith(ROOM)},
-            CodecTokens(**steady),
+            CodecTokens(**{n: tuple(v) for n, v in json.loads(metadata["tokens"]).items()}),
         )
-        phones = Phones(tuple(json.loads(metadata["names"])), heard)
-        seconds = float(metadata["seconds"])
-        pack = Pack(
-            bank,
-            phones,
-            tensors["tokenizer"].tobytes(),
-            metadata["codec"],
-            metadata["grammar"],
-            seconds,
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        _require(len(bank.codes) == len(bank.units), "codes of each unit")
+        phones = _phones(tensors, json.loads(metadata["names"]), bank.units)
+        tokenizer = tensors["tokenizer"].tobytes()
+        return Pack(
+            bank, phones, tokenizer, metadata["codec"], metadata["grammar"],
+            float(metadata["seconds"]),
+        )  # fmt: skip
+    except (
+        SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError
+    ) as error:  # fmt: skip
         raise CorruptFileError(
             f"{path}: must be what --codes-only writes, found otherwise: {error}. Remove it and "
             "make it again."
         ) from None
-    return pack
+
+
+def _phones(tensors: dict[str, np.ndarray], names: list[str], units: Sequence[Unit]) -> Phones:
+    labels = tensors["phones"]
+    _require(bool(((labels == IGNORED) | (labels >= 0)).all()), "labels from 0 on")
+    _require(labels.size == 0 or int(labels.max()) < len(names), "a name of each phone")
+    sounds = zip(
+        _parts(labels, tensors["phone_frames"], 0),
+        _parts(tensors["word_ends"], tensors["word_counts"], 0),
+        strict=True,
+    )
+    users = [place for place, unit in enumerate(units) if unit.speaker.side == "user"]
+    heard = {
+        place: Sounds(phones, tuple(ends.tolist()))
+        for place, (phones, ends) in zip(users, sounds, strict=True)
+    }
+    return Phones(tuple(names), heard)
+
+
+def _check(tensors: dict[str, np.ndarray]) -> None:
+    """
+    Raises:
+        ValueError, KeyError: a tensor that is not there, or not of its type, shape and range.
+    """
+    kinds = {"codes": ("int16", 2), "phones": ("int16", 2), "tokenizer": ("uint8", 1)}
+    kinds |= dict.fromkeys(("frames", "phone_frames", "word_ends", "word_counts"), ("int32", 1))
+    kinds |= dict.fromkeys((n for n in tensors if n.startswith(ROOM)), ("int16", 2))
+    for name, (dtype, dimensions) in kinds.items():
+        found = tensors[name]
+        _require(found.dtype == dtype and found.ndim == dimensions, f"{name} as {dtype}")
+        if dtype == "int32":
+            _require(bool((found >= 0).all()), f"{name} from 0 on")
+        elif name != "tokenizer" and name != "phones":
+            fits = found.shape[0] == CODEBOOKS and bool(((found >= 0) & (found < CARD)).all())
+            _require(fits, f"{name} of {CODEBOOKS} codebooks of {CARD}")
+    _require(tensors["phones"].shape[1] == 2, "two phones a frame")
+    rooms = {name.removeprefix(ROOM) for name in tensors if name.startswith(ROOM)}
+    _require(rooms == set(ROOMS), f"the rooms {sorted(ROOMS)}")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"it must hold {what}")
 
 
 def _numbers(values: Iterable[int]) -> np.ndarray:

@@ -103,7 +103,10 @@ def draw_probe(
         says = None if fact is None else fact.value
         others = _others(grammar, topic, role, says)
         held = sides.get(topic) == "held"
-        questions.append(Question(at, end, topic, says, others, held, wording == "held"))
+        asked_held = bank.units[unit].side == "held"  # not every voice has such a question
+        questions.append(
+            Question(at, end, topic, says, others, held, wording == "held", asked_held)
+        )
         units.append(unit)
         at = end + WAIT_FRAMES
     prompt = prompt_text(grammar, character, rng, wording)

@@ -1,7 +1,7 @@
 """Who speaks in the pocket base's training data, and in what room. Pure.
 
 Four agent voices, which a voice sample in the prompt chooses between; a mood moves their pitch,
-range and rate by data/speech/emotions.yaml. Users have voices of other variants, two of which are
+range and rate by data/speech/emotions.yaml. Users have voices of other variants, four of which are
 never trained on. No user speaks with an agent's variant (pipeline/engines/espeak_voices.py).
 """
 

@@ -61,7 +61,7 @@ async function begin() {
   });
   panes.forEach((pane) => { pane.part("title").hidden = panes.length < 2; });
   if (stranger) panes[0].show(stranger, "bad");
-  if (location.hash.length > 1) {
+  if (location.hash.length > 1 && query.has("text_prompt") && !(servers[0].info || {}).pass) {
     cut = `A # inside the prompt of a URL must be written %23: this one is cut before ${JSON.stringify(location.hash.slice(0, 40))}. Mend the prompt below, or the URL.`;
     panes[0].show(cut, "bad");
   }
@@ -101,6 +101,7 @@ function own(info) {
   $("persona").onchange = () => {
     const persona = info.personas.find((one) => one.id === $("persona").value);
     if (!persona) return;
+    cut = "";
     $("prompt").value = persona.text_prompt;
     for (const [key, id] of Object.entries(AUDIO_KEYS)) $(id).value = persona[key] || "";
   };

@@ -145,6 +145,31 @@ def test_a_damaged_pack_is_named(tmp_path, bank, phones):
         with pytest.raises(CorruptFileError, match=r"bank\.safetensors"):
             load_pack(path)
     tensors = load_file(path_of(tmp_path, whole))
+    for name, wrong in (
+        ("codes", tensors["codes"] + np.int16(30_000)),
+        ("codes", tensors["codes"].astype(np.float32)),
+        ("codes", tensors["codes"][0]),
+        ("phones", tensors["phones"] + np.int16(900)),
+        ("frames", np.append(tensors["frames"], np.int32(0))),
+        ("room.quiet", tensors["room.quiet"][:3]),
+    ):
+        with safe_open(tmp_path / "whole.safetensors", framework="np") as file:
+            save_file(tensors | {name: wrong}, path, metadata=file.metadata())
+        with pytest.raises(CorruptFileError, match="must hold"):
+            load_pack(path)
+    for key, wrong in (
+        ("tokens", "[1]"),
+        ("units", "[3]"),
+        ("names", "[" * 5000),
+        ("seconds", "x"),
+    ):
+        with safe_open(tmp_path / "whole.safetensors", framework="np") as file:
+            save_file(tensors, path, metadata=file.metadata() | {key: wrong})
+        with pytest.raises(CorruptFileError, match=r"bank\.safetensors"):
+            load_pack(path)
+    with pytest.raises(CorruptFileError):
+        load_pack(tmp_path)
+    tensors = load_file(path_of(tmp_path, whole))
     tensors["frames"] = tensors["frames"] + 1
     with safe_open(path_of(tmp_path, whole), framework="np") as file:
         save_file(tensors, path, metadata=file.metadata())
