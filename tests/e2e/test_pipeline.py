@@ -94,6 +94,7 @@ def test_changed_prompts_rewrite_their_persona_s_dialogues_and_all_that_follows(
     assert states["tensors"] == "done" and states["train"] == "stale"
 
 
+@pytest.mark.slow  # the stage by itself: tests/stages/test_quantized.py
 def test_a_run_trains_on_a_base_in_4_bits(workplace):
     """In the stage's own process, which leaves bitsandbytes out wherever it is not asked for."""
     settings = ("train.quantize=nf4", "train.steps=1", "train.runtime.device=cpu")

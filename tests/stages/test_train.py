@@ -178,7 +178,7 @@ def run_killed(tiny_checkpoint, tensors, target, step, moment):
         pytest.param(1, "in-step", 0, marks=pytest.mark.slow),
         (5, "in-step", 4),
         pytest.param(4, "in-save", 2, marks=pytest.mark.slow),
-        (6, "in-hand-in", 6),
+        pytest.param(6, "in-hand-in", 6, marks=pytest.mark.slow),
     ],
 )
 def test_after_a_kill_the_run_ends_with_the_same_bytes(

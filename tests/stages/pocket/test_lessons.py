@@ -173,6 +173,7 @@ def test_the_ear_is_taught_the_phones_it_has_read_and_leaves_no_trace(
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
 
 
+@pytest.mark.slow  # one process that is stopped and resumed: test_base.py
 def test_two_processes_train_as_one_and_resume_to_the_same_bits(tiny_checkpoint, tmp_path):
     job = {"checkpoint": str(tiny_checkpoint), "folder": str(tmp_path / "two")}
     found = run_workers("tests.stages.pocket.ranks_worker", job, 2)
