@@ -32,6 +32,8 @@ LONGEST_FIRST = (
     "tests/e2e/test_kills.py",
     "tests/stages/test_llm_run.py",
     "tests/stages/test_train.py",
+    "tests/stages/test_train_processes.py",
+    "tests/stages/test_page.py",
     "tests/stages/test_serving_process.py",
     "tests/e2e/test_documentation.py",
     "tests/stages/hub",
