@@ -25,10 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/duplex run configs/pocket.yaml
 
-# 11 minutes on two cores, no network. Two workers; tests/conftest.py keeps
-# what shares a fixture together.
+# 9 minutes on two cores, no network. Three workers, since many wait for processes and clocks;
+# tests/conftest.py keeps what shares a fixture together.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 3 -m 'not slow and not gpu'
 
 test-all: setup
 	$(BIN)/python -m pytest -q -m 'not gpu'

@@ -49,6 +49,7 @@ LAYERS = [
             "duplex.mixing",
             "duplex.room",
             "duplex.metrics",
+            "duplex.verdict",
             "duplex.phases",
             "duplex.inspection",
             "duplex.findings",

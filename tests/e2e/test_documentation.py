@@ -172,10 +172,8 @@ def test_every_config_can_be_planned_and_examined(name, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-# What pocket-full.yaml asks of the data stages pocket.yaml asks too, of fewer dialogues.
-@pytest.mark.parametrize(
-    "name", ["pocket.yaml", pytest.param("pocket-full.yaml", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # the finished run of these tests goes through the same stages
+@pytest.mark.parametrize("name", ["pocket.yaml", "pocket-full.yaml"])
 def test_every_config_that_runs_here_writes_its_tensors(name, finished, tmp_path):
     """The data stages of the shipped file itself, with fewer dialogues."""
     finished.lend_models(tmp_path / "runs")

@@ -56,7 +56,8 @@ def wait_until_unlocked(workplace):
 
 
 def kill_and_finish(finished, workplace, plan):
-    """`plan` holds (stage, fraction of that stage's undisturbed time) for each kill."""
+    """`plan` holds (stage, fraction of that stage's undisturbed time) for each kill: at most half,
+    since that run may have met a busier machine."""
     seconds = {row["name"]: row["seconds"] for row in finished.status()}
     for stage, fraction in plan:
         # Start-up of a stage's process counts as well: about a second before its own clock.
@@ -84,7 +85,7 @@ def test_three_kills(finished, tmp_path):
     seed = draw.randrange(2**32)
     print(f"moments drawn with seed {seed}")
     draw.seed(seed)
-    moments = [(stage, draw.uniform(0.1, 0.8)) for stage in ("speech", "tensors", "train")]
+    moments = [(stage, draw.uniform(0.05, 0.5)) for stage in ("speech", "tensors", "train")]
     assert kill_and_finish(finished, workplace, moments) == deterministic(finished)
 
 
@@ -98,7 +99,7 @@ def test_ten_kills_each_stage_at_least_once(finished, tmp_path):
     draw.seed(seed)
     stages = [*DETERMINISTIC, "train", "speech", "tensors"]
     stages.sort(key=STAGE_NAMES.index)
-    moments = [(stage, draw.uniform(0.05, 0.7)) for stage in stages]
+    moments = [(stage, draw.uniform(0.05, 0.5)) for stage in stages]
     assert kill_and_finish(finished, workplace, moments) == deterministic(finished)
     for stage in ("serve", "evaluate"):
         assert kill_during(workplace, stage, 2.0)
