@@ -2,7 +2,8 @@
 
     numbers   in words or digits, "twenty five" as 25, "half past six" as 6; "one" and "once" by
               themselves are seldom numbers and never count
-    names     words with a capital that begin no sentence, other than I, days and months
+    names     words with a capital that begin no sentence, other than I, days, months and what often
+              begins one (yes, well), where the stop before it is missing
 
 A detail counts as given if the prompt or any user turn so far holds it. Sums are not worked out: an
 agent that adds two prices up has invented a number. Spoken text has no quotes and few capitals, so
@@ -19,48 +20,18 @@ from collections.abc import Iterable
 
 from duplex.words import words_of
 
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_VALUES = {word: value for value, word in enumerate(_ONES)} | {
-    word: 20 + 10 * place for place, word in enumerate(_TENS)
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_DAYS = "monday tuesday wednesday thursday friday saturday sunday"
+_MONTHS = "january february march april may june july august september october november december"
+_OPENERS = "yes no oh well please thanks thank sorry hi hello hey um and but so ok okay"
+_VALUES = {word: value for value, word in enumerate(_ONES.split())} | {
+    word: 20 + 10 * place for place, word in enumerate(_TENS.split())
 }
-_DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
-_MONTHS = [
-    "january",
-    "february",
-    "march",
-    "april",
-    "may",
-    "june",
-    "july",
-    "august",
-    "september",
-    "october",
-    "november",
-    "december",
-]
-_NO_NAMES = {"i", "i'm", "i'll", "i've", "i'd", "ok", "okay", *_DAYS, *_MONTHS}
+_NO_NAMES = {"i", *_OPENERS.split(), *_DAYS.split(), *_MONTHS.split()}
 
 
 def numbers_in(text: str) -> set[int]:
@@ -106,7 +77,8 @@ def names_in(text: str) -> set[str]:
     found: set[str] = set()
     for sentence in re.split(r"(?<=[.!?])\s+", text):
         for word in re.findall(r"[A-Za-z][\w']*", sentence)[1:]:
-            if word[0].isupper() and word.lower() not in _NO_NAMES:
+            is_i = word[:2].lower() == "i'"
+            if word[0].isupper() and not is_i and word.lower() not in _NO_NAMES:
                 found.add(word.lower().removesuffix("'s"))
     return found
 

@@ -81,7 +81,7 @@ def test_one_changed_trait_rewrites_the_dialogues_of_its_persona_alone(workplace
     assert all(before[name] == after[name] for name in ("speech", "tensors"))
 
 
-@pytest.mark.slow  # a changed trait does the same, below
+@pytest.mark.slow  # a changed trait does the same, above
 def test_changed_prompts_rewrite_their_persona_s_dialogues_and_all_that_follows(workplace):
     path = workplace.persona_file("friendly-june")
     persona = yaml.safe_load(path.read_text())
