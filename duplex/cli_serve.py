@@ -57,7 +57,7 @@ def serve(
     runs: RunsRoot = RUNS,
     overrides: Overrides = None,
 ) -> None:
-    """Serve the merged model of a config, or any checkpoint folder, until interrupted.
+    """Serve the merged model of a config, any checkpoint folder, pocket, or a hub's owner/name.
 
     Example: duplex serve configs/pocket.yaml
     """

@@ -16,15 +16,15 @@ interval  Percentiles of d over `DRAWS` bootstrap samples of items, widened by s
 many      Holm 1979: with m measures asked at once, the chance that any verdict is wrong is at most
           `LEVEL`.
 
-Pooling sums and counts over items instead, and swapping them, would test whether the models are
-the same in everything: of a silent and a talkative model with equal error rates it called half
-different. Items are taken as independent.
+Pooling sums and counts over items instead, and swapping them, would test whether the models are the
+same in everything: a silent and a talkative one with equal error rates would be called different.
+Items are taken as independent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -72,7 +72,7 @@ def compare(
     Args:
         measures: pairs by item, and which way is better; "": neither, then a difference is said to
             be one and no more.
-        seed: of the swaps and samples that are drawn.
+        seed: of the signs and samples that are drawn.
     """
     found = {key: _measured(pairs, seed) for key, (pairs, _) in measures.items()}
     adjusted = holm({key: one.p for key, one in found.items() if one.p is not None})
@@ -98,9 +98,7 @@ def _judged(one: Finding, p_holm: float, better: Better) -> Finding:
     if p_holm <= LEVEL and one.difference != 0:
         good = (one.difference > 0) == (better == "high")
         word = "differs" if not better else "improved" if good else "regressed"
-    return Finding(
-        word, one.n, one.value_a, one.value_b, one.difference, one.low, one.high, one.p, p_holm
-    )
+    return replace(one, word=word, p_holm=p_holm)
 
 
 def least_items(num_measures: int) -> int:

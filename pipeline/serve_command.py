@@ -19,7 +19,7 @@ from pipeline.run import plan, run_folder_of
 
 GRADES, LINKS = "grades.jsonl", "links.jsonl"
 MAX_PORT = 65_535
-ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+ANY_HOST = ("0.0.0.0", "::")
 MAX_ARGUMENT_BYTES = 100_000  # Linux takes 128 KiB
 
 
@@ -75,14 +75,16 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
         code = serve_stock(served.folder, served.adapter, host=host, port=port, ssl=options.ssl)
         raise SystemExit(code)
     if config is not None:
+        from pipeline.serving.wire import authority
+
         scheme = "http" if options.ssl is None else "https"
-        shown = ANY_HOST.get(host, f"[{host}]" if ":" in host else host)
-        for name, url in persona_urls(config, runs, f"{scheme}://{shown}:{port}"):
+        at = authority(host, port)
+        for name, url in persona_urls(config, runs, f"{scheme}://{at}"):
             print(f"{name:<20} {url}")
-        if options.token or runtime.token or os.environ.get("DUPLEX_TOKEN"):
-            print("Each wants the token behind it once, as &token=…; the browser keeps it.")
+        if options.token or runtime.token:
+            print("Each wants token=… in its query once; the browser keeps it.")
         if host in ANY_HOST:
-            print(f"From elsewhere: this machine's address in the place of {shown}.")
+            print(f"From elsewhere: this machine's address in the place of {at}.")
         print("Loading; these open once the line `serving at …` has come.")
     command = [sys.executable, "-m", "pipeline.serving.app", str(served.folder)]
     command += ["--host", host, "--port", str(port), "--device", runtime.device]

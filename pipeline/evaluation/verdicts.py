@@ -13,9 +13,7 @@ from pipeline.evaluation.scoring import MEASURES, Measure, Measured
 NOT_JUDGED = {"prompt_proven"}
 
 
-def verdicts(
-    first: Sequence[Measured], last: Sequence[Measured], seed: int = 0
-) -> list[dict[str, Any]]:
+def verdicts(first: Sequence[Measured], last: Sequence[Measured]) -> list[dict[str, Any]]:
     """A row for each measure: `duplex.verdict.Finding` with the measure's key, label and unit.
 
     Args:
@@ -33,7 +31,7 @@ def verdicts(
         )
         for measure in judged
     }
-    found = compare(pairs, seed)
+    found = compare(pairs)
     return [
         {
             "key": measure.key,

@@ -187,6 +187,8 @@ async def _listen(
     loading: asyncio.Future[ServedModel],
     secure: ssl.SSLContext | None,
 ) -> int:
+    from pipeline.serving.wire import authority  # numpy: not for --help
+
     assert runner.server is not None
     # Not by aiohttp's site: before a handshake a connection of https is nobody's, for a minute.
     wait_s = None if secure is None else HEADER_S
@@ -198,7 +200,7 @@ async def _listen(
         print(f"error: {_cannot_listen(args, error)}", file=sys.stderr)
         return EXIT_WORK_FAILED
     scheme = "http" if secure is None else "https"
-    url = f"{scheme}://{_authority(args.host, listener.sockets[0].getsockname()[1])}"
+    url = f"{scheme}://{authority(args.host, listener.sockets[0].getsockname()[1])}"
     await asyncio.wait({stopped, loading}, return_when=asyncio.FIRST_COMPLETED)
     if not stopped.done():
         model = desk.model = loading.result()
@@ -294,12 +296,6 @@ def _ssl_context(folder: Path | None) -> ssl.SSLContext | None:
             f"rsa:2048 -nodes -days 365 -subj /CN=localhost -keyout {KEY} -out {CERTIFICATE}"
         ) from None
     return context
-
-
-def _authority(host: str, port: int) -> str:
-    """Where to reach a server that listens on `host`: on any address means on this one."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _cannot_listen(args: argparse.Namespace, error: OSError) -> str:

@@ -11,7 +11,6 @@ import json
 import logging
 import secrets
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from duplex.errors import RequestError
@@ -23,19 +22,9 @@ NAME_CHARS = 80
 MAX_LINKS = 10_000
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What a trainee was given. expires: seconds since 1970."""
-
-    name: str
-    text_prompt: str
-    voice_prompt: str
-    greeting: str
-    expires: int
-
-
-class _Kept(Body):
-    """A line of the file, without the link's digest."""
+class Pass(Body):
+    """What a trainee was given; a line of the file, beside the link's digest. expires: seconds
+    since 1970."""
 
     name: str
     text_prompt: str
@@ -74,11 +63,10 @@ class LinkBook:
         passes = {}
         for line in read_lines(self._path):
             try:
-                key, given = str(line.pop("link")), read_body(_Kept, line)
+                key = str(line.pop("link"))
+                passes[key] = read_body(Pass, line)
             except (KeyError, RequestError) as error:
                 logging.warning("%s: a line is no link, opens nothing: %s", self._path.name, error)
-                continue
-            passes[key] = Pass(**given.model_dump())
         self._passes, self._read_at = passes, found
 
     def add(
@@ -104,7 +92,13 @@ class LinkBook:
         if len(self._passes) >= MAX_LINKS:
             raise RequestError(f"there are {MAX_LINKS} links already; wait until some have ended")
         link = secrets.token_urlsafe(24)
-        given = Pass(name, text_prompt, voice_prompt, greeting, int(now + hours * 3600))
+        given = Pass(
+            name=name,
+            text_prompt=text_prompt,
+            voice_prompt=voice_prompt,
+            greeting=greeting,
+            expires=int(now + hours * 3600),
+        )
         self._passes[_digest(link)] = given
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +121,7 @@ class LinkBook:
 
 
 def _line(digest: str, given: Pass) -> str:
-    return json.dumps({"link": digest, **asdict(given)}, ensure_ascii=False)
+    return json.dumps({"link": digest, **given.model_dump()}, ensure_ascii=False)
 
 
 def _digest(link: str) -> str:

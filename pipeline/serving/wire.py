@@ -207,6 +207,12 @@ def query_pairs(url: str) -> list[tuple[str, str]]:
     return parse_qsl(parts.query, keep_blank_values=True)
 
 
+def authority(host: str, port: int) -> str:
+    """`host:port` of a server that listens on `host`: on any address means on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def base_url(url: str) -> str:
     """`http(s)://host:port[/prefix]` of any URL of a server, without a slash at its end."""
     parts = urlsplit(url if "://" in url else f"http://{url}")

@@ -1,4 +1,4 @@
-"""`python -m training.pocket base`: the pocket base from nothing, on one machine, resumable.
+"""`python -m training.pocket base`: the pocket base from nothing, resumable.
 
     1. the grammar's utterances are spoken and encoded        WORK/codes/
     2. a tokenizer is trained on the grammar's and the coffee corpus' text; both in one file
@@ -86,7 +86,7 @@ def make_base(argv: list[str], ranks: Ranks, report: Callable[[str], None]) -> N
     """What one process does of it, once utterances are spoken and encoded.
 
     Raises:
-        RequestError: `--bank` is of another grammar.
+        RequestError: `--bank` is of another grammar or codec.
     """
     torch.set_num_threads(1)
     arguments = _parse(argv)
@@ -149,7 +149,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--ahead", type=int, default=0,
         help="processes that draw batches ahead, for a GPU: each holds sixteen steps in shared "
-        "memory, 115 MB at 64 dialogues a batch",
+        "memory, by its sizes some 110 MB at 64 dialogues a batch",
     )  # fmt: skip
     add("--checkpoint-every", type=int, default=200, help="updates")
     add("--codes-only", action="store_true", help="stop when WORK/bank.safetensors is made")

@@ -139,17 +139,19 @@ def _check(tensors: dict[str, np.ndarray]) -> None:
     Raises:
         ValueError, KeyError: a tensor that is not there, or not of its type, shape and range.
     """
-    kinds = {"codes": ("int16", 2), "phones": ("int16", 2), "tokenizer": ("uint8", 1)}
-    kinds |= dict.fromkeys(("frames", "phone_frames", "word_ends", "word_counts"), ("int32", 1))
-    kinds |= dict.fromkeys((n for n in tensors if n.startswith(ROOM)), ("int16", 2))
+    encoded = ["codes", *(name for name in tensors if name.startswith(ROOM))]
+    numbers = ("frames", "phone_frames", "word_ends", "word_counts")
+    kinds = dict.fromkeys((*encoded, "phones"), ("int16", 2))
+    kinds |= dict.fromkeys(numbers, ("int32", 1)) | {"tokenizer": ("uint8", 1)}
     for name, (dtype, dimensions) in kinds.items():
         found = tensors[name]
         _require(found.dtype == dtype and found.ndim == dimensions, f"{name} as {dtype}")
-        if dtype == "int32":
-            _require(bool((found >= 0).all()), f"{name} from 0 on")
-        elif name != "tokenizer" and name != "phones":
-            fits = found.shape[0] == CODEBOOKS and bool(((found >= 0) & (found < CARD)).all())
-            _require(fits, f"{name} of {CODEBOOKS} codebooks of {CARD}")
+    for name in numbers:
+        _require(bool((tensors[name] >= 0).all()), f"{name} from 0 on")
+    for name in encoded:
+        codes = tensors[name]
+        fits = codes.shape[0] == CODEBOOKS and bool(((codes >= 0) & (codes < CARD)).all())
+        _require(fits, f"{name} of {CODEBOOKS} codebooks of {CARD}")
     _require(tensors["phones"].shape[1] == 2, "two phones a frame")
     rooms = {name.removeprefix(ROOM) for name in tensors if name.startswith(ROOM)}
     _require(rooms == set(ROOMS), f"the rooms {sorted(ROOMS)}")

@@ -28,7 +28,7 @@ def shared_out(
         return work(items)
     size = -(-len(items) // (processes * PARTS_A_PROCESS))
     parts = [items[start : start + size] for start in range(0, len(items), size)]
-    context = multiprocessing.get_context("spawn")  # what torch has started, no fork survives
+    context = multiprocessing.get_context("spawn")  # a fork may hang on what torch has started
     with ProcessPoolExecutor(processes, context, initializer=_one_thread) as pool:
         results: list[Result] = []
         for part in pool.map(work, parts):

@@ -209,7 +209,7 @@ def drawn_ahead(
         sampler=groups,
         num_workers=processes,
         prefetch_factor=GROUPS_AHEAD,
-        multiprocessing_context="fork",  # all share the bank's memory
+        multiprocessing_context="fork",  # all share the bank's memory, and run one thread
     )
     for group, batches in zip(groups, loader, strict=True):
         for step, batch in enumerate(batches, group * POOL_STEPS):

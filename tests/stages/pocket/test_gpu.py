@@ -10,6 +10,7 @@ from training.loss import coefficients, part_counts
 from training.pocket.base_clips import ClipMaker, joined
 from training.pocket.base_gpu import WideForward
 from training.pocket.base_loop import ALONE, accumulate_gradients
+from training.pocket.base_optimizer import Masters
 from training.pocket.base_source import LOSS, LoopSettings, Source
 
 SMALL = {"dim": 32, "num_heads": 2, "num_layers": 2, "depformer_dim": 16,
@@ -69,3 +70,14 @@ def test_joined_lessons_give_the_gradients_of_both(lm, grammar, bank, tokenizer,
     assert torch.allclose(sums.nll, other.nll, rtol=1e-5) and len(grads) == len(other_grads) > 20
     for grad, other_grad in zip(grads, other_grads, strict=True):
         assert torch.allclose(grad, other_grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_checkpoint_can_be_written_before_a_part_has_had_a_gradient(lm):
+    """In steps of words alone the depth transformer is not reached."""
+    masters = Masters(lm, LoopSettings(3).section())
+    codes, mask, weights = batch(audio=False)
+    WideForward(lm)(codes, mask, weights)[0].backward()
+    masters.update(lm, 0, ALONE)
+    tensors = masters.tensors()
+    assert {f"exp_avg.{name}" for name, _ in lm.named_parameters()} <= tensors.keys()
+    Masters(lm, LoopSettings(3).section()).restore(tensors)
