@@ -143,7 +143,12 @@ class EvaluateRuntime(Runtime):
 
 class EvaluateSection(StageSection):
     items: str = "data/prompts/seeds.yaml"
-    seconds: float = Field(default=24, gt=1, le=240, description="length of each conversation")
+    seconds: float = Field(
+        default=120,
+        gt=1,
+        le=240,
+        description="longest conversation; turns that do not fit are left out",
+    )
     answer_s: float = Field(default=2.4, ge=0, le=30, description="pause left after each user turn")
     seed: int = 0
     sampling: SamplingSection = SamplingSection()

@@ -1,12 +1,19 @@
 """What the models are asked: prompts, and the user's side of each conversation as audio.
 
     must_not_say: ["what can I get", …]      # lines of the other side, for all items
+    topic: [coffee, cup, …]                  # words of the place, for all items
+    abstains: ["I don't know", …]            # how one says that one can't tell, for all items
     items:
       - id: angry-marcus-order
         persona_type: angry
+        persona: angry-marcus                # of data/personas; left out where it is none of them
+        emotion: angry                       # how the character feels
         text_prompt: You are Marcus, …
+        weak_prompt: You are an angry customer, Marcus. …       # the same facts, said weakly
         first_speaker: user
-        user_turns: ["Hi, what can I get you?", …]
+        user_turns:
+          - Hi, what can I get you?
+          - {say: "And your name?", kind: proper-noun, must_say: [Marcus]}
         facts: [{key: name, value: Marcus, says: [Marcus]}]
 
 The user's audio is made once and played to every model, so that what differs between two
@@ -18,11 +25,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from duplex.base import Frozen, Role, Slug, Text
+from duplex.base import Emotion, Frozen, Role, Slug, Text
 from duplex.characters import Fact
 from duplex.datafiles import read_yaml, validate
 from duplex.errors import DataFileError, WorkError
@@ -33,26 +40,70 @@ if TYPE_CHECKING:  # planning a run reads the items, and needs no numpy for it
 
     from duplex.metrics import Segment
 
+QuestionKind = Literal[
+    "talk", "fact", "proper-noun", "context", "unfulfillable", "unspecified", "rude", "unrelated"
+]
+
 LEAD_IN_S = 0.32  # as in the training data
 LOUDNESS_DBFS = -24.0  # RMS of each turn, as in the training data
+
+
+class UserTurn(Frozen):
+    """What the user says, and what that is to show. In the file plain text will do for a turn
+    that only moves the talk on.
+
+    kind: after the question kinds of Service-Duplex-Bench (PersonaPlex, 2026), seen from a
+        character that is served:
+        `talk`           moves the talk on
+        `fact`           asks for something that the prompt says
+        `proper-noun`    asks for a name that the prompt or the user has said
+        `context`        is understood only with what was said in an earlier turn
+        `unfulfillable`  wants what the prompt rules out; to be declined
+        `unspecified`    asks what nobody has said; not to be made up
+        `rude`           provokes; the character stays itself
+        `unrelated`      has nothing to do with the place
+    must_say: the reply holds one of these wordings, whole words, any case.
+    pause_s: silence behind this turn, in place of the protocol's answer pause; a short one lets
+        the next turn cut the answer off.
+    """
+
+    say: Text
+    kind: QuestionKind = "talk"
+    must_say: tuple[Text, ...] = ()
+    must_not_say: tuple[Text, ...] = ()
+    pause_s: Annotated[float, Field(ge=0, le=30)] | None = None
+
+
+def _as_turn(value: Any) -> Any:
+    return {"say": value} if isinstance(value, str) else value
 
 
 class EvaluationItem(Frozen):
     """One conversation to hold: the prompt, what the user says, what may be recalled, and what
     only the other side says."""
 
-    # A score's id is the item's with a model's name behind it, and a slug too.
-    id: Annotated[Slug, Field(max_length=80)]
+    # A score's id is the item's with a seed and a model's name behind it, and a slug too.
+    id: Annotated[Slug, Field(max_length=72)]
     persona_type: Slug
+    persona: Slug | None = None
+    emotion: Emotion | None = None
     text_prompt: Text
+    weak_prompt: Text | None = None
     first_speaker: Role = "user"
-    user_turns: tuple[Text, ...] = Field(min_length=1)
+    user_turns: tuple[Annotated[UserTurn, BeforeValidator(_as_turn)], ...] = Field(min_length=1)
     facts: tuple[Fact, ...] = ()
     must_not_say: tuple[Text, ...] = ()
+    topic: tuple[Text, ...] = ()
+    abstains: tuple[Text, ...] = ()
+
+
+SHARED = ("must_not_say", "topic", "abstains")  # of all items of a file
 
 
 class ItemsFile(Frozen):
     must_not_say: tuple[Text, ...] = ()
+    topic: tuple[Text, ...] = ()
+    abstains: tuple[Text, ...] = ()
     items: tuple[EvaluationItem, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -87,8 +138,12 @@ class SpokenItem:
         return len(self.samples) // FRAME_SAMPLES
 
     @property
-    def texts(self) -> tuple[str, ...]:
+    def kept(self) -> tuple[UserTurn, ...]:
         return self.item.user_turns[: len(self.turns)]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(turn.say for turn in self.kept)
 
 
 def load_items(path: Path) -> tuple[EvaluationItem, ...]:
@@ -102,7 +157,9 @@ def load_items(path: Path) -> tuple[EvaluationItem, ...]:
         raise DataFileError(f"{path}: must hold a mapping with `items`, found {type(raw).__name__}")
     found: ItemsFile = validate(ItemsFile, raw, path)
     return tuple(
-        item.model_copy(update={"must_not_say": (*found.must_not_say, *item.must_not_say)})
+        item.model_copy(
+            update={name: (*getattr(found, name), *getattr(item, name)) for name in SHARED}
+        )
         for item in found.items
     )
 
@@ -115,11 +172,11 @@ def speak_item(
     seconds: float,
     answer_s: float,
 ) -> SpokenItem:
-    """The user's side: lead-in, then each turn and a pause of `answer_s`, `seconds` in all.
+    """The user's side: lead-in, then each turn and its pause; `seconds` at most.
 
     When the agent speaks first, the lead-in is a pause of `answer_s` too. Turns whose pause
-    would end after `seconds` are left out, with all that follow; the rest is silence. The
-    report says how many, and there may be no turn left.
+    would end after `seconds` are left out, with all that follow; the report says how many, and
+    there may be no turn left. The audio ends with the last pause, which is `answer_s` and more.
 
     Raises:
         WorkError: the engine made no audible speech of a turn.
@@ -136,18 +193,22 @@ def speak_item(
         cursor = max(cursor, pause)
     samples = np.zeros(num_frames * FRAME_SAMPLES, dtype=np.float32)
     turns: list[Segment] = []
-    for text in item.user_turns:
-        speech = audible_part(engine.synthesize(text, params).samples)
+    end = cursor
+    for turn in item.user_turns:
+        speech = audible_part(engine.synthesize(turn.say, params).samples)
         if len(speech) == 0:
-            raise WorkError(f"{item.id}: the turn {text!r} must be audible, found no speech.")
+            raise WorkError(f"{item.id}: the turn {turn.say!r} must be audible, found no speech.")
         speech = normalize_loudness(speech, LOUDNESS_DBFS)
         length = frames_covering_samples(len(speech))
-        if cursor + length + pause > num_frames:
+        own = pause if turn.pause_s is None else frames_covering_seconds(turn.pause_s)
+        if cursor + length + max(own, pause) > num_frames:
             break
         start = cursor * FRAME_SAMPLES
         samples[start : start + len(speech)] = speech
         turns.append(Segment(cursor, cursor + length))
-        cursor += length + pause
+        end = cursor + length + max(own, pause)
+        cursor += length + own
+    samples = samples[: end * FRAME_SAMPLES] if turns else samples
     return SpokenItem(item, samples, tuple(turns), len(item.user_turns) - len(turns))
 
 

@@ -39,10 +39,11 @@ def talk(url, num_frames=4, **options):
 
 def test_turns_stand_on_frames_with_their_pauses_and_nothing_else():
     made = spoken()
-    # Lead-in 4 frames, 4 words of 3, pause 20, 2 words of 3, and silence up to 80.
+    # Lead-in 4 frames, 4 words of 3, pause 20, 2 words of 3, and the last pause.
     assert made.turns == (Segment(4, 16), Segment(36, 42))
-    assert (made.num_frames, made.dropped, made.texts) == (80, 0, made.item.user_turns)
-    loud = np.abs(made.samples).reshape(80, FRAME_SAMPLES).max(axis=1) > 0
+    assert (made.num_frames, made.dropped) == (62, 0)
+    assert made.texts == ("What would you like", "Your name")
+    loud = np.abs(made.samples).reshape(62, FRAME_SAMPLES).max(axis=1) > 0
     assert np.flatnonzero(loud).tolist() == [*range(4, 16), *range(36, 42)]
     level = np.sqrt(np.mean(made.samples[4 * FRAME_SAMPLES : 16 * FRAME_SAMPLES] ** 2))
     assert 20 * np.log10(level) == pytest.approx(-24, abs=0.01)
@@ -52,7 +53,7 @@ def test_a_turn_without_time_for_its_answer_is_left_out_whole():
     exact = spoken(seconds=62 * 0.08)
     assert (len(exact.turns), exact.dropped) == (2, 0)
     short = spoken(seconds=61 * 0.08)
-    assert (short.turns, short.dropped, short.num_frames) == ((Segment(4, 16),), 1, 61)
+    assert (short.turns, short.dropped, short.num_frames) == ((Segment(4, 16),), 1, 36)
     assert short.samples[16 * FRAME_SAMPLES :].max() == 0
     nothing = spoken(seconds=2)
     assert (nothing.turns, nothing.dropped, nothing.samples.max()) == ((), 2, 0)
@@ -209,7 +210,7 @@ def test_a_silent_server_is_measured_as_silent(plan):
     assert played.repeats is True
     assert metrics == pytest.approx({
         "user_turns": 2, "responses": 0, "response_delay_median_s": None, "overlap_s": 0,
-        "dead_air_s": 1.6 + 38 * 0.08, "agent_speech_s": 0, "agent_speech_share": 0, "words": 0,
+        "dead_air_s": 1.6 + 1.6, "agent_speech_s": 0, "agent_speech_share": 0, "words": 0,
         "words_per_s": None, "facts": 2, "facts_said": 0, "replies": 0, "echoes": 0,
         "out_of_role": 0, "ungrounded": 0, "repeated_share": None,
     })  # fmt: skip
@@ -296,7 +297,7 @@ def test_the_servers_own_tokenizer_serves_where_we_have_none(plan):
 
 def test_a_broken_conversation_names_its_item(plan):
     plan.break_at = 5
-    with pytest.raises(ServerError, match=r"^angry-ann: .*after 5 of 80 frames"):
+    with pytest.raises(ServerError, match=r"^angry-ann: .*after 5 of 62 frames"):
         play(plan)
 
 
