@@ -13,9 +13,10 @@ import importlib.metadata
 import importlib.util
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 
@@ -41,6 +42,8 @@ SCRIPTS = {
     **dict.fromkeys(("ru", "uk", "bg"), "CYRILLIC"),
     "el": "GREEK",
 }
+
+WordT = TypeVar("WordT")
 
 
 class Recogniser(Protocol):
@@ -174,18 +177,21 @@ def trusted_words(segments: Iterable[Any], language: str, seconds: float) -> lis
     return words
 
 
-def until_loop(words: Iterable[Any]) -> list[Any]:
+def until_loop(
+    words: Iterable[WordT], text_of: Callable[[WordT], str] = attrgetter("word")
+) -> list[WordT]:
     """The words before a loop, with its first word; empty ones left out.
 
     A word `LOOP_WORDS` times in a row is a loop. The guard that this follows ends at the third
     token, and tokens are smaller than words: people do say "no, no, no" and go on.
     """
-    kept: list[Any] = []
+    kept: list[WordT] = []
     run = 0
     for word in words:
-        if not word.word.strip():
+        text = text_of(word)
+        if not text.strip():
             continue
-        same = bool(kept) and _plain(kept[-1].word) == _plain(word.word)
+        same = bool(kept) and _plain(text_of(kept[-1])) == _plain(text)
         run = run + 1 if same else 1
         kept.append(word)
         if run == LOOP_WORDS:
