@@ -202,7 +202,8 @@ def test_every_intent_of_the_vocabulary_comes_up_in_an_arc_or_when_one_grows(
 
 def test_the_evaluation_items_are_the_four_of_the_predecessor() -> None:
     items = SEEDS["items"]
-    assert set(SEEDS) == {"items", "must_not_say"} and len(SEEDS["must_not_say"]) > 10
+    assert set(SEEDS) == {"items", "must_not_say", "topic", "abstains"}
+    assert len(SEEDS["must_not_say"]) > 10
     assert [item["persona_type"] for item in items] == [
         "angry",
         "nervous",
