@@ -19,6 +19,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any
@@ -62,6 +63,7 @@ class MisbehavingServer:
     """`with MisbehavingServer(share=.3) as server: … server.base_url`.
 
     share: of first sends that meet a deed of `deeds`. refuses: parameters answered with 400.
+    says: what a reply holds, by the request's body, where it shall be no dialogue.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class MisbehavingServer:
         stall_s: float = 3.0,
         refuses: tuple[str, ...] = (),
         script: list[str] | None = None,
+        says: Callable[[dict[str, Any]], str] | None = None,
     ):
         self._seed, self._share, self._deeds, self._patience = seed, share, deeds, patience
         self._think_s, self._stall_s, self._refuses = think_s, stall_s, refuses
+        self._says = says
         self._script = script or []  # deeds of the first requests, in order
         self.books = Books()
         self._writer = ScriptedWriter()
@@ -249,7 +253,7 @@ class MisbehavingServer:
             return "", "content_filter", ""
         if deed == "twin" and self._last_content and "prompts" not in _wanted(body):
             return self._last_content, "stop", ""
-        content = self._words(name, body)
+        content = self._says(body) if self._says else self._words(name, body)
         if deed == "roles":
             return content.replace('"agent"', '"narrator"'), "stop", ""
         if deed == "broken":

@@ -25,6 +25,21 @@ MESSAGE_TOKENS = 16
 
 
 @dataclass(frozen=True)
+class Named:
+    """What messages call the work and its settings: a config's keys, or a command's options."""
+
+    work: str = "dialogues"
+    folder: str = "this run folder"
+    api_key: str = "dialogues.runtime.api_key"
+    base_url: str = "base_url"
+    prices: str = "dialogues.runtime.price_in and price_out"
+    budget_usd: str = "dialogues.runtime.budget_usd"
+    budget_tokens: str = "dialogues.runtime.budget_tokens"
+    max_retries: str = "dialogues.runtime.max_retries"
+    max_wait_s: str = "dialogues.runtime.max_wait_s"
+
+
+@dataclass(frozen=True)
 class Cost:
     tokens: int = 0
     usd: float = 0.0
@@ -74,8 +89,10 @@ class Budget:
         usd: float | None = None,
         tokens: int | None = None,
         before: tuple[Cost, Cost] = (NOTHING, NOTHING),
+        named: Named | None = None,
     ):
         self._usd, self._tokens = usd, tokens
+        self._named = named or Named()
         self.spent, self.unknown = before
         self.reserved = NOTHING
         self._in_flight = 0
@@ -115,19 +132,19 @@ class Budget:
         )
 
     def _refusal(self, bound: Cost) -> str:
-        total = self.spent + self.unknown + bound
+        total, named = self.spent + self.unknown + bound, self._named
         if self._usd is not None and total.usd > self._usd:
             return (
-                f"dialogues: at most {self._usd:.2f} USD may be spent in this run folder; "
+                f"{named.work}: at most {self._usd:.2f} USD may be spent in {named.folder}; "
                 f"{self.spent.usd:.4f} is spent, {self.unknown.usd:.4f} more may have been "
                 f"(replies that were cut off), and the next request may cost {bound.usd:.4f}. "
-                "Raise dialogues.runtime.budget_usd and run again: nothing is paid twice."
+                f"Raise {named.budget_usd} and run again: nothing is paid twice."
             )
         return (
-            f"dialogues: at most {self._tokens} tokens may be used in this run folder; "
+            f"{named.work}: at most {self._tokens} tokens may be used in {named.folder}; "
             f"{self.spent.tokens} are used, {self.unknown.tokens} more may have been (replies "
             f"that were cut off), and the next request may take {bound.tokens}. "
-            "Raise dialogues.runtime.budget_tokens and run again: nothing is paid twice."
+            f"Raise {named.budget_tokens} and run again: nothing is paid twice."
         )
 
     def describe(self) -> str:

@@ -6,14 +6,14 @@ The budget is that of the run folder: what all its logs hold is spent already.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from duplex.config_data import DialoguesSection
 from duplex.files import read_lines
 from duplex.store import StageFolder, folders_of
-from pipeline.engines.llm.budget import NOTHING, Budget, Cost, Price, prompt_bound
+from pipeline.engines.llm.budget import NOTHING, Budget, Cost, Named, Price, prompt_bound
 from pipeline.engines.llm.client import Client, Request
 from pipeline.engines.llm.exchanges import FILE, KEPT_FOLDER, Exchanges, account, logs_of
 from pipeline.engines.llm.wire import Wire
@@ -44,10 +44,14 @@ def build_client_beside(section: DialoguesSection, run_folder: Path, number: int
 
 
 def _client(section: DialoguesSection, run_folder: Path, number: int, own: Path) -> Client:
-    runtime = section.runtime
     stage_folders = (other.path for other in folders_of(run_folder, number, "dialogues"))
     others = [path for path in logs_of(run_folder, stage_folders, own) if path != own]
-    log = Exchanges(own, others)
+    return client_of(section, Exchanges(own, others))
+
+
+def client_of(section: DialoguesSection, log: Exchanges, named: Named | None = None) -> Client:
+    """A client for any log; what that holds is spent already."""
+    runtime = section.runtime
     wire = Wire(
         base_url=runtime.base_url,
         api_key=runtime.api_key or "",
@@ -58,6 +62,7 @@ def _client(section: DialoguesSection, run_folder: Path, number: int, own: Path)
         usd=runtime.budget_usd,
         tokens=runtime.budget_tokens,
         before=(log.before.spent, log.before.unknown),
+        named=named,
     )
     return Client(
         wire,
@@ -67,6 +72,7 @@ def _client(section: DialoguesSection, run_folder: Path, number: int, own: Path)
         concurrency=runtime.concurrency,
         max_retries=runtime.max_retries,
         max_wait_s=runtime.max_wait_s,
+        named=named,
     )
 
 
@@ -82,7 +88,7 @@ def spending_notes(folder: StageFolder) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`about` if each first reply is kept, `most` if each slot takes all of its candidates."""
+    """`about` if each first reply is kept, `most` if all take as many as they may."""
 
     model: str
     requests: int
@@ -90,6 +96,7 @@ class Estimate:
     about: Cost
     most: Cost
     priced: bool
+    named: Named = field(default_factory=Named)
 
     def describe(self) -> str:
         text = (
@@ -98,7 +105,7 @@ class Estimate:
             f"{self.most.tokens / 1e6:.2f} M tokens{self._usd(self.most)}, retries apart"
         )
         if not self.priced:
-            text += "; dollars unknown: give dialogues.runtime.price_in and price_out"
+            text += f"; dollars unknown: give {self.named.prices}"
         return text + " (computed)"
 
     def _usd(self, cost: Cost) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from duplex.base import canonical_json
 from duplex.errors import RecordError, RequestError, TransientError
-from pipeline.engines.llm.budget import Budget, Cost, Price, prompt_bound
+from pipeline.engines.llm.budget import Budget, Cost, Named, Price, prompt_bound
 from pipeline.engines.llm.dialect import Dialects
 from pipeline.engines.llm.exchanges import Account, Exchanges, Reply
 from pipeline.engines.llm.pace import Pace, backoff_s, exhausted_s, retry_after_s
@@ -79,9 +79,11 @@ class Client:
         max_retries: int = 8,
         max_wait_s: float = 120.0,
         pace: Pace | None = None,
+        named: Named | None = None,
     ):
         self._wire, self._log, self._budget = wire, log, budget
         self._prices = prices
+        self._named = named or Named()
         self._slots = threading.BoundedSemaphore(concurrency)
         self._max_retries, self._max_wait_s = max_retries, max_wait_s
         self._stopped = threading.Event()
@@ -213,28 +215,29 @@ class Client:
             if sys.stderr.isatty() or now - self._noted < NOTE_EVERY_S:
                 return
             self._noted = now
-        print(f"dialogues: {self.describe()}", file=sys.stderr, flush=True)
+        print(f"{self._named.work}: {self.describe()}", file=sys.stderr, flush=True)
 
     def _wait_after(self, failure: Failure, request: Request, number: int) -> None:
         """Wait before try `number` + 1, or raise what ends the request."""
+        named = self._named
         if failure.kind == "refused":
             raise RecordError(failure.detail)
         if failure.kind == "stop":
             raise RequestError(
-                f"{failure.detail}. Check the key that dialogues.runtime.api_key names, the "
-                f"account's credit, the model {request.model!r} and base_url. What was answered "
-                "is kept: mend it and run again."
+                f"{failure.detail}. Check the key that {named.api_key} names, the "
+                f"account's credit, the model {request.model!r} and {named.base_url}. What was "
+                "answered is kept: mend it and run again."
             )
         if number > self._max_retries:
             raise TransientError(
-                f"{failure.detail}; it was asked {number} times (dialogues.runtime.max_retries). "
-                "Check base_url if it never worked"
+                f"{failure.detail}; it was asked {number} times ({named.max_retries}). "
+                f"Check {named.base_url} if it never worked"
             )
         asked = retry_after_s(failure.headers, time.time())
         if asked is not None and asked > self._max_wait_s:
             raise TransientError(
                 f"{failure.detail}; it asks to wait {asked:.0f} s, and at most "
-                f"{self._max_wait_s:g} s are waited (dialogues.runtime.max_wait_s)"
+                f"{self._max_wait_s:g} s are waited ({named.max_wait_s})"
             )
         if asked is None:
             asked = min(backoff_s(request.id, number), self._max_wait_s)
