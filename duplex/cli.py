@@ -12,7 +12,15 @@ from typing import Annotated
 
 import typer
 
-from duplex import __version__, cli_data, cli_serve, cli_train
+from duplex import (
+    __version__,
+    cli_bench,
+    cli_data,
+    cli_evaluate,
+    cli_judge,
+    cli_serve,
+    cli_train,
+)
 from duplex.cli_options import RUNS, AsJson, Overrides, RunsRoot
 from duplex.config import Config
 from duplex.configfile import load_config
@@ -146,31 +154,6 @@ def merge(
 
 
 @app.command()
-def evaluate(
-    targets: Annotated[list[str], typer.Argument(metavar="CONFIG|URL...")],
-    against: Annotated[
-        str | None, typer.Option(help="The URL to compare with; `base` for a config.")
-    ] = None,
-    items: Annotated[
-        str | None, typer.Option(help="Items for URLs; data/prompts/seeds.yaml if not given.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Report folder for URLs; evaluation/ if not given.")
-    ] = None,
-    runs: RunsRoot = RUNS,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Talk to served models with each prompt, and report base against merged.
-
-    Example: duplex evaluate configs/pocket.yaml
-    """
-    from pipeline import commands
-
-    commands.evaluate(targets, against, items, out, runs, overrides or [], as_json=as_json)
-
-
-@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE.pt|DIR", help="A tensor, or many.")],
     model: Annotated[
@@ -294,7 +277,10 @@ convert.command(name="adapter")(cli_data.convert_adapter)
 app.add_typer(cli_data.personas, name="personas")
 app.add_typer(cli_data.hub)  # push and pull
 app.add_typer(cli_train.training)  # compare
+app.add_typer(cli_evaluate.evaluation)
+app.add_typer(cli_judge.judging)  # judge
 app.add_typer(cli_serve.serving)  # serve and probe
+app.add_typer(cli_bench.benchmarks)  # bench
 
 
 @app.callback(invoke_without_command=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from duplex.config_data import DialoguesSection, PersonasSection, SpeechSection, VoicesSection
 from duplex.config_train import Device, TrainSection
@@ -138,11 +138,23 @@ class ServeSection(StageSection):
 
 class EvaluateRuntime(Runtime):
     device: Device = "auto"
+    slots: int = Field(
+        default=16, ge=1, le=256, description="conversations at a time in one process, at most"
+    )
     start_timeout_s: float = Field(default=600, gt=0)
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+ItemFiles = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
 class EvaluateSection(StageSection):
-    items: str = "data/prompts/seeds.yaml"
+    items: ItemFiles = Field(
+        default=("data/prompts/seeds.yaml",), min_length=1, description="files, or one"
+    )
     seconds: float = Field(
         default=120,
         gt=1,
@@ -151,6 +163,16 @@ class EvaluateSection(StageSection):
     )
     answer_s: float = Field(default=2.4, ge=0, le=30, description="pause left after each user turn")
     seed: int = 0
+    seeds: int = Field(
+        default=1, ge=1, le=100, description="conversations of each item: seed, seed + 1, …"
+    )
+    prompts: Literal["given", "weak"] = Field(
+        default="given", description="weak: an item's weak_prompt where it has one"
+    )
+    sockets: bool = Field(
+        default=False,
+        description="hold every conversation over a WebSocket, not the first alone",
+    )
     sampling: SamplingSection = SamplingSection()
     runtime: EvaluateRuntime = EvaluateRuntime()
 

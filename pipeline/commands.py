@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from duplex.config import Config, EvaluateSection
+from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import (
     EXIT_WORK_FAILED,
@@ -20,7 +20,8 @@ from duplex.errors import (
     StageFailedError,
 )
 from pipeline import run as pipeline_run
-from pipeline.run import Selection, plan, planned_cost, run_folder_of
+from pipeline.evaluate_targets import EvaluateOptions
+from pipeline.run import STAGE_NAMES, Selection, plan, planned_cost, run_folder_of
 from pipeline.serve_command import persona_urls
 
 STATE_COLOURS = {
@@ -233,38 +234,56 @@ def probe(
 
 
 def evaluate(
-    targets: list[str],
-    against: str | None,
-    items: str | None,
-    out: Path | None,
-    runs: Path,
-    overrides: list[str],
-    *,
-    as_json: bool,
+    targets: list[str], options: EvaluateOptions, runs: Path, overrides: list[str], *, as_json: bool
 ) -> None:
-    if len(targets) == 1 and not targets[0].startswith(("http://", "https://", "ws://", "wss://")):
-        if against not in (None, "base"):
-            raise RequestError("a config is evaluated --against base, found --against " + against)
-        if items or out:
-            raise RequestError(
-                "--items and --out are for URLs; a config has evaluate.items, and its run folder"
-            )
-        path = Path(targets[0])
-        config = load_config(path, overrides)
-        run(
-            config, path, runs, overrides, first="evaluate", last=None, only=None, skip="",
-            runner="local", retry_rejected=False, dry_run=False, as_json=as_json,
-        )  # fmt: skip
-        return
-    from pipeline.evaluate import evaluate_to_folder
+    """Exits with 1 where a verdict is one of `options.fail_on`."""
+    from pipeline import evaluate_targets
 
-    page = evaluate_to_folder(
-        targets,
-        against=against,
-        items=items or EvaluateSection().items,
-        out=out or Path("evaluation"),
-    )
-    print(json.dumps({"report": str(page)}) if as_json else f"Report:  {page}")
+    if len(targets) == 1 and targets[0].endswith((".yaml", ".yml")):
+        found = _evaluate_config(Path(targets[0]), options, runs, overrides, as_json=as_json)
+    elif all(evaluate_targets.is_report(target) for target in targets):
+        found = evaluate_targets.compare_reports(targets, options)
+        if not as_json:
+            evaluate_targets.show_verdicts(found["verdicts"])
+    else:
+        found = evaluate_targets.evaluate_to_folder(targets, options)
+        if not as_json:
+            evaluate_targets.show_verdicts(found["verdicts"])
+            print(f"Report:  {found['report']}")
+    if as_json and found["verdicts"] is not None:
+        show_json(found)
+    if found["failed"]:
+        for line in found["failed"]:
+            print(f"--fail-on: {line}", file=sys.stderr)
+        sys.exit(EXIT_WORK_FAILED)
+
+
+def _evaluate_config(
+    path: Path, options: EvaluateOptions, runs: Path, overrides: list[str], *, as_json: bool
+) -> dict[str, Any]:
+    """Stage 9 of a config; `verdicts` is None: what is shown is the run's."""
+    from pipeline.evaluation.verdicts import failures
+
+    if options.against not in (None, "base"):
+        raise RequestError(
+            "a config is evaluated --against base, found --against " + options.against
+        )
+    plain = EvaluateOptions(against=options.against, fail_on=options.fail_on)
+    if options != plain:
+        raise RequestError(
+            "only --against base and --fail-on go with a config, whose evaluate section says the "
+            "rest: --set evaluate.items=…, evaluate.seeds=…, evaluate.prompts=weak"
+        )
+    failures([], options.fail_on)  # before hours of work
+    config = load_config(path, overrides)
+    run(
+        config, path, runs, overrides, first="evaluate", last=None, only=None, skip="",
+        runner="local", retry_rejected=False, dry_run=False, as_json=as_json,
+    )  # fmt: skip
+    folder = plan(config, runs)[STAGE_NAMES.index("evaluate")].folder
+    assert folder is not None  # it has just been run
+    report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
+    return {"verdicts": None, "failed": failures(report["verdicts"], options.fail_on)}
 
 
 def clean(config: Config, runs: Path, *, dry_run: bool, yes: bool, as_json: bool) -> None:

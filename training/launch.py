@@ -34,6 +34,11 @@ from duplex.datafiles import CHECKOUT
 from duplex.errors import DuplexError, WorkError
 from duplex.lock import LOCK_FD_VARIABLE
 
+TRAINING_ADVICE = (
+    "The last checkpoint is kept: run again to go on from it. Signal 9 that nobody sent is most "
+    "often the system short of memory: a smaller batch, shorter crops or a higher train.accumulate "
+    "take less."
+)
 GRACE_S = 5.0  # for the others to say what they know, once one has ended badly
 LOOPBACK = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
@@ -44,8 +49,12 @@ def run_workers(
     job: dict[str, Any],
     processes: int,
     report: Callable[[str], None] = lambda line: None,
+    advice: str = TRAINING_ADVICE,
 ) -> dict[str, Any]:
     """Run `python -m module` in `processes` processes; returns the first rank's result.
+
+    Args:
+        advice: what to do when one died.
 
     Raises:
         DuplexError: what a rank raised, of its own class.
@@ -62,7 +71,7 @@ def run_workers(
             with contextlib.suppress(BrokenPipeError):
                 worker.stdin.write(json.dumps(job))
                 worker.stdin.close()
-        return _follow(workers, answers, report)
+        return _follow(workers, answers, report, advice)
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -74,6 +83,7 @@ def _follow(
     workers: list[subprocess.Popen[str]],
     answers: queue.Queue[tuple[int, dict[str, Any] | None]],
     report: Callable[[str], None],
+    advice: str,
 ) -> dict[str, Any]:
     result: dict[str, Any] | None = None
     faults: list[tuple[int, int, str, str]] = []  # (rank of the cause, rank, class, message)
@@ -89,7 +99,9 @@ def _follow(
             running.discard(rank)
             code = workers[rank].wait()
             if code and not any(fault[1] == rank for fault in faults):
-                faults.append((1, rank, "WorkError", _describe_death(rank, len(workers), code)))
+                faults.append(
+                    (1, rank, "WorkError", _describe_death(rank, len(workers), code, advice))
+                )
         elif "report" in answer and rank == 0:
             report(answer["report"])
         elif "result" in answer and rank == 0:
@@ -109,7 +121,7 @@ def _follow(
             raise kind(message)
         raise WorkError(f"rank {rank} of {len(workers)} failed: {name}: {message}")
     if result is None:
-        raise WorkError("the first of the training processes must give a result, found none.")
+        raise WorkError("the first of the processes must give a result, found none.")
     return result
 
 
@@ -119,15 +131,13 @@ def _error_class(name: str) -> type[DuplexError] | None:
     return kind if isinstance(kind, type) and issubclass(kind, DuplexError) else None
 
 
-def _describe_death(rank: int, processes: int, code: int) -> str:
+def _describe_death(rank: int, processes: int, code: int, advice: str) -> str:
     how = f"exit code {code}"
     if code < 0:
         how = f"signal {-code} ({signal.Signals(-code).name})"
     return (
-        f"all {processes} training processes must live until the end, found rank {rank} dead by "
-        f"{how}; the others were stopped. The last checkpoint is kept: run again to go on from "
-        "it. Signal 9 that nobody sent is most often the system short of memory: a smaller batch, "
-        "shorter crops or a higher train.accumulate take less."
+        f"all {processes} processes must live until the end, found rank {rank} dead by {how}; the "
+        f"others were stopped. {advice}"
     )
 
 

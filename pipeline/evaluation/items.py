@@ -23,6 +23,7 @@ time to answer it would count as unanswered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -31,7 +32,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from duplex.base import Emotion, Frozen, Role, Slug, Text
 from duplex.characters import Fact
-from duplex.datafiles import read_yaml, validate
+from duplex.datafiles import find_path, read_yaml, validate
 from duplex.errors import DataFileError, WorkError
 from duplex.frames import FRAME_SAMPLES, frames_covering_samples, frames_covering_seconds
 
@@ -162,6 +163,25 @@ def load_items(path: Path) -> tuple[EvaluationItem, ...]:
         )
         for item in found.items
     )
+
+
+def load_all_items(paths: Sequence[str]) -> tuple[EvaluationItem, ...]:
+    """The items of several files, one after the other.
+
+    Raises:
+        DataFileError: as `load_items`; or two files have an item of the same id.
+    """
+    found: dict[str, str] = {}
+    items: list[EvaluationItem] = []
+    for name in paths:
+        for item in load_items(find_path(name)):
+            if item.id in found:
+                raise DataFileError(
+                    f"each item needs an id of its own, {item.id} is in {found[item.id]} and {name}"
+                )
+            found[item.id] = name
+            items.append(item)
+    return tuple(items)
 
 
 def speak_item(

@@ -12,7 +12,8 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
@@ -32,31 +33,56 @@ BUSY_POLL_S = 0.1
 class PlaySettings:
     """How a conversation is held. `tokenizer`: SentencePiece model; None takes the server's,
     and then a prompt's proof rests on the server's own tokenizer. `prompt_audio`: query keys by
-    item id, for the voice and the greeting that the server is to prompt with. `bare`: the models
-    were trained without prompts, so none is sent."""
+    item id, for the voice and the greeting that the server is to prompt with. `at_a_time`: most
+    conversations at once, as far as the server has slots. `again`: the first item is played twice,
+    to see whether it repeats. `bare`: the models
+    were trained without prompts, so none is sent. `weak`: items are prompted with their
+    `weak_prompt` where they have one."""
 
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     sampling: SamplingSection = field(default_factory=SamplingSection)
     lockstep: bool = True
+    at_a_time: int = 1
     tokenizer: bytes | None = None
     prompt_audio: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    again: bool = True
     bare: bool = False
+    weak: bool = False
     token: str | None = None
     ready_timeout_s: float = 120
     frame_timeout_s: float = 30
     busy_timeout_s: float = 5
 
+    def prompt_of(self, spoken: SpokenItem) -> str:
+        item = spoken.item
+        if self.bare:
+            return ""
+        return item.weak_prompt if self.weak and item.weak_prompt else item.text_prompt
+
+
+class Taken(NamedTuple):
+    """One conversation to hold: an item with a seed."""
+
+    spoken: SpokenItem
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.spoken.item.id}.s{self.seed}"
+
 
 @dataclass(frozen=True)
 class Played:
-    """All conversations with one model. repeats: whether one item, played again, came back
-    bit for bit; None when that was not tried (real time)."""
+    """All conversations with one model, by seed and item. repeats: whether one item, played
+    again, came back bit for bit; None when that was not tried (real time). served: whether a
+    server of the same checkpoint gave that one bit for bit; None when all are a server's."""
 
     label: str
     info: dict[str, Any]
     conversations: tuple[Measured, ...]
     repeats: bool | None
     wall_s: float
+    served: bool | None = None
 
     @property
     def model_digest(self) -> str | None:
@@ -103,34 +129,57 @@ async def play(
     """Play `items` to one server; raises as `evaluate_urls` does."""
     started = time.perf_counter()
     info, served_tokenizer = await describe(url, settings)
-    tokenizer = sentencepiece.SentencePieceProcessor()
-    tokenizer.LoadFromSerializedProto(settings.tokenizer or served_tokenizer)
-    measured: list[Measured] = []
-    for spoken in items:
-        conversation = await _converse(url, spoken, settings)
-        tokens = wire.prompt_tokens(tokenizer, _prompt_of(spoken, settings))
-        proof = prove_prompt(conversation.prompt, wire.prompt_digest(tokens), len(tokens))
-        measured.append(measure(spoken, label, conversation, proof))
+    tokenizer = settings.tokenizer or served_tokenizer
+    slots = asyncio.Semaphore(max(1, min(int(info.get("slots", 1)), settings.at_a_time)))
+
+    async def hold(taken: Taken) -> Measured:
+        async with slots:
+            conversation = await _converse(url, taken, settings)
+        found = measured_call(label, taken, conversation, tokenizer, settings)
         frame_ms = 1000 * float(np.median(conversation.wall.frame_s))
+        proof = found.proof
         proven = "prompt proven" if proof.proven else f"PROMPT NOT PROVEN: {proof.note}"
-        report(f"{label} {spoken.item.id}: {frame_ms:.0f} ms a frame, {proven}")
+        report(f"{label} {taken.name}: {frame_ms:.0f} ms a frame, {proven}")
+        return found
+
+    taken = [Taken(spoken, seed) for seed in settings.seeds for spoken in items]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(hold(one)) for one in taken]
+    except ExceptionGroup as faults:
+        raise faults.exceptions[0] from None
+    measured = [task.result() for task in tasks]
     repeats = None
-    if settings.lockstep and measured:
-        again = await _converse(url, items[0], settings)
+    if settings.lockstep and settings.again and measured:
+        again = await _converse(url, taken[0], settings)
         repeats = same_answer(again, measured[0].conversation)
     wall_s = time.perf_counter() - started
     return Played(label, info, tuple(measured), repeats, wall_s)
+
+
+def measured_call(
+    label: str, taken: Taken, conversation: Conversation, tokenizer: bytes, settings: PlaySettings
+) -> Measured:
+    """A conversation with its prompt's proof and all that is measured of it."""
+    prompt = settings.prompt_of(taken.spoken)
+    tokens = wire.prompt_tokens(_processor(tokenizer), prompt)
+    proof = prove_prompt(conversation.prompt, wire.prompt_digest(tokens), len(tokens))
+    return measure(taken.spoken, label, taken.seed, prompt, conversation, proof)
+
+
+@lru_cache(maxsize=4)
+def _processor(tokenizer: bytes) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(tokenizer)
+    return processor
 
 
 def same_answer(one: Conversation, other: Conversation) -> bool:
     return one.text == other.text and np.array_equal(one.agent, other.agent)
 
 
-def _prompt_of(spoken: SpokenItem, settings: PlaySettings) -> str:
-    return "" if settings.bare else spoken.item.text_prompt
-
-
-async def _converse(url: str, spoken: SpokenItem, settings: PlaySettings) -> Conversation:
+async def _converse(url: str, taken: Taken, settings: PlaySettings) -> Conversation:
+    spoken = taken.spoken
     deadline_s = time.monotonic() + settings.busy_timeout_s
     url = wire.chat_url(url, **settings.prompt_audio.get(spoken.item.id, {}))
     while True:
@@ -138,8 +187,8 @@ async def _converse(url: str, spoken: SpokenItem, settings: PlaySettings) -> Con
             return await converse(
                 url,
                 spoken.samples,
-                text_prompt=_prompt_of(spoken, settings),
-                seed=settings.seed,
+                text_prompt=settings.prompt_of(spoken),
+                seed=taken.seed,
                 sampling=settings.sampling,
                 lockstep=settings.lockstep,
                 token=settings.token,

@@ -11,32 +11,30 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from duplex.frames import FRAME_S
-from duplex.metrics import (
-    DEAD_AIR_S,
-    HANGOVER_FRAMES,
-    MIN_SPEECH_FRAMES,
-    THRESHOLD_DBFS,
-    segments,
-    speech_activity,
-)
+from duplex.base import canonical_json
+from duplex.metrics import segments, speech_activity
 from duplex.verdict import least_items
-from pipeline.evaluation.audio import opus_bytes, wav_bytes
+from pipeline.evaluation.audio import opus_bytes
 from pipeline.evaluation.drawing import Track, curves, timeline
-from pipeline.evaluation.play import Played, same_answer
-from pipeline.evaluation.scoring import Measured, summarize, timed_words
-from pipeline.evaluation.verdicts import verdicts
+from pipeline.evaluation.found import (
+    conversations_csv,
+    failures,
+    measures_csv,
+    report_data,
+    timings,
+)
+from pipeline.evaluation.play import Played
+from pipeline.evaluation.scoring import Measured, timed_words
 
 TEMPLATES = Path(__file__).parent / "templates"
 AUDIO_BUDGET_BYTES = 7_000_000  # as base64: the page stays under 10 MB
+GROUP_MEASURES = ("facts_said", "due_said", "hallucinated", "out_of_role", "perfect", "poor")
 CURVES = {
     "loss": "Loss that was minimised",
     "text": "Text, all frames",
@@ -44,19 +42,6 @@ CURVES = {
     "semantic": "Semantic code",
     "acoustic": "Acoustic codes, mean of 7",
 }
-
-
-def wav_name(measured: Measured) -> str:
-    return f"conversations/{measured.spoken.item.id}.{measured.model}.wav"
-
-
-def recordings(played: Sequence[Played]) -> dict[str, bytes]:
-    """Stereo WAV of each conversation, by the file name that the report gives it."""
-    return {
-        wav_name(measured): wav_bytes(measured.conversation.agent, measured.spoken.samples)
-        for model in played
-        for measured in model.conversations
-    }
 
 
 def page_files(
@@ -67,15 +52,22 @@ def page_files(
     protocol: dict[str, Any],
     training: Sequence[dict[str, Any]],
     origins: Sequence[dict[str, Any]] = (),
+    trained: frozenset[str] | None = None,
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Files by name: those whose bytes repeat, and those that hold times or Ogg streams.
 
     `origins`: where the data came from (`origins_of`); on the page only.
     """
-    data = report_data(played, about=about, protocol=protocol, training=training)
+    data = report_data(played, about=about, protocol=protocol, training=training, trained=trained)
     times = timings(played, started_s)
+    failed = [canonical_json(line) + "\n" for line in failures(data["conversations"])]
     return (
-        {"report.json": _json(data)},
+        {
+            "report.json": _json(data),
+            "measures.csv": measures_csv(data).encode(),
+            "conversations.csv": conversations_csv(data).encode(),
+            "failures.jsonl": "".join(failed).encode(),
+        },
         {
             "timings.json": _json({"models": times}),
             "report.html": render(data, played, times, origins).encode(),
@@ -86,131 +78,6 @@ def page_files(
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-# -- what was found
-
-
-def report_data(
-    played: Sequence[Played],
-    *,
-    about: dict[str, Any],
-    protocol: dict[str, Any],
-    training: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """The content of report.json: no wall-clock time, no host, no path of this machine.
-
-    Args:
-        about: what was run: config, base, items; shown as it is.
-        protocol: how; the constants of the measures are added.
-        training: the lines of metrics.jsonl.
-    """
-    labels = [model.label for model in played]
-    conversations = [measured for model in played for measured in model.conversations]
-    return {
-        "about": about,
-        "models": [
-            {"label": model.label, "digest": model.model_digest, "repeats": model.repeats}
-            for model in played
-        ],
-        "changed": _changed(played),
-        "verdict": verdicts(played[0].conversations, played[-1].conversations)
-        if len(played) > 1
-        else [],
-        "summary": summarize(conversations, labels),
-        "protocol": {
-            **protocol,
-            "speech_threshold_dbfs": THRESHOLD_DBFS,
-            "speech_hangover_frames": HANGOVER_FRAMES,
-            "speech_min_frames": MIN_SPEECH_FRAMES,
-            "dead_air_over_s": DEAD_AIR_S,
-        },
-        "training": training_curves(training),
-        "conversations": [_conversation(measured) for measured in conversations],
-    }
-
-
-def _changed(played: Sequence[Played]) -> dict[str, Any] | None:
-    """In how many conversations the last model answered otherwise than the first."""
-    if len(played) < 2:
-        return None
-    first, last = played[0], played[-1]
-    pairs = list(zip(first.conversations, last.conversations, strict=True))
-    return {
-        "from": first.label,
-        "to": last.label,
-        "conversations": len(pairs),
-        "differ": sum(not same_answer(a.conversation, b.conversation) for a, b in pairs),
-        "texts_differ": sum(a.conversation.text != b.conversation.text for a, b in pairs),
-        "attributable": first.repeats is True and last.repeats is True,
-    }
-
-
-def _conversation(measured: Measured) -> dict[str, Any]:
-    spoken = measured.spoken
-    return {
-        "item": spoken.item.id,
-        "model": measured.model,
-        "persona_type": spoken.item.persona_type,
-        "first_speaker": spoken.item.first_speaker,
-        "prompt": spoken.item.text_prompt,
-        "prompt_proven": measured.proof.proven,
-        "proof": measured.proof.note,
-        "turns_left_out": spoken.dropped,
-        "turns_frames": [list(turn) for turn in spoken.turns],
-        "transcript": measured.conversation.transcript,
-        "opening": measured.opening,
-        "exchanges": [exchange._asdict() for exchange in measured.exchanges],
-        "text": [list(piece) for piece in measured.conversation.text],
-        "facts": measured.facts,
-        "metrics": measured.metrics(),
-        "audio": wav_name(measured),
-    }
-
-
-def training_curves(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
-    """metrics.jsonl -> for each curve, the points [step, loss] of `train` and `valid`."""
-    found: dict[str, dict[str, list[list[float]]]] = {}
-    for line in lines:
-        streams = line.get("streams") or {}
-        acoustic = [v for k, v in streams.items() if k.startswith("acoustic_") and v is not None]
-        values = {
-            "loss": line.get("loss"),
-            **{key: streams.get(key) for key in ("text", "text_nonpad", "semantic")},
-            "acoustic": statistics.fmean(acoustic) if acoustic else None,
-        }
-        for key, value in values.items():
-            if value is not None and line.get("kind") in ("train", "valid"):
-                points = found.setdefault(key, {}).setdefault(line["kind"], [])
-                points.append([line["step"], round(value, 6)])
-    return found
-
-
-def timings(played: Sequence[Played], started_s: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Wall-clock times of each model: medians over its conversations.
-
-    Args:
-        started_s: label -> seconds until its server was ready, where it was started here.
-    """
-    rows = []
-    for model in played:
-        walls = [measured.conversation.wall for measured in model.conversations]
-        frame_s = np.concatenate([wall.frame_s for wall in walls]) if walls else np.zeros(0)
-        median, late, slowest = (
-            (float(np.quantile(frame_s, q)) for q in (0.5, 0.95, 1)) if len(frame_s) else (0, 0, 0)
-        )
-        row = {
-            "model": model.label,
-            "server_start_s": started_s.get(model.label),
-            "ready_s": statistics.median(wall.ready_s for wall in walls) if walls else None,
-            "frame_ms_median": 1000 * median,
-            "frame_ms_p95": 1000 * late,
-            "frame_ms_max": 1000 * slowest,
-            "times_real_time": FRAME_S / float(np.mean(frame_s)) if len(frame_s) else None,
-            "wall_s": model.wall_s,
-        }
-        rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-    return rows
 
 
 # -- the page
@@ -225,6 +92,7 @@ def render(
     """The page as HTML. `data` is of `report_data`, `times` of `timings`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     labels = [model.label for model in played]
+    asked = sum(row["p"] is not None for one in data["verdicts"] for row in one["rows"])
     return (
         _environment()
         .get_template("report.html.j2")
@@ -233,9 +101,15 @@ def render(
             labels=labels,
             times=times,
             origins=origins,
-            rows=[_row(row, labels) for row in data["summary"]],
-            verdict=[_verdict_row(row) for row in data["verdict"]],
-            least_items=least_items(sum(row["p"] is not None for row in data["verdict"])),
+            rows=[_row(row, labels) for row in data["summary"] if _counts(row)],
+            empty=[row["label"] for row in data["summary"] if not _counts(row)],
+            groups=_groups(data, labels),
+            verdicts=[
+                one | {"rows": [_verdict_row(row) for row in sorted(one["rows"], key=_told_first)]}
+                for one in data["verdicts"]
+            ],
+            asked=asked,
+            least_items=least_items(asked),
             curves=[
                 (key, title, curves(_points(data["training"][key]), f"{title} by step"))
                 for key, title in CURVES.items()
@@ -263,11 +137,14 @@ def _points(curve: dict[str, list[list[float]]]) -> dict[str, list[tuple[float, 
 
 
 def _items(data: dict[str, Any], played: Sequence[Played]) -> list[dict[str, Any]]:
-    """One entry for each item: what was asked, and each model's conversation."""
-    found = {(c["item"], c["model"]): c for c in data["conversations"]}
+    """One entry for each item and seed, most faults of the last model first: what was asked, and
+    each model's conversation."""
+    found = {(c["item"], c["seed"], c["model"]): c for c in data["conversations"]}
     left = AUDIO_BUDGET_BYTES
     items = []
-    for index, measured in enumerate(played[0].conversations if played else ()):
+    last = played[-1].conversations if played else ()
+    for index in sorted(range(len(last)), key=lambda index: -last[index].num_faults):
+        measured = last[index]
         spoken = measured.spoken
         sides = []
         for model in played:
@@ -276,15 +153,45 @@ def _items(data: dict[str, Any], played: Sequence[Played]) -> list[dict[str, Any
             left -= len(audio)
             sides.append(
                 {
-                    **found[spoken.item.id, model.label],
+                    **found[spoken.item.id, side.seed, model.label],
                     "label": model.label,
                     "timeline": _timeline(side),
                     "player": audio if left >= 0 else None,
                 }
             )
-        items.append({"item": spoken.item, "texts": spoken.texts, "dropped": spoken.dropped,
-                      "sides": sides})  # fmt: skip
+        items.append(
+            {
+                "item": spoken.item,
+                "seed": measured.seed,
+                "prompt": measured.prompt,
+                "turns": spoken.kept,
+                "dropped": spoken.dropped,
+                "sides": sides,
+            }
+        )
     return items
+
+
+def _counts(row: dict[str, Any]) -> bool:
+    """Whether any model gave something to measure."""
+    return any(pooled["n"] for pooled in row["by_model"].values())
+
+
+def _groups(data: dict[str, Any], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """For each group of items the cells of the measures in `GROUP_MEASURES`."""
+    return [
+        {
+            "group": group["group"],
+            "items": group["items"],
+            "rows": [_row(rows[key], labels) for key in GROUP_MEASURES],
+        }
+        for group in data["groups"]
+        if (rows := {row["key"]: row for row in group["summary"]})
+    ]
+
+
+def _told_first(row: dict[str, Any]) -> tuple[bool, bool]:
+    return row["word"] in ("inconclusive", "not measured"), row["word"] == "not measured"
 
 
 def _timeline(side: Measured) -> Any:
@@ -322,8 +229,8 @@ def _row(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         gap = values[-1] - values[0]
         is_rate = row["kind"] == "rate"
         difference = f"{show(float(round(100 * gap)), True)} pp" if is_rate else show(gap, True)
-    unit = {"rate": row["unit"], "median": f"{row['unit']}, median", "mean": f"{row['unit']}, mean"}
-    return {**row, "cells": cells, "difference": difference, "unit": unit[row["kind"]]}
+    unit = row["unit"] if row["kind"] == "rate" else f"{row['unit']}, {row['kind']}"
+    return {**row, "cells": cells, "difference": difference, "unit": unit}
 
 
 def _verdict_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,32 +1,47 @@
-"""A conversation -> measures, and the measures of many conversations -> rows of a table.
+"""A conversation -> what is found in it: exchanges, timing, facts, faults, the prompt's proof.
 
 Text belongs to the user turn in whose window its word begins; a window runs from one turn's
-start to the next one's. What is said before the first turn is the opening. Rates are pooled
-over turns, facts or replies, not averaged over conversations, and stand with their counts.
+start to the next one's. What is said before the first turn is the opening.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
+from duplex.degeneration import (
+    Silence,
+    compression_ratio,
+    foreign_share,
+    loops,
+    silence_collapse,
+    unspoken_share,
+    unwritten_share,
+)
 from duplex.metrics import (
     Timing,
     is_echo,
-    proportion_interval,
     repeated_share,
     says_any,
+    segments,
     speech_activity,
     timing,
     words_of,
 )
-from duplex.verdict import Better
+from duplex.sound_quality import SoundQuality, sound_quality
+from duplex.topic import abstains, off_topic
+from duplex.turn_taking import Interruption, backchannels, interruptions
 from pipeline.evaluation.client import Conversation
 from pipeline.evaluation.grounding import invented
-from pipeline.evaluation.items import SpokenItem
+from pipeline.evaluation.items import QuestionKind, SpokenItem
+
+GradeName = Literal["perfect", "good", "poor"]
+POOR_SHARE = 0.25  # of the replies, with something made up
+SILENT_SHARE = 0.5  # of the turns, without a word in return
+ANSWER_WORDS = 3  # fewer than these to a question that nobody can answer are no answer
 
 
 class PromptProof(NamedTuple):
@@ -37,83 +52,214 @@ class PromptProof(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A user turn and what came back. delay_s: None when no speech answered it; out_of_role: it
-    says a line of the other side's; invented: details that nobody gave (`grounding`)."""
+    """A user turn and what came back.
+
+    delay_s: None when no speech answered it. out_of_role: it says a line of the other side's.
+    invented: details that nobody gave (`grounding`). due: what it had to say, and whether it says
+    it; wrong: it says what it must not. abstains: it says that it can't tell. off_topic: see
+    `duplex.topic`; of a question that has nothing to do with the place the reply has not, either.
+    """
 
     user: str
     reply: str
     delay_s: float | None
     echo: bool
+    kind: QuestionKind = "talk"
     out_of_role: bool = False
     invented: tuple[str, ...] = ()
+    due: tuple[str, ...] = ()
+    says_due: bool = False
+    wrong: bool = False
+    abstains: bool = False
+    off_topic: bool = False
+
+    @property
+    def num_words(self) -> int:
+        return len(words_of(self.reply))
+
+    @property
+    def made_up(self) -> bool:
+        """A hallucination: details that nobody gave, talk of something else, or an answer to what
+        nobody has said."""
+        unanswerable = self.kind == "unspecified" and self.num_words >= ANSWER_WORDS
+        return bool(self.invented) or self.off_topic or (unanswerable and not self.abstains)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        found = {
+            "no words": self.num_words == 0,
+            "echo": self.echo,
+            "out of role": self.out_of_role,
+            "made up": self.made_up,
+            "not what was due": bool(self.due) and self.num_words > 0 and not self.says_due,
+            "wrong": self.wrong,
+        }
+        return tuple(name for name, is_so in found.items() if is_so)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One item played to one model, with all that was found."""
+    """One item played to one model with one seed, with all that was found.
+
+    prompt: the text that the model was prompted with.
+    """
 
     spoken: SpokenItem
     model: str
+    seed: int
+    prompt: str
     conversation: Conversation
     proof: PromptProof
     timing: Timing
     opening: str
     exchanges: tuple[Exchange, ...]
     facts: dict[str, bool]
+    interruptions: tuple[Interruption, ...] = ()
+    backchannels: int = 0
+    silence: Silence | None = None
+    sound: SoundQuality | None = None
+    unspoken: float | None = None
+    unwritten: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.spoken.item.id}.s{self.seed}"
+
+    @property
+    def num_faults(self) -> int:
+        return sum(bool(exchange.faults) for exchange in self.exchanges)
 
     @property
     def replies(self) -> list[Exchange]:
-        return [exchange for exchange in self.exchanges if words_of(exchange.reply)]
+        return [exchange for exchange in self.exchanges if exchange.num_words]
 
     @property
     def num_words(self) -> int:
         return len(words_of(self.conversation.transcript))
 
+    @cached_property
+    def grade(self) -> GradeName | None:
+        """As people grade on the server's page; None where there was nothing to reply to.
+
+        poor: it changed sides or repeated the user, fell silent (no word to half of the turns and
+        more), or made things up in over a quarter of its replies. perfect: no fault at all.
+        """
+        if not self.exchanges:
+            return None
+        silent = len(self.exchanges) - len(self.replies)
+        made_up = sum(exchange.made_up for exchange in self.replies)
+        if (
+            any(exchange.echo or exchange.out_of_role for exchange in self.exchanges)
+            or silent >= SILENT_SHARE * len(self.exchanges)
+            or made_up > POOR_SHARE * len(self.replies)
+        ):
+            return "poor"
+        return "good" if self.num_faults else "perfect"
+
     def metrics(self) -> dict[str, float | int | None]:
         """The flat numbers of a `Score`; None where there is nothing to measure."""
         delays = answered_delays(self)
         speech_s = self.timing.agent_speech_s
-        repeated = repeated_share(self.conversation.transcript)
+        text = self.conversation.transcript
+        due = [exchange for exchange in self.exchanges if exchange.due]
         found: dict[str, float | int | None] = {
             "user_turns": len(self.exchanges),
             "responses": self.timing.responses,
             "response_delay_median_s": statistics.median(delays) if delays else None,
             "overlap_s": self.timing.overlap_s,
             "dead_air_s": self.timing.dead_air_s,
+            "interruptions": len(self.interruptions),
+            "yields": sum(cut.yield_s is not None for cut in self.interruptions),
+            "backchannels": self.backchannels,
             "agent_speech_s": speech_s,
             "agent_speech_share": self.timing.agent_share,
             "words": self.num_words,
             "words_per_s": self.num_words / speech_s if speech_s else None,
             "facts": len(self.facts),
             "facts_said": sum(self.facts.values()),
+            "due": len(due),
+            "due_said": sum(exchange.says_due for exchange in due),
             "replies": len(self.replies),
             "echoes": sum(exchange.echo for exchange in self.exchanges),
             "out_of_role": sum(exchange.out_of_role for exchange in self.exchanges),
             "ungrounded": sum(bool(exchange.invented) for exchange in self.exchanges),
-            "repeated_share": repeated,
+            "off_topic": sum(exchange.off_topic for exchange in self.exchanges),
+            "made_up": sum(exchange.made_up for exchange in self.exchanges),
+            "repeated_share": repeated_share(text),
+            "compression_ratio": compression_ratio(text),
+            "loops": len(loops(text)),
+            "foreign_share": foreign_share(text),
+            "unspoken_share": self.unspoken,
+            "unwritten_share": self.unwritten,
+            "clipped_share": self.sound.clipped_share if self.sound else None,
+            "speech_dbfs": self.sound.speech_dbfs if self.sound else None,
         }
         return {k: round(v, 6) if isinstance(v, float) else v for k, v in found.items()}
 
 
 def measure(
-    spoken: SpokenItem, model: str, conversation: Conversation, proof: PromptProof
+    spoken: SpokenItem,
+    model: str,
+    seed: int,
+    prompt: str,
+    conversation: Conversation,
+    proof: PromptProof,
 ) -> Measured:
-    found = timing(
-        speech_activity(conversation.agent), speech_activity(spoken.samples), spoken.turns
-    )
+    agent = speech_activity(conversation.agent)
+    found = timing(agent, speech_activity(spoken.samples), spoken.turns)
     opening, replies = split_replies(conversation.text, [turn.start for turn in spoken.turns])
-    item, exchanges = spoken.item, []
-    for turn, (user, reply, delay_s) in enumerate(
-        zip(spoken.texts, replies, found.delays_s, strict=True)
+    transcript, words = conversation.transcript, timed_words(conversation.text)
+    heard = segments(agent)
+    return Measured(
+        spoken=spoken,
+        model=model,
+        seed=seed,
+        prompt=prompt,
+        conversation=conversation,
+        proof=proof,
+        timing=found,
+        opening=opening,
+        exchanges=_exchanges(spoken, prompt, replies, found.delays_s),
+        facts={fact.key: says_any(transcript, fact.says) for fact in spoken.item.facts},
+        interruptions=interruptions(heard, spoken.turns),
+        backchannels=backchannels(heard, spoken.turns),
+        silence=silence_collapse(agent, spoken.turns),
+        sound=sound_quality(conversation.agent, agent),
+        unspoken=unspoken_share(words, agent),
+        unwritten=unwritten_share(words, agent),
+    )
+
+
+def _exchanges(
+    spoken: SpokenItem,
+    prompt: str,
+    replies: Sequence[str],
+    delays_s: Sequence[float | None],
+) -> tuple[Exchange, ...]:
+    item, found = spoken.item, []
+    for index, (turn, reply, delay_s) in enumerate(
+        zip(spoken.kept, replies, delays_s, strict=True)
     ):
-        exchange = Exchange(
-            user, reply, delay_s, is_echo(user, reply), says_any(reply, item.must_not_say),
-            invented(reply, (item.text_prompt, *spoken.texts[: turn + 1])),
-        )  # fmt: skip
-        exchanges.append(exchange)
-    transcript = conversation.transcript
-    facts = {fact.key: says_any(transcript, fact.says) for fact in item.facts}
-    return Measured(spoken, model, conversation, proof, found, opening, tuple(exchanges), facts)
+        given = (prompt, *spoken.texts[: index + 1])
+        drifts = turn.kind != "unrelated" and off_topic(reply, given, item.topic)
+        can_not_tell = abstains(reply, item.abstains)
+        found.append(
+            Exchange(
+                user=turn.say,
+                reply=reply,
+                delay_s=delay_s,
+                echo=is_echo(turn.say, reply),
+                kind=turn.kind,
+                out_of_role=says_any(reply, item.must_not_say),
+                invented=invented(reply, given),
+                due=turn.must_say,
+                says_due=bool(turn.must_say) and says_any(reply, turn.must_say),
+                wrong=says_any(reply, turn.must_not_say),
+                abstains=can_not_tell,
+                off_topic=drifts and not can_not_tell,
+            )
+        )
+    return tuple(found)
 
 
 def prove_prompt(said: dict[str, Any] | None, digest: str, count: int) -> PromptProof:
@@ -157,149 +303,5 @@ def split_replies(
     return opening, tuple(replies)
 
 
-# -- the table
-
-
-class Measure(NamedTuple):
-    """A row: how it is pooled over the conversations of one model, and what it means.
-
-    kind: `rate` (values are (hits, trials) pairs), `mean` or `median` (values are numbers).
-    better: which way is; "" where that depends on the persona.
-    """
-
-    key: str
-    label: str
-    unit: str
-    kind: str
-    values: Callable[[Measured], list[Any]]
-    meaning: str
-    better: Better = ""
-
-
 def answered_delays(measured: Measured) -> list[float]:
     return [delay for delay in measured.timing.delays_s if delay is not None]
-
-
-def _some(value: float | None) -> list[float]:
-    return [] if value is None else [value]
-
-
-MEASURES = (
-    Measure(
-        "prompt_proven", "Prompts proven", "conversations", "rate",
-        lambda m: [(int(m.proof.proven), 1)],
-        "The tokens read from the model's own input equal our tokenization of the prompt.",
-    ),
-    Measure(
-        "response_rate", "Turns answered", "user turns", "rate",
-        lambda m: [(m.timing.responses, len(m.exchanges))],
-        "The agent begins to speak after the turn's start, before the next turn, and still "
-        "speaks after the turn's end.",
-        "high",
-    ),
-    Measure(
-        "response_delay_s", "Response delay", "s", "median", answered_delays,
-        "Agent onset minus user end, over answered turns, not clamped: negative is early "
-        "(floor-transfer offset, Heldner & Edlund 2010). Known to one frame, 0.08 s.",
-    ),
-    Measure(
-        "overlap_s", "Both speak", "s", "mean", lambda m: [m.timing.overlap_s],
-        "Seconds of a conversation in which both channels hold speech.",
-    ),
-    Measure(
-        "dead_air_s", "Dead air", "s", "mean", lambda m: [m.timing.dead_air_s],
-        "Seconds of a conversation in silences of both of over 1 s (Jefferson 1989), each "
-        "counted whole; the user's script leaves pauses for the answer.",
-        "low",
-    ),
-    Measure(
-        "agent_speech_share", "Agent speaks", "share", "mean", lambda m: [m.timing.agent_share],
-        "Frames with agent speech / all frames.",
-    ),
-    Measure(
-        "words", "Agent words", "words", "mean", lambda m: [m.num_words],
-        "Words of the agent's text stream in a conversation.",
-    ),
-    Measure(
-        "words_per_s", "Words a second", "1/s", "mean",
-        lambda m: _some(m.num_words / m.timing.agent_speech_s if m.timing.agent_speech_s else None),
-        "Agent words / seconds of agent speech, over conversations with agent speech.",
-    ),
-    Measure(
-        "facts_said", "Facts said", "facts", "rate",
-        lambda m: [(sum(m.facts.values()), len(m.facts))],
-        "Facts of the prompt of which the agent's text holds one of the listed wordings, whole "
-        "words, any case. A fact that nobody asked for counts in the total too.",
-        "high",
-    ),
-    Measure(
-        "echo_rate", "Echoed replies", "replies", "rate",
-        lambda m: [(sum(e.echo for e in m.exchanges), len(m.replies))],
-        "Replies that say the user's words back: equal, or four words and more with WER <= .35 "
-        "or LCS >= .8 of the reply with at most .2 new words.",
-        "low",
-    ),
-    Measure(
-        "out_of_role", "Out of role", "replies", "rate",
-        lambda m: [(sum(e.out_of_role for e in m.exchanges), len(m.replies))],
-        "Replies that hold a line of the other side's, of the items file's must_not_say: whole "
-        "words, any case.",
-        "low",
-    ),
-    Measure(
-        "ungrounded", "Invented details", "replies", "rate",
-        lambda m: [(sum(bool(e.invented) for e in m.exchanges), len(m.replies))],
-        "Replies that name a number or a name which neither the prompt nor the user up to then "
-        "has given. Of scripted dialogues without a fault it blames some too: "
-        "docs/results/grounding.md says how many.",
-        "low",
-    ),
-    Measure(
-        "repeated_share", "Repeated 4-grams", "share", "mean",
-        lambda m: _some(repeated_share(m.conversation.transcript)),
-        "1 - different runs of four words / runs of four words (seq-rep-4, Welleck et al. "
-        "2020), over conversations with four words and more.",
-        "low",
-    ),
-)  # fmt: skip
-
-
-def summarize(conversations: Sequence[Measured], models: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each measure: `by_model` holds value, n and spread for each model.
-
-    `value` is None where n is 0. A rate's `low` and `high` are its exact 95 % bounds, those of
-    a mean or median the least and greatest value.
-    """
-    return [
-        {
-            "key": measure.key,
-            "label": measure.label,
-            "unit": measure.unit,
-            "kind": measure.kind,
-            "meaning": measure.meaning,
-            "by_model": {
-                model: _pool(
-                    measure.kind,
-                    [v for m in conversations if m.model == model for v in measure.values(m)],
-                )
-                for model in models
-            },
-        }
-        for measure in MEASURES
-    ]
-
-
-def _pool(kind: str, values: list[Any]) -> dict[str, Any]:
-    if kind == "rate":
-        hits, trials = (sum(column) for column in zip(*values, strict=True)) if values else (0, 0)
-        low, high = proportion_interval(hits, trials) if trials else (None, None)
-        found = {"value": hits / trials if trials else None, "n": trials, "hits": hits}
-    else:
-        pool = statistics.median if kind == "median" else math.fsum
-        value = pool(values) if values else None
-        if value is not None and kind == "mean":
-            value /= len(values)
-        low, high = (min(values), max(values)) if values else (None, None)
-        found = {"value": value, "n": len(values)}
-    found |= {"low": low, "high": high}
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in found.items()}

@@ -1,56 +1,115 @@
-"""What an evaluation says of two models: a verdict for each measure, by pairs of conversations."""
+"""What an evaluation says of models: verdicts over items, whether they may be compared at all, and
+whether CI is to fail.
+
+A conversation enters by its *sums*: for each measure what it adds up and how many it counts. Those
+of an item's seeds are added: the item weighs as much with one seed as with ten.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
-from duplex.verdict import Better, Pair, compare
-from pipeline.evaluation.scoring import MEASURES, Measure, Measured
+from duplex.errors import RequestError
+from duplex.verdict import Better, Pair, Word, compare
+from pipeline.evaluation.measures import MEASURES
 
-# The same for both models by design, or a check that has ended the evaluation where it fails.
-NOT_JUDGED = {"prompt_proven"}
+# The same for all models by design, or a check that has ended the evaluation where it fails.
+# `p95` has no value of one item's.
+NOT_JUDGED = {"prompt_proven", "response_delay_p95_s"}
+JUDGED = tuple(measure for measure in MEASURES if measure.key not in NOT_JUDGED)
+
+Sums = Mapping[str, tuple[float, float]]
 
 
-def verdicts(first: Sequence[Measured], last: Sequence[Measured]) -> list[dict[str, Any]]:
-    """A row for each measure: `duplex.verdict.Finding` with the measure's key, label and unit.
+def item_sums(conversations: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Item -> measure -> [sum, count] over its seeds.
 
     Args:
-        first, last: conversations of the two models over the same items, in the same order.
+        conversations: of one model, as report.json holds them.
     """
-    assert [m.spoken.item.id for m in first] == [m.spoken.item.id for m in last]
-    judged = [measure for measure in MEASURES if measure.key not in NOT_JUDGED]
-    pairs: dict[str, tuple[Sequence[Pair], Better]] = {
-        measure.key: (
-            [
-                Pair(*_sums(measure, a), *_sums(measure, b))
-                for a, b in zip(first, last, strict=True)
-            ],
-            measure.better,
-        )
-        for measure in judged
+    found: dict[str, dict[str, list[float]]] = {}
+    for conversation in conversations:
+        totals = found.setdefault(conversation["item"], {})
+        for key, (total, count) in conversation["sums"].items():
+            so_far = totals.setdefault(key, [0.0, 0.0])
+            totals[key] = [so_far[0] + total, so_far[1] + count]
+    return found
+
+
+def verdicts(
+    conversations: Sequence[Mapping[str, Any]], labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Each further model against the first: `from`, `to`, and `rows`, one for each measure: a
+    `duplex.verdict.Finding` with the measure's key, label and unit. All are corrected together.
+
+    Args:
+        conversations: of all models, as report.json holds them.
+    """
+    by_model = {
+        label: item_sums(c for c in conversations if c["model"] == label) for label in labels
     }
-    found = compare(pairs)
+    first = by_model[labels[0]] if labels else {}
+    asked: dict[str, tuple[Sequence[Pair], Better]] = {}
+    for label in labels[1:]:
+        last = by_model[label]
+        assert list(first) == list(last), f"{label} must have played the same items"
+        for measure in JUDGED:
+            pairs = [
+                Pair(*first[item].get(measure.key, (0, 0)), *last[item].get(measure.key, (0, 0)))
+                for item in first
+            ]
+            asked[f"{label} {measure.key}"] = (pairs, measure.better)
+    found = compare(asked)
     return [
         {
-            "key": measure.key,
-            "label": measure.label,
-            "unit": measure.unit,
-            "kind": "rate" if measure.kind == "rate" else "mean",
-            "better": measure.better,
-            **{
-                name: round(value, 6) if isinstance(value, float) else value
-                for name, value in asdict(found[measure.key]).items()
-            },
+            "from": labels[0],
+            "to": label,
+            "rows": [
+                {
+                    "key": measure.key,
+                    "label": measure.label,
+                    "unit": measure.unit,
+                    "kind": "rate" if measure.kind == "rate" else "mean",
+                    "better": measure.better,
+                    **{
+                        name: round(value, 6) if isinstance(value, float) else value
+                        for name, value in asdict(found[f"{label} {measure.key}"]).items()
+                    },
+                }
+                for measure in JUDGED
+            ],
         }
-        for measure in judged
+        for label in labels[1:]
     ]
 
 
-def _sums(measure: Measure, measured: Measured) -> tuple[float, float]:
-    """Sum and count of what one conversation gives; a median's values are averaged here."""
-    values = measure.values(measured)
-    if measure.kind == "rate":
-        return sum(hits for hits, _ in values), sum(trials for _, trials in values)
-    return sum(values), len(values)
+def failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> list[str]:
+    """What of the verdicts is to fail CI: `facts_said regressed: base -> merged`.
+
+    Args:
+        fail_on: a verdict's word, of any measure or of one: `regressed`,
+            `not-improved:facts_said`.
+
+    Raises:
+        RequestError: a word or a measure that there is not.
+    """
+    found = []
+    for condition in fail_on:
+        word, _, key = condition.partition(":")
+        wanted, negated = word.removeprefix("not-"), word.startswith("not-")
+        words, keys = get_args(Word), [measure.key for measure in JUDGED]
+        if wanted.replace("-", " ") not in words or (key and key not in keys):
+            raise RequestError(
+                "--fail-on must be a verdict, of one measure if you name it: "
+                f"{', '.join(w.replace(' ', '-') for w in words)}, or not-… of these; for measures "
+                f"{', '.join(keys)}. Found {condition!r}"
+            )
+        found += [
+            f"{row['key']} {row['word']}: {one['from']} -> {one['to']}"
+            for one in compared
+            for row in one["rows"]
+            if key in ("", row["key"]) and (row["word"] == wanted.replace("-", " ")) is not negated
+        ]
+    return found

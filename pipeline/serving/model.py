@@ -88,6 +88,19 @@ class FedPrompt:
     def frames_digest(self) -> str:
         return prompt_digest(self.frames)
 
+    def metadata(self, model_digest: str) -> dict[str, Any]:
+        """What a client is told of it."""
+        return {
+            "digest": self.digest,
+            "count": self.count,
+            "frames": self.frames.shape[1],
+            "frames_digest": self.frames_digest,
+            "model_digest": model_digest,
+            "prefill_s": round(self.prefill_s, 4),
+            "prefill_kept": self.from_cache,
+            "seed": self.seed,
+        }
+
 
 class ServedModel:
     """LM, codec and tokenizer of one checkpoint, for `num_slots` conversations.

@@ -27,6 +27,7 @@ from pipeline.serving import wire
 from pipeline.serving.wire import Kind
 
 SILENCE = bytes(FRAME_SAMPLES * 2)
+TONE = (3000 * np.sin(np.arange(FRAME_SAMPLES) / 8)).astype("<i2").tobytes()
 CORPUS = [
     f"<system> You are {name}, {mood} customer in a coffee shop. {fact} <system>"
     for name in ("Ann", "Marcus", "Mei", "Theo", "June", "Winston")
@@ -51,6 +52,7 @@ class Plan:
 
     echo: the user's audio comes back, this many frames later.
     says: frame -> text sent before that frame's audio.
+    scripts: by prompt, what is said in place of `says`: (frame, text, frames of tone).
     watchful: it hangs up on a client that sends before it was answered.
     break_at: from this frame on, `breakage` is done instead of an answer.
     """
@@ -63,6 +65,7 @@ class Plan:
     echo: int | None = None
     drift: bool = False
     says: dict[int, str] = field(default_factory=dict)
+    scripts: dict[str, list[tuple[int, str, int]]] = field(default_factory=dict)
     break_at: int | None = None
     breakage: str = "close"
     refuse: str | None = None
@@ -115,7 +118,7 @@ class PlantedServer:
         if plan.proves:
             await ws.send_bytes(wire.message(Kind.METADATA, self._proof(request)))
         await ws.send_bytes(bytes([0x7F]) + b"of a kind to come")
-        await self._talk(ws)
+        await self._talk(ws, plan.scripts.get(request.query.get("text_prompt", ""), []))
         return ws
 
     def _proof(self, request: web.Request) -> bytes:
@@ -128,8 +131,10 @@ class PlantedServer:
         }
         return json.dumps(said).encode()
 
-    async def _talk(self, ws: web.WebSocketResponse) -> None:
+    async def _talk(self, ws: web.WebSocketResponse, script: list[tuple[int, str, int]]) -> None:
         plan, heard = self.plan, []
+        says = plan.says | {frame: text for frame, text, _ in script}
+        spoken = {frame + n for frame, _, length in script for n in range(length)}
         while True:
             message = await ws.receive()
             if message.type != web.WSMsgType.BINARY:
@@ -143,9 +148,10 @@ class PlantedServer:
                 if await self._break(ws):
                     return
                 continue
-            if frame in plan.says:
-                await ws.send_bytes(wire.message(Kind.TEXT, plan.says[frame].encode()))
-            await ws.send_bytes(wire.message(Kind.AUDIO, self._answer(heard)))
+            if frame in says:
+                await ws.send_bytes(wire.message(Kind.TEXT, says[frame].encode()))
+            answer = TONE if frame in spoken else self._answer(heard)
+            await ws.send_bytes(wire.message(Kind.AUDIO, answer))
 
     async def _more_comes(self, ws: web.WebSocketResponse) -> bool:
         """Whether a further frame is sent although this one is not answered."""

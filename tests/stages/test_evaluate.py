@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from duplex.frames import FRAME_SAMPLES
 from duplex.metrics import Segment
 from pipeline.evaluation.client import BusyError, converse
 from pipeline.evaluation.items import load_items, speak_item
+from pipeline.evaluation.measures import sums_of
 from pipeline.evaluation.play import PlaySettings, evaluate_urls
 from pipeline.evaluation.report import report_data
 from pipeline.evaluation.scoring import split_replies, timed_words
@@ -212,8 +214,12 @@ def test_a_silent_server_is_measured_as_silent(plan):
         "user_turns": 2, "responses": 0, "response_delay_median_s": None, "overlap_s": 0,
         "dead_air_s": 1.6 + 1.6, "agent_speech_s": 0, "agent_speech_share": 0, "words": 0,
         "words_per_s": None, "facts": 2, "facts_said": 0, "replies": 0, "echoes": 0,
-        "out_of_role": 0, "ungrounded": 0, "repeated_share": None,
+        "out_of_role": 0, "ungrounded": 0, "repeated_share": None, "interruptions": 0, "yields": 0,
+        "backchannels": 0, "due": 0, "due_said": 0, "off_topic": 0, "made_up": 0,
+        "compression_ratio": None, "loops": 0, "foreign_share": None, "unspoken_share": None,
+        "unwritten_share": None, "clipped_share": 0, "speech_dbfs": None,
     })  # fmt: skip
+    assert (played.conversations[0].grade, played.conversations[0].silence) == ("poor", "silent")
 
 
 def test_a_server_on_the_wrong_side_and_one_that_invents_are_found_out(plan):
@@ -233,18 +239,25 @@ def test_a_server_on_the_wrong_side_and_one_that_invents_are_found_out(plan):
     assert (right.metrics()["out_of_role"], right.metrics()["ungrounded"]) == (0, 0)
 
 
-@pytest.mark.parametrize("num_items", [4, 9])
+@pytest.mark.parametrize("num_items", [4, 11])
 def test_a_verdict_needs_items_enough(plan, num_items):
-    """A silent model against one that answers every turn: sure with nine items, not with four."""
-    silent = play(plan).conversations[0]
+    """A silent model against one that answers every turn: sure with eleven items, not with four."""
+    items = [spoken(item_id=f"item-{number}") for number in range(num_items)]
+    silent = play(plan, items)
     plan.echo = 13
-    answers = play(plan).conversations[0]
-    rows = {row["key"]: row for row in verdicts([silent] * num_items, [answers] * num_items)}
+    answers = replace(play(plan, items), label="answers")
+    conversations = [
+        {"item": one.spoken.item.id, "model": played.label, "sums": sums_of(one)}
+        for played in (silent, answers)
+        for one in played.conversations
+    ]
+    (found,) = verdicts(conversations, ["one", "answers"])
+    rows = {row["key"]: row for row in found["rows"]}
     answered = rows["response_rate"]
     assert (answered["value_a"], answered["value_b"]) == (0, 1) and answered["n"] == num_items
     assert answered["p"] == pytest.approx(2 / 2**num_items, abs=1e-6)
-    assert answered["word"] == ("improved" if num_items == 9 else "inconclusive")
-    assert rows["dead_air_s"]["word"] == ("improved" if num_items == 9 else "inconclusive")
+    assert answered["word"] == ("improved" if num_items == 11 else "inconclusive")
+    assert rows["dead_air_s"]["word"] == ("improved" if num_items == 11 else "inconclusive")
     assert rows["facts_said"]["word"] == "inconclusive" and "prompt_proven" not in rows
 
 

@@ -18,8 +18,9 @@ from duplex.metrics import Segment
 from pipeline.evaluation import report
 from pipeline.evaluation.audio import opus_bytes, wav_bytes
 from pipeline.evaluation.drawing import Track, curves, timeline
+from pipeline.evaluation.found import training_curves
 from pipeline.evaluation.play import PlaySettings, evaluate_urls
-from pipeline.evaluation.report import page_files, show, training_curves
+from pipeline.evaluation.report import page_files, show
 from tests.stages.planted_server import Plan, planted, spoken, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +131,7 @@ def test_audio_past_the_budget_is_named_instead(hostile, monkeypatch):
     monkeypatch.setattr(report, "AUDIO_BUDGET_BYTES", 1000)
     page = Page(render(hostile)["report.html"])
     assert page.all("audio") == []
-    assert "conversations/angry-ann.base.wav" in page.text
+    assert "conversations/angry-ann.s0.base.wav" in page.text
 
 
 def test_the_page_says_what_is_not_proven_not_played_and_not_shown(hostile):
@@ -237,8 +238,8 @@ def test_numbers_for_reading(value, signed, shown):
 
 
 def test_the_verdict_stands_first_in_its_direction():
-    """A silent model and one that answers, nine times each."""
-    items = [spoken(item_id=f"item-{number}") for number in range(9)]
+    """A silent model and one that answers, twelve times each."""
+    items = [spoken(item_id=f"item-{number}") for number in range(12)]
     played = played_by({"silent": Plan(), "answers": Plan(echo=13)}, items)
     for pair, word in ((played, "improved"), (played[::-1], "regressed")):
         page = Page(render_of(pair))
@@ -247,7 +248,7 @@ def test_the_verdict_stands_first_in_its_direction():
         assert word in rows and "inconclusive" in rows
         assert page.text.index("Verdict:") < page.text.index("What was run")
     few = Page(render_of([replace(one, conversations=one.conversations[:4]) for one in played]))
-    assert "Nothing can be concluded" in few.text and "a verdict takes 8 items at least" in few.text
+    assert "Nothing can be concluded" in few.text and "a verdict takes 9 items at least" in few.text
 
 
 def render_of(played):

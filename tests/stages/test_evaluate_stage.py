@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pipeline.evaluate
+import pipeline.evaluation.checkpoints
 import pipeline.serving.launch
 from duplex.config import Config
 from duplex.errors import CorruptFileError, RequestError, ServerError
@@ -20,8 +21,9 @@ from duplex.records import Artifact, Score
 from duplex.sinks import FileWriter
 from duplex.stage import StageContext
 from duplex.store import StageFolder
-from pipeline.evaluate import EvaluateStage, evaluate_to_folder, name_urls
-from pipeline.evaluation import report
+from pipeline.evaluate import EvaluateStage
+from pipeline.evaluate_targets import EvaluateOptions, evaluate_to_folder, name_targets
+from pipeline.evaluation.found import report_data
 from pipeline.evaluation.play import PlaySettings, evaluate_urls
 from pipeline.runners.local import execute
 from tests.stages.planted_server import Plan, ToneEngine, item, planted, spoken, tiny_tokenizer
@@ -42,7 +44,7 @@ def stage_run(tmp_path, monkeypatch):
     items = tmp_path / "items.yaml"
     listed = [item().model_dump(mode="json"), item("angry-bob").model_dump(mode="json")]
     items.write_text(json.dumps({"items": listed}))
-    evaluate = {"items": str(items), "seconds": 6.4, "answer_s": 1.6}
+    evaluate = {"items": str(items), "seconds": 6.4, "answer_s": 1.6, "sockets": True}
     config = Config.model_validate({"name": "tiny", "evaluate": evaluate})
     names = ("personas", "tensors", "train", "merge")
     inputs = {name: StageFolder(tmp_path / name, name, name * 2) for name in names}
@@ -69,8 +71,8 @@ def stage_run(tmp_path, monkeypatch):
     up, together, threads = [], [], []
 
     @contextmanager
-    def running(checkpoint, *, device, timeout_s, port=0, voices=None, bare=False):
-        assert not voices and not bare
+    def running(checkpoint, *, device, timeout_s, port=0, voices=None, bare=False, slots=1):
+        assert not voices and not bare and slots == 16
         threads.append(os.environ.get("OMP_NUM_THREADS"))
         up.append(checkpoint)
         together.append(len(up))
@@ -79,7 +81,7 @@ def stage_run(tmp_path, monkeypatch):
         up.remove(checkpoint)
 
     checkpoint = SimpleNamespace(folder=base, files=lambda: {"tokenizer": base / "tokenizer.model"})
-    monkeypatch.setattr(pipeline.serving.launch, "running_server", running)
+    monkeypatch.setattr(pipeline.evaluation.checkpoints, "running_server", running)
     monkeypatch.setattr("training.servable.servable_checkpoint", lambda *_: checkpoint)
     monkeypatch.setattr(pipeline.evaluate.espeak, "EspeakEngine", lambda: _closing(ToneEngine()))
 
@@ -103,8 +105,9 @@ def _closing(engine):
 def test_the_stage_scores_each_item_on_both_models(stage_run):
     folder = stage_run.run()
     scores = {record.id: record for record in folder.records() if isinstance(record, Score)}
-    assert set(scores) == {f"angry-{who}.{m}" for who in ("ann", "bob") for m in ("base", "merged")}
-    base, merged = scores["angry-ann.base"], scores["angry-ann.merged"]
+    names = [f"angry-{who}.s0.{m}" for who in ("ann", "bob") for m in ("base", "merged")]
+    assert set(scores) == set(names)
+    base, merged = scores["angry-ann.s0.base"], scores["angry-ann.s0.merged"]
     assert base.prompt_proven and merged.prompt_proven
     assert (base.transcript, merged.transcript) == ("Hello", "Ann")
     assert (base.metrics["responses"], merged.metrics["responses"]) == (0, 2)
@@ -113,7 +116,7 @@ def test_the_stage_scores_each_item_on_both_models(stage_run):
         if isinstance(record, Artifact):
             content = (folder.path / record.path).read_bytes()
             assert sha256_bytes(content) == record.sha256
-    audio = (folder.path / "conversations/angry-ann.merged.wav").read_bytes()
+    audio = (folder.path / "conversations/angry-ann.s0.merged.wav").read_bytes()
     assert sha256_bytes(audio) == merged.audio
     for name in ("report.html", "index.html", "report.json", "timings.json"):
         assert (folder.path / name).stat().st_size > 0
@@ -190,10 +193,11 @@ def test_neither_planning_nor_evaluating_imports_torch():
 def test_running_servers_are_compared_into_a_folder(stage_run, tmp_path, capsys):
     one, other = stage_run.plans
     with planted(one) as first, planted(other) as second:
-        page = evaluate_to_folder(
-            [f"{second}/?text_prompt=ignored"], against=first, items=str(stage_run.items),
-            out=tmp_path / "deep" / "out",
-        )  # fmt: skip
+        options = EvaluateOptions(
+            against=first, items=(str(stage_run.items),), out=tmp_path / "deep" / "out"
+        )
+        found = evaluate_to_folder([f"{second}/?text_prompt=ignored"], options)
+    page = Path(found["report"])
     assert capsys.readouterr().out == ""  # `--json` prints there
     data = json.loads((page.parent / "report.json").read_text())
     assert len(data["models"]) == 2
@@ -204,22 +208,23 @@ def test_running_servers_are_compared_into_a_folder(stage_run, tmp_path, capsys)
 
 
 def test_servers_are_named_by_where_they_are():
-    assert list(name_urls(["http://10.0.0.1:80/?a=b", "ws://u:secret@Host/x", "http://host"])) == [
-        "10.0.0.1-80", "host", "host-again1",
-    ]  # fmt: skip
-    with pytest.raises(RequestError, match="must be given as"):
-        name_urls(["runs/pocket"])
+    assert list(
+        name_targets(["http://10.0.0.1:80/?a=b", "ws://u:secret@Host/x", "http://host"])
+    ) == ["10.0.0.1-80", "host", "host-again1"]
+    for wrong in ("runs/nowhere", "http://"):
+        with pytest.raises(RequestError, match="must be a config"):
+            name_targets([wrong])
 
 
 def test_one_real_model_against_itself_shows_no_change(tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other spin
     tokenizer = (tiny_checkpoint / "tokenizer.model").read_bytes()
-    settings = PlaySettings(tokenizer=tokenizer, seed=5)
+    settings = PlaySettings(tokenizer=tokenizer, seeds=(5,))
     items = [spoken(seconds=1), spoken(item_id="angry-bob", seconds=1, text_prompt="You are Bob.")]
     with pipeline.serving.launch.running_server(tiny_checkpoint, device="cpu") as url:
         played = evaluate_urls({"base": url, "merged": url}, items, settings, lambda line: None)
     assert all(m.proof.proven for model in played for m in model.conversations)
     assert [model.repeats for model in played] == [True, True]
-    assert report.report_data(played, about={}, protocol={})["changed"]["differ"] == 0
+    assert report_data(played, about={}, protocol={})["changed"]["differ"] == 0
     first, second = played[0].conversations
     assert not np.array_equal(first.conversation.agent, second.conversation.agent)

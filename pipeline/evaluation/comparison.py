@@ -1,0 +1,125 @@
+"""Reports of other times and places, compared: only what was asked alike can be.
+
+A report says what its numbers hang on besides the models: seeds, sampling, pace, lead-in silence,
+pauses, the user's voice and audio, codec, prompts. Where two differ in any of it, a difference
+between their numbers need not be the models'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from duplex.errors import RequestError
+from pipeline.evaluation.verdicts import verdicts
+
+MAX_BYTES = 256 << 20
+OF_ITEMS = ("prompt", "first_speaker", "user", "user_audio", "frames")
+
+
+class _Conversation(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    item: str
+    seed: int
+    model: str
+    sums: dict[str, tuple[float, float]]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    label: str
+
+
+class Report(BaseModel):
+    """What is read of a report.json."""
+
+    model_config = ConfigDict(extra="ignore")
+    models: list[_Model]
+    protocol: dict[str, Any]
+    items: list[dict[str, Any]]
+    conversations: list[_Conversation]
+
+
+def read_report(path: Path) -> Report:
+    """
+    Args:
+        path: a report.json, or the folder that it is in.
+
+    Raises:
+        RequestError: there is none, or it is not one of this version.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise RequestError(f"{path}: a report must be under {MAX_BYTES >> 20} MB")
+        return Report.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RequestError(f"{path}: a report must be there: {error.strerror}") from None
+    except (ValueError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise RequestError(
+            f"{path}: must be a report.json of this version, is none ({first}). Evaluate again."
+        ) from None
+
+
+def differences(one: Report, other: Report) -> dict[str, str]:
+    """Where two protocols differ: key -> what the two say, or which items."""
+    found = {}
+    for key in sorted({*one.protocol, *other.protocol}):
+        said = [report.protocol.get(key) for report in (one, other)]
+        if said[0] != said[1]:
+            found[key] = f"{json.dumps(said[0])} and {json.dumps(said[1])}"
+    items = [{item["item"]: item for item in report.items} for report in (one, other)]
+    if apart := sorted(items[0].keys() ^ items[1].keys()):
+        found["items"] = f"only one has {_some(apart)}"
+    for key in OF_ITEMS:
+        apart = sorted(
+            name
+            for name in items[0].keys() & items[1].keys()
+            if items[0][name].get(key) != items[1][name].get(key)
+        )
+        if apart:
+            found[key] = f"differs in {_some(apart)}"
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def compare_reports(
+    reports: Mapping[str, Report], allow: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Verdicts on the last model of each report, against that of the first (`verdicts`).
+
+    Args:
+        reports: by name. allow: keys of `differences` that are what is to be compared.
+
+    Raises:
+        RequestError: protocols that differ otherwise; names all that does.
+    """
+    first_name, first = next(iter(reports.items()))
+    shared = {item["item"] for item in first.items}
+    for name, report in reports.items():
+        found = {k: v for k, v in differences(first, report).items() if k not in allow}
+        if found:
+            listing = "\n".join(f"  - {key}: {value}" for key, value in found.items())
+            raise RequestError(
+                f"reports are compared only where the protocol is the same; {first_name} and "
+                f"{name} differ in\n{listing}\nEvaluate again under one protocol, or say that "
+                f"this is what you compare: --allow {','.join(found)}"
+            )
+        shared &= {item["item"] for item in report.items}
+    conversations = [
+        {"item": one.item, "model": name, "sums": one.sums}
+        for name, report in reports.items()
+        for one in report.conversations
+        if one.model == report.models[-1].label and one.item in shared
+    ]
+    conversations.sort(key=lambda one: one["item"])
+    return verdicts(conversations, list(reports))

@@ -1,0 +1,112 @@
+"""Plays the items to a checkpoint without a server (`batch`), by as many processes as help.
+
+On a CPU each core takes a process of one thread, as far as memory holds the weights that often; a
+GPU takes one. Every conversation is measured as one over a WebSocket is.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from duplex.errors import CorruptFileError
+from pipeline.evaluation.batch import Call
+from pipeline.evaluation.batch_worker import read_conversation, write_call
+from pipeline.evaluation.items import SpokenItem
+from pipeline.evaluation.play import Played, PlaySettings, Taken, measured_call, same_answer
+from pipeline.serving.model import pick_device
+from training.launch import run_workers
+
+WORKER = "pipeline.evaluation.batch_worker"
+ADVICE = (
+    "Signal 9 that nobody sent is most often the system short of memory: lower "
+    "evaluate.runtime.slots."
+)
+_MEMORY_SHARE = 0.5  # of what is free, for the weights of all processes
+
+
+def play_checkpoint(
+    label: str,
+    checkpoint: Path,
+    items: Sequence[SpokenItem],
+    settings: PlaySettings,
+    report: Callable[[str], None] = print,
+    *,
+    tokenizer: bytes,
+    device: str = "auto",
+    voices: Mapping[str, Path] | None = None,
+    slots: int = 16,
+    processes: int | None = None,
+) -> Played:
+    """Play `items` with each seed to a checkpoint folder, and the first one again.
+
+    Args:
+        tokenizer: SentencePiece model that prompts are proven by.
+        slots: conversations at a time in one process, at most.
+        processes: None: as many as the device and the memory suggest.
+
+    Raises:
+        DuplexError: what loading the checkpoint or holding a conversation raised.
+        WorkError: a process died.
+    """
+    started_s = time.perf_counter()
+    taken = [Taken(spoken, seed) for seed in settings.seeds for spoken in items]
+    calls = [_call(one, settings) for one in taken]
+    place = pick_device(device)
+    if processes is None:
+        processes = _processes(checkpoint, place)
+    processes = min(processes, len(calls))
+    slots = min(slots, -(-len(calls) // processes))
+    with tempfile.TemporaryDirectory(prefix="duplex-evaluate-") as name:
+        folder = Path(name)
+        for index, call in enumerate(calls):
+            write_call(folder, index, call)
+        job = {
+            "checkpoint": str(checkpoint.resolve()),
+            "device": place,
+            "voices": {key: str(path.resolve()) for key, path in (voices or {}).items()},
+            "bare": settings.bare,
+            "slots": slots,
+            "sampling": settings.sampling.model_dump(),
+            "folder": name,
+            "names": [f"{label} {one.name}" for one in taken],
+            "again": settings.again and bool(taken),
+        }
+        run_workers(WORKER, job, processes, report, advice=ADVICE)
+        try:
+            found = [read_conversation(folder, index) for index in range(len(calls))]
+            again = read_conversation(folder, len(calls)) if job["again"] else None
+        except OSError as error:
+            raise CorruptFileError(f"each conversation must come back: {error}") from None
+    measured = [
+        measured_call(label, one, conversation, tokenizer, settings)
+        for one, conversation in zip(taken, found, strict=True)
+    ]
+    repeats = same_answer(found[0], again) if again else None
+    wall_s = time.perf_counter() - started_s
+    info = {"device": place, "slots": slots, "processes": processes}
+    return Played(label, info, tuple(measured), repeats, wall_s)
+
+
+def _call(taken: Taken, settings: PlaySettings) -> Call:
+    audio = settings.prompt_audio.get(taken.spoken.item.id, {})
+    return Call(
+        user=taken.spoken.samples,
+        prompt=settings.prompt_of(taken.spoken),
+        seed=taken.seed,
+        voice=audio.get("voice_prompt", ""),
+        greeting=audio.get("greeting", ""),
+    )
+
+
+def _processes(checkpoint: Path, device: str) -> int:
+    if device != "cpu":
+        return 1
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # float32 in memory takes twice what bfloat16 takes on disk.
+    fitting = int(_MEMORY_SHARE * free // max(1, 2 * weights))
+    return max(1, min(os.cpu_count() or 1, fitting))
