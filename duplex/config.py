@@ -148,6 +148,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+VadName = Literal["level", "silero"]
 ItemFiles = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
@@ -168,6 +169,12 @@ class EvaluateSection(StageSection):
     )
     prompts: Literal["given", "weak"] = Field(
         default="given", description="weak: an item's weak_prompt where it has one"
+    )
+    vad: VadName = Field(default="level", description="silero: for real voices and noise")
+    recogniser: str = Field(
+        default="",
+        pattern=r"^(|pocketsphinx|faster-whisper(:.+)?)$",
+        description="pocketsphinx or faster-whisper:MODEL holds the audio against the text",
     )
     sockets: bool = Field(
         default=False,

@@ -160,11 +160,13 @@ def play_settings(
     tokenizer: bytes | None,
     prompt_audio: Mapping[str, dict[str, str]] | None = None,
 ) -> PlaySettings:
+    from pipeline.evaluation.listening import Listener
     from pipeline.evaluation.play import PlaySettings
 
     return PlaySettings(
         seeds=tuple(range(section.seed, section.seed + section.seeds)),
         weak=section.prompts == "weak",
+        listener=Listener(section.vad, section.recogniser),
         sampling=section.sampling,
         tokenizer=tokenizer,
         prompt_audio=prompt_audio or {},
@@ -185,6 +187,7 @@ def protocol_of(section: EvaluateSection, settings: PlaySettings) -> dict[str, A
         "lead_in_s": LEAD_IN_S,
         "answer_pause_s": section.answer_s,
         "user_voice": f"{espeak.revision()}, {USER_VOICE['voice']}, {LOUDNESS_DBFS:g} dBFS RMS",
+        **settings.listener.protocol(),
         "codec": "24 kHz int16 PCM on the wire, format=pcm; the model's own codec behind it",
         "bare": settings.bare,
         "prompt_audio": dict(settings.prompt_audio),

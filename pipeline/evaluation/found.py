@@ -23,6 +23,8 @@ from pipeline.evaluation.play import Played, same_answer
 from pipeline.evaluation.scoring import Measured
 from pipeline.evaluation.verdicts import verdicts
 
+TURN_BINS = ((1, 3), (4, 8), (9, 14), (15, None))
+
 
 def wav_name(measured: Measured) -> str:
     return f"conversations/{measured.name}.{measured.model}.wav"
@@ -80,6 +82,7 @@ def report_data(
         "verdicts": verdicts(conversations, labels),
         "summary": summarize(measured, labels),
         "groups": _groups(measured, labels, trained),
+        "by_turn": by_turn(measured, labels),
         "protocol": protocol,
         "items": items,
         "fingerprint": sha256_bytes(content.encode()),
@@ -124,6 +127,32 @@ def _groups(
         for name, held in sorted(members.items())
         if len(members) > 1
     ]
+
+
+def by_turn(measured: Sequence[Measured], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Faults of replies by how late in a conversation they come, for each model (replies, hits):
+    one that echoes on its first turns fails otherwise than one that does on its fifteenth."""
+    rows = []
+    for first, last in TURN_BINS:
+        by_model = {}
+        for label in labels:
+            replies = [
+                exchange
+                for one in measured
+                if one.model == label
+                for exchange in one.exchanges[first - 1 : last]
+                if exchange.num_words
+            ]
+            by_model[label] = {
+                "replies": len(replies),
+                "echo": sum(exchange.echo for exchange in replies),
+                "out_of_role": sum(exchange.out_of_role for exchange in replies),
+                "made_up": sum(exchange.made_up for exchange in replies),
+            }
+        if any(one.exchanges[first - 1 :] for one in measured):
+            name = f"{first} to {last}" if last else f"{first} and later"
+            rows.append({"turns": name, "by_model": by_model})
+    return rows
 
 
 def _changed(played: Sequence[Played]) -> dict[str, Any] | None:

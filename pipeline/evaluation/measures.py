@@ -235,8 +235,9 @@ MEASURES = (
     Measure(
         "poor", "Graded poor", "conversations", "rate",
         lambda m: [(int(m.grade == "poor"), 1)] if m.grade else [],
-        "Conversations that change sides or repeat the user, fall silent on half of the turns, or "
-        "make things up in over a quarter of the replies.",
+        "Conversations that change sides or repeat the user, ignore the prompt (less than half of "
+        "what was due, of two and more; else no fact of three and more), fall silent on half of "
+        "the turns, or make things up in over a quarter of the replies.",
         "low",
     ),
     Measure(
@@ -266,6 +267,12 @@ MEASURES = (
     Measure(
         "unwritten_share", "Speech without text", "share", "mean", lambda m: _some(m.unwritten),
         "Seconds of agent speech in stretches without a word near / seconds of agent speech.",
+        "low",
+    ),
+    Measure(
+        "word_error_rate", "Audio against text", "WER", "mean", lambda m: _some(m.error_rate),
+        "Word error rate of the agent's audio, recognised stretch by stretch, against its text "
+        "stream; the recogniser's own errors are in it.",
         "low",
     ),
     Measure(

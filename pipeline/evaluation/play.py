@@ -23,6 +23,7 @@ from duplex.config import SamplingSection
 from duplex.errors import ServerError
 from pipeline.evaluation.client import BusyError, Conversation, converse
 from pipeline.evaluation.items import SpokenItem
+from pipeline.evaluation.listening import Listener
 from pipeline.evaluation.scoring import Measured, measure, prove_prompt
 from pipeline.serving import wire
 
@@ -45,6 +46,7 @@ class PlaySettings:
     at_a_time: int = 1
     tokenizer: bytes | None = None
     prompt_audio: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    listener: Listener = field(default_factory=Listener)
     again: bool = True
     bare: bool = False
     weak: bool = False
@@ -164,7 +166,7 @@ def measured_call(
     prompt = settings.prompt_of(taken.spoken)
     tokens = wire.prompt_tokens(_processor(tokenizer), prompt)
     proof = prove_prompt(conversation.prompt, wire.prompt_digest(tokens), len(tokens))
-    return measure(taken.spoken, label, taken.seed, prompt, conversation, proof)
+    return measure(taken.spoken, label, taken.seed, prompt, conversation, proof, settings.listener)
 
 
 @lru_cache(maxsize=4)

@@ -199,7 +199,7 @@ def _timeline(side: Measured) -> Any:
     track = Track(
         agent=agent,
         user=user,
-        agent_speech=segments(speech_activity(agent)),
+        agent_speech=segments(speech_activity(agent) if side.activity is None else side.activity),
         user_speech=segments(speech_activity(user)),
         turns=side.spoken.turns,
         words=timed_words(side.conversation.text),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from duplex.degeneration import (
     Silence,
     compression_ratio,
@@ -27,7 +29,6 @@ from duplex.metrics import (
     repeated_share,
     says_any,
     segments,
-    speech_activity,
     timing,
     words_of,
 )
@@ -37,10 +38,12 @@ from duplex.turn_taking import Interruption, backchannels, interruptions
 from pipeline.evaluation.client import Conversation
 from pipeline.evaluation.grounding import invented
 from pipeline.evaluation.items import QuestionKind, SpokenItem
+from pipeline.evaluation.listening import Listener
 
 GradeName = Literal["perfect", "good", "poor"]
 POOR_SHARE = 0.25  # of the replies, with something made up
 SILENT_SHARE = 0.5  # of the turns, without a word in return
+LEAST_DUE, LEAST_FACTS = 2, 3  # to tell that a prompt is ignored
 ANSWER_WORDS = 3  # fewer than these to a question that nobody can answer are no answer
 
 
@@ -101,7 +104,8 @@ class Exchange(NamedTuple):
 class Measured:
     """One item played to one model with one seed, with all that was found.
 
-    prompt: the text that the model was prompted with.
+    prompt: the text that the model was prompted with; error_rate: of the agent's audio, recognised,
+    against its text; activity: bool [T], where the agent speaks.
     """
 
     spoken: SpokenItem
@@ -120,6 +124,8 @@ class Measured:
     sound: SoundQuality | None = None
     unspoken: float | None = None
     unwritten: float | None = None
+    error_rate: float | None = None
+    activity: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -137,12 +143,22 @@ class Measured:
     def num_words(self) -> int:
         return len(words_of(self.conversation.transcript))
 
+    @property
+    def ignores_prompt(self) -> bool:
+        """It says less than half of what was due, of two and more; or not one of three facts and
+        more, where nothing was."""
+        due = [exchange.says_due for exchange in self.exchanges if exchange.due]
+        if due:
+            return len(due) >= LEAST_DUE and sum(due) < len(due) / 2
+        return len(self.facts) >= LEAST_FACTS and not any(self.facts.values())
+
     @cached_property
     def grade(self) -> GradeName | None:
         """As people grade on the server's page; None where there was nothing to reply to.
 
-        poor: it changed sides or repeated the user, fell silent (no word to half of the turns and
-        more), or made things up in over a quarter of its replies. perfect: no fault at all.
+        poor: it changed sides or repeated the user, ignores its prompt, fell silent (no word to
+        half of the turns and more), or made things up in over a quarter of its replies. perfect:
+        no fault at all.
         """
         if not self.exchanges:
             return None
@@ -150,6 +166,7 @@ class Measured:
         made_up = sum(exchange.made_up for exchange in self.replies)
         if (
             any(exchange.echo or exchange.out_of_role for exchange in self.exchanges)
+            or self.ignores_prompt
             or silent >= SILENT_SHARE * len(self.exchanges)
             or made_up > POOR_SHARE * len(self.replies)
         ):
@@ -191,6 +208,7 @@ class Measured:
             "foreign_share": foreign_share(text),
             "unspoken_share": self.unspoken,
             "unwritten_share": self.unwritten,
+            "word_error_rate": self.error_rate,
             "clipped_share": self.sound.clipped_share if self.sound else None,
             "speech_dbfs": self.sound.speech_dbfs if self.sound else None,
         }
@@ -204,9 +222,11 @@ def measure(
     prompt: str,
     conversation: Conversation,
     proof: PromptProof,
+    listener: Listener | None = None,
 ) -> Measured:
-    agent = speech_activity(conversation.agent)
-    found = timing(agent, speech_activity(spoken.samples), spoken.turns)
+    listener = listener or Listener()
+    agent = listener.activity(conversation.agent)
+    found = timing(agent, listener.activity(spoken.samples), spoken.turns)
     opening, replies = split_replies(conversation.text, [turn.start for turn in spoken.turns])
     transcript, words = conversation.transcript, timed_words(conversation.text)
     heard = segments(agent)
@@ -227,6 +247,8 @@ def measure(
         sound=sound_quality(conversation.agent, agent),
         unspoken=unspoken_share(words, agent),
         unwritten=unwritten_share(words, agent),
+        error_rate=listener.error_rate(words, conversation.agent, agent),
+        activity=agent,
     )
 
 

@@ -18,7 +18,7 @@ MEASURES_OF = {
     "silent": ["response_rate", "silence", "due_said", "poor"],
     "wrong role": ["out_of_role", "poor"],
     "invents prices": ["ungrounded", "hallucinated", "poor"],
-    "ignores the prompt": ["facts_said", "due_said"],
+    "ignores the prompt": ["facts_said", "due_said", "poor"],
     "wanders off": ["off_topic", "hallucinated", "poor"],
     "gives in": ["declined", "due_said"],
     "knows everything": ["abstained", "hallucinated"],
