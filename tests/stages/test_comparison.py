@@ -142,12 +142,14 @@ def test_conditions_that_there_are_not_are_refused(condition):
 
 
 def test_one_report_alone_and_what_is_nothing_are_told(reports, tmp_path):
-    alone = run(reports[0].rename(tmp_path / "report.json"))
-    assert alone.exit_code == 2 and "give two" in alone.stderr
-    nothing = run(tmp_path / "nothing")
-    assert nothing.exit_code == 2 and "must be a config" in nothing.stderr
-    wrong = run("configs/pocket.yaml", "--seeds", "3")
-    assert wrong.exit_code == 2 and "evaluate.seeds" in wrong.stderr
+    for arguments, said in (
+        ([reports[0].rename(tmp_path / "report.json")], "give two"),
+        ([tmp_path / "nothing"], "must be a config"),
+        (["configs/pocket.yaml", "--seeds", "3"], "evaluate.seeds"),
+        (["configs/pocket.yaml", "--against", "other"], "--against base"),
+    ):
+        raised = run(*arguments).exception
+        assert isinstance(raised, RequestError) and said in str(raised)
 
 
 # -- tables and exports
@@ -180,11 +182,10 @@ def test_the_tables_hold_what_the_report_does(played):
 
 
 def test_no_cell_calculates():
+    nothing = dict.fromkeys(("value", "n", "low", "high"))
     hostile = {
         "groups": [],
-        "summary": [
-            {"key": "=1+1", "by_model": {"@m": dict.fromkeys(("value", "n", "low", "high"))}}
-        ],
+        "summary": [{"key": "=1+1", "by_model": {"@m": nothing}}],
     }
     assert "'=1+1,'@m,,,," in measures_csv(hostile)
 
