@@ -236,6 +236,10 @@ def timings(played: Sequence[Played], started_s: Mapping[str, float]) -> list[di
             "model": model.label,
             "server_start_s": started_s.get(model.label),
             "ready_s": statistics.median(wall.ready_s for wall in walls) if walls else None,
+            "prefill_s": statistics.median(_prefills_s(model)) if _prefills_s(model) else None,
+            "first_frame_ms": statistics.median(1000 * wall.frame_s[0] for wall in walls)
+            if walls
+            else None,
             "frame_ms_median": 1000 * median,
             "frame_ms_p95": 1000 * late,
             "frame_ms_max": 1000 * slowest,
@@ -244,6 +248,12 @@ def timings(played: Sequence[Played], started_s: Mapping[str, float]) -> list[di
         }
         rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
     return rows
+
+
+def _prefills_s(model: Played) -> list[float]:
+    """What servers said that feeding a prompt took; those kept from before say it again."""
+    said = [measured.conversation.prompt or {} for measured in model.conversations]
+    return [prompt["prefill_s"] for prompt in said if "prefill_s" in prompt]
 
 
 # -- tables beside it
