@@ -8,13 +8,15 @@ weighs the same, however much a model talks.
 
 p-value   Under "the models do not differ" an item's difference is as likely to point one way as the
           other. p is the share of sign changes whose |d| is at least the one that was found: of all
-          2^n up to `ALL_SIGNS` items, else of `DRAWS` drawn ones with the found one among them.
-          Exact at any n: with four items p is never under 1/8. (Fisher's paired randomisation test;
-          Phipson & Smyth 2010 for drawn ones.)
+          2^k, where k items differ and k is at most `ALL_SIGNS`, else of `DRAWS` drawn ones with
+          the found one among them. Exact at any n: with four items p is never under 1/8. (Fisher's
+          paired randomisation test; Phipson & Smyth 2010 for drawn ones.)
 interval  Percentiles of d over `DRAWS` bootstrap samples of items, widened by sqrt(n / (n - 1)),
           since a bootstrap of few items is too narrow (Hesterberg 2015). It describes; p decides.
 many      Holm 1979: with m measures asked at once, the chance that any verdict is wrong is at most
-          `LEVEL`.
+          `LEVEL`. m counts the measures that could reach it: where k items differ, p is never under
+          2^(1-k), whichever way they point, and what can't be called different can't be called so
+          wrongly (Tarone 1990). So a measure that is the same for both costs the others nothing.
 
 Pooling sums and counts over items instead, and swapping them, would test whether the models are the
 same in everything: a silent and a talkative one with equal error rates would be called different.
@@ -25,14 +27,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 LEVEL = 0.05
-ALL_SIGNS = 11
-DRAWS = 4_000
+ALL_SIGNS = 14
+DRAWS = 20_000
 
 Better = Literal["high", "low", ""]
 Word = Literal["improved", "regressed", "differs", "inconclusive", "not measured"]
@@ -49,9 +52,9 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What a measure says. n: items on which both models gave something to measure; value_a,
-    value_b: means over them; low, high: of the difference. None where nothing was measured, and
-    low, high where it was on one item."""
+    """What a measure says. n: items on which both models gave something to measure, differ: those
+    of them on which the two are not the same; value_a, value_b: means over n; low, high: of the
+    difference. None where nothing was measured, and low, high where it was on one item."""
 
     word: Word
     n: int
@@ -60,6 +63,7 @@ class Finding:
     difference: float | None = None
     low: float | None = None
     high: float | None = None
+    differ: int = 0
     p: float | None = None
     p_holm: float | None = None
 
@@ -75,11 +79,16 @@ def compare(
         seed: of the signs and samples that are drawn.
     """
     found = {key: _measured(pairs, seed) for key, (pairs, _) in measures.items()}
-    adjusted = holm({key: one.p for key, one in found.items() if one.p is not None})
+    adjusted = holm({k: one.p for k, one in found.items() if one.p is not None and can_tell(one)})
     return {
-        key: _judged(one, adjusted[key], measures[key][1]) if key in adjusted else one
+        key: one if one.p is None else _judged(one, adjusted.get(key, 1.0), measures[key][1])
         for key, one in found.items()
     }
+
+
+def can_tell(one: Finding) -> bool:
+    """Whether so many items that differ could give a verdict, asked for by itself."""
+    return one.differ > 0 and 2.0 ** (1 - one.differ) <= LEVEL
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -121,20 +130,27 @@ def _measured(pairs: Sequence[Pair], seed: int) -> Finding:
     low, high = _interval(differences, rng)
     return Finding(
         "inconclusive", len(kept), float(values_a.mean()), float(values_b.mean()),
-        float(differences.mean()), low, high, p,
+        float(differences.mean()), low, high, int(np.count_nonzero(differences)), p,
     )  # fmt: skip
 
 
 def _sign_p(differences: np.ndarray, rng: np.random.Generator) -> float:
     """float [n] -> p."""
+    differences = differences[differences != 0]  # a sign of these changes nothing
     n = len(differences)
     if n <= ALL_SIGNS:
-        signs = np.array(list(product((1.0, -1.0), repeat=n)))
+        signs = _all_signs(n)
     else:
         signs = rng.choice((1.0, -1.0), (DRAWS, n))
         signs[0] = 1  # the one that was found
-    means = np.abs(signs @ differences) / n
-    return float(np.mean(means >= means[0] - 1e-12))
+    sums = np.abs(signs @ differences)
+    return float(np.mean(sums >= sums[0] * (1 - 1e-12)))
+
+
+@cache
+def _all_signs(n: int) -> np.ndarray:
+    """float [2^n, n], the first row without a change."""
+    return np.array(list(product((1.0, -1.0), repeat=n))).reshape(2**n, n)
 
 
 def _interval(

@@ -286,7 +286,6 @@ MEASURES = (
         lambda m: _some(compression_ratio(m.conversation.transcript)),
         "Bytes of the text / bytes that zlib makes of it, of 64 bytes and more; over 2.4 text is "
         "a loop (Radford et al. 2022).",
-        "low",
     ),
     Measure(
         "foreign_share", "Other script", "share", "mean",

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from duplex.base import canonical_json
 from duplex.metrics import segments, speech_activity
-from duplex.verdict import least_items
+from duplex.verdict import LEVEL, least_items
 from pipeline.evaluation.audio import opus_bytes
 from pipeline.evaluation.drawing import Track, curves, timeline
 from pipeline.evaluation.found import (
@@ -92,7 +92,8 @@ def render(
     """The page as HTML. `data` is of `report_data`, `times` of `timings`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     labels = [model.label for model in played]
-    asked = sum(row["p"] is not None for one in data["verdicts"] for row in one["rows"])
+    differing = [r["differ"] for one in data["verdicts"] for r in one["rows"] if r["differ"]]
+    asked = sum(2.0 ** (1 - differ) <= LEVEL for differ in differing)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -109,7 +110,8 @@ def render(
                 for one in data["verdicts"]
             ],
             asked=asked,
-            least_items=least_items(asked),
+            least_items=least_items(max(1, len(differing))),
+            differing=len(differing),
             curves=[
                 (key, title, curves(_points(data["training"][key]), f"{title} by step"))
                 for key, title in CURVES.items()

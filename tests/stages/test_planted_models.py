@@ -23,7 +23,7 @@ MEASURES_OF = {
     "gives in": ["declined", "due_said"],
     "knows everything": ["abstained", "hallucinated"],
     "text only": ["response_rate", "unspoken_share"],
-    "stuck": ["loops", "compression_ratio"],
+    "stuck": ["loops", "repeated_share"],
 }
 PLENTY = "The committee of the parliament discussed taxes and foreign policy on television"
 
@@ -117,7 +117,7 @@ def test_each_planted_fault_is_found(fault):
     for key in MEASURES_OF[fault]:
         assert rows[key]["word"] == "regressed", (key, rows[key])
     improved = [key for key, row in rows.items() if row["word"] == "improved"]
-    assert set(improved) <= {"dead_air_s", "compression_ratio", "first_word_s", "loops", "yield_s"}
+    assert set(improved) <= {"dead_air_s", "first_word_s", "loops", "yield_s"}
     condition = f"regressed:{MEASURES_OF[fault][0]}"
     assert failures(data["verdicts"], [condition]) and failures(data["verdicts"], ["regressed"])
 

@@ -126,9 +126,19 @@ def test_how_many_items_a_verdict_takes():
     assert [least_items(m) for m in (1, 2, 8, 12)] == [6, 7, 9, 9]
     for m, n in ((1, 6), (12, 9)):
         pairs = pairs_of([0] * n, [1] * n)
-        others = {str(k): (pairs_of([0] * n, [0] * n), "high") for k in range(m - 1)}
+        undecided = pairs_of([0] * n, [(-1) ** k for k in range(n)])
+        others = {str(k): (undecided, "high") for k in range(m - 1)}
         assert compare({"m": (pairs, "high"), **others})["m"].word == "improved"
         assert compare({"m": (pairs[1:], "high"), **others})["m"].word == "inconclusive"
+
+
+def test_what_can_never_differ_costs_the_others_nothing():
+    """Thirty measures beside it, the same for both models but for five items of each."""
+    pairs = pairs_of([0] * 6, [1] * 6)
+    alike = pairs_of([0] * 6, [1, 1, 1, 1, 1, 0])
+    found = compare({"m": (pairs, "high")} | {str(k): (alike, "high") for k in range(30)})
+    assert (found["m"].word, found["m"].differ, found["m"].p_holm) == ("improved", 6, 2 / 64)
+    assert (found["0"].word, found["0"].differ, found["0"].p_holm) == ("inconclusive", 5, 1.0)
 
 
 def test_holm_is_that_of_its_definition():
