@@ -10,7 +10,7 @@ from duplex.config import Config, EvaluateSection
 from duplex.errors import CorruptFileError, MissingInputError, RequestError
 from duplex.streams import TEXT_ROW, CodecTokens, build_prompt
 from pipeline.evaluate import EvaluateStage
-from pipeline.evaluation.likelihood import base_clip_digests, teacher_force
+from pipeline.evaluation.likelihood import base_clip_digests, protocol_of_clips, teacher_force
 from pipeline.evaluation.likelihood_worker import read_base_clips
 from tests.stages.conftest import TINY_CARD, TINY_TEXT_CARD
 from tests.stages.training_factories import make_codes, tensor_bytes, write_tensors_stage
@@ -99,6 +99,10 @@ def test_the_key_follows_the_bytes_of_base_clips(tmp_path):
     folder = base_folder(tmp_path / "base", 2)
     config = Config.model_validate({"name": "tiny", "evaluate": {"base_clips": str(folder)}})
     before = EvaluateStage().files(config)
+    protocol = protocol_of_clips(config.evaluate)
     assert EvaluateStage().files(config) == before and len(base_clip_digests(str(folder))) == 2
     (folder / "clip-01.pt").write_bytes(tensor_bytes(make_codes(9, 50)))
     assert EvaluateStage().files(config) != before
+    after = protocol_of_clips(config.evaluate)
+    assert after["base_clips"] != protocol["base_clips"] is not None
+    assert protocol_of_clips(EvaluateSection(clips=0))["base_clips"] is None

@@ -239,7 +239,7 @@ def test_the_clips_taken_follow_the_seed_and_others_prompts_come_from_training_l
     tensors = write_tensors_stage(
         tmp_path / "tensors", tiny_checkpoint, {"train": [24] * 6, "valid": [24] * 6}, contents
     )
-    job = {"tensors": str(tensors.path), "base_clips": None, "clips": 3, "swaps": 6, "seed": 1}
+    job = {"tensors": str(tensors.path), "base_clips": None, "clips": 3, "swaps": 9, "seed": 1}
     checkpoint = Checkpoint.open(tiny_checkpoint)
     first = plan_tasks(job, checkpoint)
     assert [group for group, _ in first] == [HELD_OUT] * 3
