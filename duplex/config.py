@@ -180,6 +180,18 @@ class EvaluateSection(StageSection):
         default=False,
         description="hold every conversation over a WebSocket, not the first alone",
     )
+    clips: int = Field(
+        default=16,
+        ge=0,
+        le=1000,
+        description="held-out clips scored teacher-forced, and as many of base_clips; 0: none",
+    )
+    swaps: int = Field(
+        default=2, ge=0, le=20, description="other prompts that each is scored under"
+    )
+    base_clips: str | None = Field(
+        default=None, description="folder of .pt tensors that have nothing to do with the personas"
+    )
     sampling: SamplingSection = SamplingSection()
     runtime: EvaluateRuntime = EvaluateRuntime()
 

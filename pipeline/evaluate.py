@@ -3,6 +3,7 @@
 Each item's prompt and the user's audio go to both servers with the same seed, in lock-step, so
 that a conversation comes back bit for bit on the same machine; of each model one is held over a
 WebSocket too. The prompt that each model was fed is compared with our own tokenization.
+Both are asked without talking too: how likely they find held-out clips and base clips.
 `report.json`, the tables, the recordings and the scores hold no wall-clock time; that is in
 `timings.json` and on the page.
 """
@@ -32,6 +33,11 @@ from pipeline.evaluation.items import (
     load_items,
     speak_item,
 )
+from pipeline.evaluation.likelihood import (
+    base_clip_digests,
+    protocol_of_clips,
+    teacher_force,
+)
 from pipeline.serving.voices import files_of_run
 
 if TYPE_CHECKING:
@@ -44,18 +50,21 @@ USER_VOICE: dict[str, str | int | float] = {"voice": "en-us"}
 class EvaluateStage(WholeStage):
     name = "evaluate"
     number = 9
-    # 2: each slot draws by its own generator; 3: verdicts; 4: in batches, more measures
-    version = 4
+    # 2: each slot draws by its own generator; 3: verdicts; 4: in batches, more measures;
+    # 5: clips scored teacher-forced, which enter the verdicts
+    version = 5
     reads = ("personas", "tensors", "train", "merge")
 
     def engine(self, config: Config) -> str:
         return f"{espeak.revision()}, {model_identity(config.model)}"
 
     def files(self, config: Config) -> dict[str, str]:
-        """The items by the digest of their content: a comment in the YAML changes nothing.
+        """The items by the digest of their content: a comment in the YAML changes nothing. Base
+        clips by their bytes.
 
         Raises:
             DataFileError: the file breaks its schema, or is not there.
+            MissingInputError: `evaluate.base_clips` is no folder with clips.
         """
         found = {}
         for name in config.evaluate.items:
@@ -63,6 +72,12 @@ class EvaluateStage(WholeStage):
             content = canonical_json([item.model_dump(mode="json") for item in items])
             found[name] = sha256_bytes(content.encode())
         load_all_items(config.evaluate.items)
+        section = config.evaluate
+        if section.base_clips and section.clips:
+            found |= {
+                f"{section.base_clips}/{name}": digest
+                for name, digest in base_clip_digests(section.base_clips).items()
+            }
         return found
 
     def run(self, context: StageContext, writer: FileWriter) -> list[Record]:
@@ -97,11 +112,18 @@ class EvaluateStage(WholeStage):
             "base_revision": config.model.revision,
             "items": ", ".join(section.items),
         }
+        clips = list(context.records("tensors", TensorClip))
+        likelihood = []
+        if section.clips and (section.base_clips or any(clip.split == "valid" for clip in clips)):
+            likelihood = teacher_force(
+                checkpoints, context.inputs["tensors"], section, config.seed, context.report
+            )
         training = list(read_lines(context.inputs["train"].artifact("metrics")))
-        clips = context.records("tensors", TensorClip)
         fixed, loose = page_files(
-            played, started_s, about=about, protocol=protocol_of(section, settings),
-            training=training,
+            played, started_s, about=about,
+            protocol=protocol_of(section, settings)
+            | {"teacher_forced": protocol_of_clips(section)},
+            training=training, likelihood=likelihood,
             trained=frozenset(clip.persona_id for clip in clips if clip.split == "train"),
             origins=origins_of(context.inputs["tensors"].path.parent, context.inputs["tensors"]),
         )  # fmt: skip

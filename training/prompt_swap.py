@@ -66,6 +66,15 @@ class SwapTask:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """own: sums under the own prompt, float64 [P]; margins: by part, `WORDS` and `AUDIO` (the
+    semantic code), None without such predictions or without another prompt."""
+
+    own: StreamSums
+    margins: dict[int, float | None]
+
+
+@dataclass(frozen=True)
 class SwapResult:
     """words, semantic: margins per text token that is no padding, and per semantic code; None
     where no clip has both such predictions and another prompt.
@@ -127,6 +136,19 @@ def swapped(clip: Clip, other: Clip) -> Clip:
     return Clip(f"{clip.id} under {other.id}", codes, frames, frames)
 
 
+def score_task(forward: Forward, task: SwapTask, device: torch.device) -> TaskScore:
+    """Score one dialogue under its prompt and under the others'; as `score_swaps`."""
+    own = _sums(forward, [task.own], device)
+    # One clip at a time: a batch of all swaps would be several steps' worth of memory.
+    foreign = [_sums(forward, [swapped(task.own, other)], device) for other in task.others]
+    margins: dict[int, float | None] = {WORDS: None, AUDIO: None}
+    for part in margins:
+        if foreign and own.count[part] > 0:
+            mean = sum(_mean(sums, part) for sums in foreign) / len(foreign)
+            margins[part] = mean - _mean(own, part)
+    return TaskScore(own, margins)
+
+
 def score_swaps(forward: Forward, tasks: Sequence[SwapTask], device: torch.device) -> SwapResult:
     """Score each dialogue under its prompt and under the others'. No gradient; the model's mode
     is the caller's, and should be evaluation.
@@ -138,16 +160,11 @@ def score_swaps(forward: Forward, tasks: Sequence[SwapTask], device: torch.devic
     own_sums: StreamSums | None = None
     values: dict[int, list[float]] = {WORDS: [], AUDIO: []}
     for task in tasks:
-        own = _sums(forward, [task.own], device)
-        own_sums = own if own_sums is None else own_sums + own
-        if not task.others:
-            continue
-        # One clip at a time: a batch of all swaps would be several steps' worth of memory.
-        foreign = [_sums(forward, [swapped(task.own, other)], device) for other in task.others]
+        scored = score_task(forward, task, device)
+        own_sums = scored.own if own_sums is None else own_sums + scored.own
         for part, margins in values.items():
-            if own.count[part] > 0:
-                mean = sum(_mean(sums, part) for sums in foreign) / len(foreign)
-                margins.append(mean - _mean(own, part))
+            if (margin := scored.margins[part]) is not None:
+                margins.append(margin)
     assert own_sums is not None, "score_swaps needs a task"
     return SwapResult(
         _margin(values[WORDS]),

@@ -34,6 +34,20 @@ class _Model(BaseModel):
     label: str
 
 
+class _Clip(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    group: str
+    clip: str
+    model: str
+    content: str
+    values: dict[str, float | None]
+
+
+class _Likelihood(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    clips: list[_Clip]
+
+
 class Report(BaseModel):
     """What is read of a report.json."""
 
@@ -42,6 +56,7 @@ class Report(BaseModel):
     protocol: dict[str, Any]
     items: list[dict[str, Any]]
     conversations: list[_Conversation]
+    likelihood: _Likelihood | None = None
 
 
 def read_report(path: Path) -> Report:
@@ -122,4 +137,23 @@ def compare_reports(
         if one.model == report.models[-1].label and one.item in shared
     ]
     conversations.sort(key=lambda one: one["item"])
-    return verdicts(conversations, list(reports))
+    return verdicts(conversations, list(reports), _shared_clips(reports))
+
+
+def _shared_clips(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
+    """Clips of each report's last model that all have scored, with the same content and prompts:
+    two runs may hold out different ones."""
+    by_report = {
+        name: {
+            (one.group, one.clip, one.content): one.values
+            for one in (report.likelihood.clips if report.likelihood else ())
+            if one.model == report.models[-1].label
+        }
+        for name, report in reports.items()
+    }
+    shared = set.intersection(*(set(found) for found in by_report.values()))
+    return [
+        {"group": key[0], "clip": key[1], "model": name, "values": found[key]}
+        for name, found in by_report.items()
+        for key in sorted(shared)
+    ]

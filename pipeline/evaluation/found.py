@@ -18,6 +18,7 @@ from duplex.files import sha256_bytes
 from duplex.frames import FRAME_S
 from duplex.metrics import DEAD_AIR_S, HANGOVER_FRAMES, MIN_SPEECH_FRAMES, THRESHOLD_DBFS
 from pipeline.evaluation.audio import wav_bytes
+from pipeline.evaluation.likelihood import likelihood_data
 from pipeline.evaluation.measures import summarize, sums_of
 from pipeline.evaluation.play import Played, same_answer
 from pipeline.evaluation.scoring import Measured
@@ -46,6 +47,7 @@ def report_data(
     protocol: dict[str, Any],
     training: Sequence[dict[str, Any]] = (),
     trained: frozenset[str] | None = None,
+    likelihood: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of report.json.
 
@@ -54,6 +56,7 @@ def report_data(
         protocol: how; the constants of the measures are added.
         training: the lines of metrics.jsonl.
         trained: ids of the personas that were trained on; None: not known.
+        likelihood: clips that were scored teacher-forced, of `likelihood.teacher_force`.
     """
     labels = [model.label for model in played]
     measured = [one for model in played for one in model.conversations]
@@ -79,10 +82,11 @@ def report_data(
             for model in played
         ],
         "changed": _changed(played),
-        "verdicts": verdicts(conversations, labels),
+        "verdicts": verdicts(conversations, labels, likelihood),
         "summary": summarize(measured, labels),
         "groups": _groups(measured, labels, trained),
         "by_turn": by_turn(measured, labels),
+        "likelihood": likelihood_data(likelihood, labels),
         "protocol": protocol,
         "items": items,
         "fingerprint": sha256_bytes(content.encode()),
@@ -294,11 +298,15 @@ def failures(conversations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def measures_csv(data: Mapping[str, Any]) -> str:
-    """A line for each measure and model, over all and by group."""
+    """A line for each measure and model: over all conversations, by group, and of clips that were
+    scored teacher-forced."""
+    clips = data["likelihood"]["summary"] if data["likelihood"] else []
     lines = [
         [group, row["key"], model, *(pooled[key] for key in ("value", "n", "low", "high"))]
         for group, summary in (
-            ("all", data["summary"]), *((g["group"], g["summary"]) for g in data["groups"])
+            ("all", data["summary"]),
+            *((g["group"], g["summary"]) for g in data["groups"]),
+            *((row["group"], [row]) for row in clips),
         )
         for row in summary
         for model, pooled in row["by_model"].items()

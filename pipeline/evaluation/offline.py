@@ -57,7 +57,7 @@ def play_checkpoint(
     calls = [_call(one, settings) for one in taken]
     place = pick_device(device)
     if processes is None:
-        processes = _processes(checkpoint, place)
+        processes = fitting_processes(checkpoint, place)
     processes = min(processes, len(calls))
     slots = min(slots, -(-len(calls) // processes))
     with tempfile.TemporaryDirectory(prefix="duplex-evaluate-") as name:
@@ -102,7 +102,8 @@ def _call(taken: Taken, settings: PlaySettings) -> Call:
     )
 
 
-def _processes(checkpoint: Path, device: str) -> int:
+def fitting_processes(checkpoint: Path, device: str) -> int:
+    """How many processes may hold the weights at once: one on a GPU, a core each on a CPU."""
     if device != "cpu":
         return 1
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))

@@ -29,12 +29,18 @@ from pipeline.evaluation.found import (
     report_data,
     timings,
 )
+from pipeline.evaluation.likelihood import BASE_CLIPS, HELD_OUT
 from pipeline.evaluation.play import Played
 from pipeline.evaluation.scoring import Measured, timed_words
 
 TEMPLATES = Path(__file__).parent / "templates"
 AUDIO_BUDGET_BYTES = 7_000_000  # as base64: the page stays under 10 MB
 GROUP_MEASURES = ("facts_said", "due_said", "hallucinated", "out_of_role", "perfect", "poor")
+NATS_DIGITS = 4
+CLIP_GROUPS = {
+    HELD_OUT: "Held-out clips of this run",
+    BASE_CLIPS: "Base data: clips that have nothing to do with the personas",
+}
 CURVES = {
     "loss": "Loss that was minimised",
     "text": "Text, all frames",
@@ -53,12 +59,16 @@ def page_files(
     training: Sequence[dict[str, Any]],
     origins: Sequence[dict[str, Any]] = (),
     trained: frozenset[str] | None = None,
+    likelihood: Sequence[dict[str, Any]] = (),
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Files by name: those whose bytes repeat, and those that hold times or Ogg streams.
 
     `origins`: where the data came from (`origins_of`); on the page only.
     """
-    data = report_data(played, about=about, protocol=protocol, training=training, trained=trained)
+    data = report_data(
+        played, about=about, protocol=protocol, training=training, trained=trained,
+        likelihood=likelihood,
+    )  # fmt: skip
     times = timings(played, started_s)
     failed = [canonical_json(line) + "\n" for line in failures(data["conversations"])]
     return (
@@ -105,6 +115,7 @@ def render(
             rows=[_row(row, labels) for row in data["summary"] if _counts(row)],
             empty=[row["label"] for row in data["summary"] if not _counts(row)],
             groups=_groups(data, labels),
+            forced=_forced(data, labels),
             verdicts=[
                 one | {"rows": [_verdict_row(row) for row in sorted(one["rows"], key=_told_first)]}
                 for one in data["verdicts"]
@@ -192,6 +203,27 @@ def _groups(data: dict[str, Any], labels: Sequence[str]) -> list[dict[str, Any]]
     ]
 
 
+def _forced(data: dict[str, Any], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """For each group of clips that were scored teacher-forced its table."""
+    if not data["likelihood"]:
+        return []
+    rows, clips = data["likelihood"]["summary"], data["likelihood"]["clips"]
+    return [
+        {
+            "group": group,
+            "title": title,
+            "clips": len({one["clip"] for one in clips if one["group"] == group}),
+            "rows": [
+                _row(row, labels, NATS_DIGITS)
+                for row in rows
+                if row["group"] == group and _counts(row)
+            ],
+        }
+        for group, title in CLIP_GROUPS.items()
+        if any(one["group"] == group for one in clips)
+    ]
+
+
 def _told_first(row: dict[str, Any]) -> tuple[bool, bool]:
     return row["word"] in ("inconclusive", "not measured"), row["word"] == "not measured"
 
@@ -209,7 +241,7 @@ def _timeline(side: Measured) -> Any:
     return timeline(track, f"{side.spoken.item.id}, {side.model}: both channels over time")
 
 
-def _row(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+def _row(row: dict[str, Any], labels: Sequence[str], digits: int = 2) -> dict[str, Any]:
     """A row of the table as text: a value, its n and its spread for each model."""
     cells = []
     for label in labels:
@@ -223,14 +255,18 @@ def _row(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
                 {"value": f"{100 * value:.0f} %", "detail": f"{pooled['hits']} of {n} · {span}"}
             )
         else:
-            span = f"{show(pooled['low'])} to {show(pooled['high'])}"
-            cells.append({"value": show(value), "detail": f"n = {n} · {span}"})
+            low, high = (show(pooled[key], digits=digits) for key in ("low", "high"))
+            cells.append(
+                {"value": show(value, digits=digits), "detail": f"n = {n} · {low} to {high}"}
+            )
     values = [row["by_model"][label]["value"] for label in labels]
     difference = ""
     if len(values) > 1 and values[0] is not None and values[-1] is not None:
         gap = values[-1] - values[0]
         is_rate = row["kind"] == "rate"
-        difference = f"{show(float(round(100 * gap)), True)} pp" if is_rate else show(gap, True)
+        difference = (
+            f"{show(float(round(100 * gap)), True)} pp" if is_rate else show(gap, True, digits)
+        )
     unit = row["unit"] if row["kind"] == "rate" else f"{row['unit']}, {row['kind']}"
     return {**row, "cells": cells, "difference": difference, "unit": unit}
 
@@ -239,9 +275,10 @@ def _verdict_row(row: dict[str, Any]) -> dict[str, Any]:
     """A verdict as text: the difference with its interval, and how sure it is."""
     is_rate = row["kind"] == "rate"
     scale, unit = (100, " pp") if is_rate else (1, "")
+    digits = NATS_DIGITS if row["unit"] == "nats" else 2
 
-    def scaled(value: float | None, signed: bool = True) -> str:
-        return show(None if value is None else float(round(scale * value, 2)), signed)
+    def scaled(value: float | None) -> str:
+        return show(None if value is None else scale * value, True, digits)
 
     span = f"{scaled(row['low'])} to {scaled(row['high'])}{unit}" if row["low"] is not None else ""
     return {
@@ -253,14 +290,16 @@ def _verdict_row(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show(value: Any, signed: bool = False) -> str:
-    """A number for reading: at most three figures behind the point, a true minus sign."""
+def show(value: Any, signed: bool = False, digits: int = 2) -> str:
+    """A number for reading: at most `digits` figures behind the point, a true minus sign."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
-        text = f"{value:{'+' if signed else ''}{'.2f' if isinstance(value, float) else 'd'}}"
+        text = (
+            f"{value:{'+' if signed else ''}{f'.{digits}f' if isinstance(value, float) else 'd'}}"
+        )
         if "." in text:
             text = text.rstrip("0").rstrip(".")
         return ("0" if text in ("-0", "+0") else text).replace("-", "−")

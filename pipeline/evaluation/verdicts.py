@@ -2,7 +2,8 @@
 whether CI is to fail.
 
 A conversation enters by its *sums*: for each measure what it adds up and how many it counts. Those
-of an item's seeds are added: the item weighs as much with one seed as with ten.
+of an item's seeds are added: the item weighs as much with one seed as with ten. A clip that was
+scored teacher-forced enters by its value.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, get_args
 
 from duplex.errors import RequestError
 from duplex.verdict import Better, Pair, Word, compare
-from pipeline.evaluation.measures import MEASURES
+from pipeline.evaluation.likelihood import LIKELIHOODS, Likelihood, likelihood_sums
+from pipeline.evaluation.measures import MEASURES, Measure
 
 # The same for all models by design, or a check that has ended the evaluation where it fails.
 # `p95` has no value of one item's.
@@ -39,23 +41,27 @@ def item_sums(conversations: Iterable[Mapping[str, Any]]) -> dict[str, dict[str,
 
 
 def verdicts(
-    conversations: Sequence[Mapping[str, Any]], labels: Sequence[str]
+    conversations: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    likelihood: Sequence[Mapping[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Each further model against the first: `from`, `to`, and `rows`, one for each measure: a
     `duplex.verdict.Finding` with the measure's key, label and unit. All are corrected together.
 
     Args:
         conversations: of all models, as report.json holds them.
+        likelihood: clips of all models, as report.json holds them; without any there are no rows
+            of them.
     """
-    by_model = {
-        label: item_sums(c for c in conversations if c["model"] == label) for label in labels
-    }
-    first = by_model[labels[0]] if labels else {}
+    played = {label: item_sums(c for c in conversations if c["model"] == label) for label in labels}
+    forced = {label: likelihood_sums(likelihood, label) for label in labels}
+    measures: list[Measure | Likelihood] = [*JUDGED, *(LIKELIHOODS if likelihood else ())]
     asked: dict[str, tuple[Sequence[Pair], Better]] = {}
     for label in labels[1:]:
-        last = by_model[label]
-        assert list(first) == list(last), f"{label} must have played the same items"
-        for measure in JUDGED:
+        for measure in measures:
+            by_model = forced if isinstance(measure, Likelihood) else played
+            first, last = by_model[labels[0]], by_model[label]
+            assert list(first) == list(last), f"{label} must have been given the same items"
             pairs = [
                 Pair(*first[item].get(measure.key, (0, 0)), *last[item].get(measure.key, (0, 0)))
                 for item in first
@@ -78,7 +84,7 @@ def verdicts(
                         for name, value in asdict(found[f"{label} {measure.key}"]).items()
                     },
                 }
-                for measure in JUDGED
+                for measure in measures
             ],
         }
         for label in labels[1:]
@@ -99,7 +105,7 @@ def failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> l
     for condition in fail_on:
         word, _, key = condition.partition(":")
         wanted, negated = word.removeprefix("not-"), word.startswith("not-")
-        words, keys = get_args(Word), [measure.key for measure in JUDGED]
+        words, keys = get_args(Word), [measure.key for measure in (*JUDGED, *LIKELIHOODS)]
         if wanted.replace("-", " ") not in words or (key and key not in keys):
             raise RequestError(
                 "--fail-on must be a verdict, of one measure if you name it: "

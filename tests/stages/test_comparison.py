@@ -185,6 +185,7 @@ def test_no_cell_calculates():
     nothing = dict.fromkeys(("value", "n", "low", "high"))
     hostile = {
         "groups": [],
+        "likelihood": [],
         "summary": [{"key": "=1+1", "by_model": {"@m": nothing}}],
     }
     assert "'=1+1,'@m,,,," in measures_csv(hostile)

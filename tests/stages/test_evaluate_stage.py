@@ -24,9 +24,11 @@ from duplex.store import StageFolder
 from pipeline.evaluate import EvaluateStage
 from pipeline.evaluate_targets import EvaluateOptions, evaluate_to_folder, name_targets
 from pipeline.evaluation.found import report_data
+from pipeline.evaluation.likelihood import teacher_force
 from pipeline.evaluation.play import PlaySettings, evaluate_urls
 from pipeline.runners.local import execute
 from tests.stages.planted_server import Plan, ToneEngine, item, planted, spoken, tiny_tokenizer
+from tests.stages.training_factories import write_tensors_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = [
@@ -93,7 +95,7 @@ def stage_run(tmp_path, monkeypatch):
 
     return SimpleNamespace(
         run=run, plans=list(plans.values()), config=config, items=items, together=together,
-        threads=threads,
+        threads=threads, inputs=inputs,
     )  # fmt: skip
 
 
@@ -104,6 +106,8 @@ def _closing(engine):
 
 def test_the_stage_scores_each_item_on_both_models(stage_run):
     folder = stage_run.run()
+    assert json.loads((folder.path / "report.json").read_text())["likelihood"] is None
+    assert "Teacher-forced" not in (folder.path / "report.html").read_text()
     scores = {record.id: record for record in folder.records() if isinstance(record, Score)}
     names = [f"angry-{who}.s0.{m}" for who in ("ann", "bob") for m in ("base", "merged")]
     assert set(scores) == set(names)
@@ -162,6 +166,37 @@ def test_two_runs_have_one_digest_though_their_pages_differ(stage_run):
     assert (one.path / "timings.json").read_bytes() != (other.path / "timings.json").read_bytes()
     stage_run.plans[1].echo = 15
     assert stage_run.run("third").digest != one.digest
+
+
+def test_clips_are_scored_the_same_on_every_run_and_on_the_page(
+    stage_run, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Planted servers talk; what is scored without talking is a real model, twice."""
+    seen = []
+
+    def really(checkpoints, *rest):
+        seen.append(dict(checkpoints))
+        return teacher_force(dict.fromkeys(checkpoints, tiny_checkpoint), *rest)
+
+    monkeypatch.setattr(pipeline.evaluate, "teacher_force", really)
+    stage_run.inputs["tensors"] = write_tensors_stage(
+        tmp_path / "clips", tiny_checkpoint, {"train": [30], "valid": [30, 33, 36]}
+    )
+    one, other = stage_run.run("one"), stage_run.run("other")
+    assert one.digest == other.digest
+    assert [list(checkpoints) for checkpoints in seen] == [["base", "merged"]] * 2
+    assert seen[0]["merged"] == tmp_path / "merge" / "checkpoint"
+    data = json.loads((one.path / "report.json").read_text())
+    clips = data["likelihood"]["clips"]
+    assert [(e["clip"], e["model"]) for e in clips] == [
+        (f"valid-{n}", model) for n in range(3) for model in ("base", "merged")
+    ]
+    (row,) = [row for row in data["verdicts"][0]["rows"] if row["key"] == "nll_words"]
+    assert (row["n"], row["difference"], row["word"]) == (3, 0, "inconclusive")
+    assert data["protocol"]["teacher_forced"] == {"clips": 16, "swaps": 2, "base_clips": None}
+    page = (one.path / "report.html").read_text()
+    assert "<h2>Teacher-forced</h2>" in page and "Held-out clips of this run: 3" in page
+    assert "So few clips never give a verdict" in page
 
 
 def test_the_key_follows_what_the_items_say_not_how_they_are_written(stage_run):

@@ -1,4 +1,4 @@
-"""`python -m training.pocket codec|base …`: trains a pocket model."""
+"""`python -m training.pocket codec|base|regression …`: makes what data/pocket holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import sys
 
 from duplex.errors import EXIT_BAD_REQUEST, DuplexError
 
-COMMANDS = {"codec": "training.pocket.codec_command", "base": "training.pocket.base_command"}
+COMMANDS = {
+    "codec": "training.pocket.codec_command",
+    "base": "training.pocket.base_command",
+    "regression": "training.pocket.regression",
+}
 
 
 def main(argv: list[str]) -> int:
