@@ -29,6 +29,7 @@ from pipeline.evaluation.found import (
     report_data,
     timings,
 )
+from pipeline.evaluation.people import told
 from pipeline.evaluation.play import Played
 from pipeline.evaluation.scoring import Measured, timed_words
 
@@ -53,10 +54,12 @@ def page_files(
     training: Sequence[dict[str, Any]],
     origins: Sequence[dict[str, Any]] = (),
     trained: frozenset[str] | None = None,
+    people: dict[str, Any] | None = None,
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Files by name: those whose bytes repeat, and those that hold times or Ogg streams.
 
-    `origins`: where the data came from (`origins_of`); on the page only.
+    `origins`: where the data came from (`origins_of`); on the page only. `people`: people's grades
+    (`people_data`); on the page and in people.json.
     """
     data = report_data(played, about=about, protocol=protocol, training=training, trained=trained)
     times = timings(played, started_s)
@@ -70,8 +73,12 @@ def page_files(
         },
         {
             "timings.json": _json({"models": times}),
-            "report.html": render(data, played, times, origins).encode(),
-            "index.html": _environment().get_template("index.html.j2").render(data=data).encode(),
+            "report.html": render(data, played, times, origins, people).encode(),
+            "index.html": _environment()
+            .get_template("index.html.j2")
+            .render(data=data, people=people)
+            .encode(),
+            **({"people.json": _json(people)} if people else {}),
         },
     )
 
@@ -88,8 +95,10 @@ def render(
     played: Sequence[Played],
     times: Sequence[dict[str, Any]],
     origins: Sequence[dict[str, Any]] = (),
+    people: dict[str, Any] | None = None,
 ) -> str:
-    """The page as HTML. `data` is of `report_data`, `times` of `timings`."""
+    """The page as HTML. `data` is of `report_data`, `times` of `timings`, `people` of
+    `people_data`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     labels = [model.label for model in played]
     asked = sum(row["p"] is not None for one in data["verdicts"] for row in one["rows"])
@@ -104,6 +113,8 @@ def render(
             rows=[_row(row, labels) for row in data["summary"] if _counts(row)],
             empty=[row["label"] for row in data["summary"] if not _counts(row)],
             groups=_groups(data, labels),
+            people=people,
+            people_told=told(people) if people else [],
             verdicts=[
                 one | {"rows": [_verdict_row(row) for row in sorted(one["rows"], key=_told_first)]}
                 for one in data["verdicts"]

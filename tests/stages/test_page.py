@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ import soundfile
 from moshi.utils.compile import no_compile
 
 from duplex.files import read_lines
+from pipeline.evaluation.items import PlaceWords
+from pipeline.evaluation.people import exchanges_of, read_people
 from pipeline.serving import wire
+from pipeline.serving.hearing import Recognition
 from pipeline.serving.limits import Limits
 from pipeline.serving.model import ServedModel
 from tests.stages.conftest import write_tiny_checkpoint
@@ -277,6 +281,36 @@ def test_a_grade_is_kept_with_what_was_said(tiny_speaker, tmp_path):
     assert (kept["grade"], kept["persona"], kept["seed"]) == ("perfect", "marcus", 3)
     assert kept["note"] == "In character “throughout”." and kept["words"][0]["text"]
     assert kept["model_digest"] == tiny_speaker.model_digest
+    assert kept["text_prompt"] == PROMPT and kept["heard"] == []
+    for line in kept["words"]:
+        starts = line["at_s"]
+        assert len(starts) == len(line["text"].split()) and starts == sorted(starts)
+        assert line["start_s"] <= starts[0]
+
+
+def test_a_grade_holds_what_the_server_heard_of_the_user(tiny_speaker, tmp_path):
+    """A WAV as microphone and a recogniser that knows one sentence: our grade needs its words."""
+    from playwright.async_api import expect
+
+    beep = np.concatenate([user_pcm(12), np.zeros(40 * 1920, np.float32)])
+    soundfile.write(tmp_path / "mic.wav", beep, 24_000)
+    told = Recognition(SimpleNamespace(transcribe=lambda *_: [SimpleNamespace(text="your name")]))
+
+    async def look(page, url):
+        await page.goto(wire.page_url(url, PROMPT))
+        await connect(page, "#talk")
+        await expect(page.locator(".transcript")).to_contain_text("You: your name", timeout=20_000)
+        await page.click("#stop")
+        await expect(page.locator("#kept")).to_contain_text("yours where this page shows them")
+        await page.click("text=Poor")
+        await expect(page.locator("#graded")).to_have_text("Kept as poor.")
+
+    options = {"grades": tmp_path / "grades.jsonl", "recognition": told}
+    assert in_browser(tiny_speaker, look, microphone=tmp_path / "mic.wav", **options) == []
+    (kept,) = read_people(tmp_path / "grades.jsonl").grades
+    assert kept.heard and kept.heard[0].text == "your name"
+    assert 0 <= kept.heard[0].start_s < kept.heard[0].end_s < kept.seconds
+    assert exchanges_of(kept, PlaceWords())[0].user == "your name"
 
 
 def test_a_token_becomes_a_cookie_and_an_owner_makes_a_link_for_a_trainee(tiny_speaker):
