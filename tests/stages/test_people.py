@@ -231,7 +231,8 @@ def test_a_report_shows_peoples_grades_of_its_models(book, tmp_path, monkeypatch
     assert "of this report<" in own and "none of this report" in other
     assert "too few to say how far they agree" in page
     assert json.loads((tmp_path / "out/people.json").read_text())["conversations"] == 2
-    assert "people.json" in (tmp_path / "out/index.html").read_text()
+    index = (tmp_path / "out/index.html").read_text()
+    assert "people.json" in index and 'href="judge.html"' in index
     assert "people" not in json.loads((tmp_path / "out/report.json").read_text())
     with pytest.raises(MissingInputError, match="must hold people's grades"):
         evaluate_to_folder([url], EvaluateOptions(grades=tmp_path / "none.jsonl"))
