@@ -9,6 +9,7 @@ WebSocket too. The prompt that each model was fed is compared with our own token
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,7 @@ class EvaluateStage(WholeStage):
         from pipeline.evaluation.found import recordings
         from pipeline.evaluation.origins import origins_of
         from pipeline.evaluation.report import page_files
+        from pipeline.evaluation.wandb_tables import log_evaluation
         from training.servable import servable_checkpoint
 
         config, section = context.config, context.config.evaluate
@@ -112,6 +114,8 @@ class EvaluateStage(WholeStage):
         for name, content in loose.items():
             # Not among the records: their lines are in the digest, and these bytes differ.
             _add(writer, name, content, deterministic=False)
+        data = json.loads(fixed["report.json"])
+        log_evaluation(data, writer.folder.path, writer.work, config, context.report)
         return [*records, *_scores(played, audio)]
 
 
