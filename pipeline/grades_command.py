@@ -30,6 +30,7 @@ def run(path: Path, items: Sequence[str], *, as_json: bool) -> None:
         print(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from pipeline.evaluation.people import told
@@ -44,7 +45,7 @@ def run(path: Path, items: Sequence[str], *, as_json: bool) -> None:
             for grade in row["grades"].values()
         ]
         name = f"{row['label'] or 'model'} {row['model_digest'][:12]}"
-        table.add_row(name, str(row["n"]), *shares)
+        table.add_row(escape(name), str(row["n"]), *shares)
     console.print(table)
     _show_agreement(console, found["agreement"])
     for line in told(found):

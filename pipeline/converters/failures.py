@@ -121,7 +121,7 @@ def convert_failures(
     write_atomic(out, "".join(f"{line}\n" for line in lines).encode())
     outcome.rows = [{"id": d.id, "turns": len(d.turns)} for d in found.dialogues]
     outcome.notes = [
-        *([f"{found.waiting} lines have no `better` and were left"] if found.waiting else []),
+        *([f"lines without `better`, left out: {found.waiting}"] if found.waiting else []),
         *found.doubts,
         "what was trained on proves nothing: evaluate the next model on other items",
     ]

@@ -104,7 +104,7 @@ def test_nothing_rests_on_a_fault_that_is_not_mended(mended, tmp_path):
     report = convert_failures(path, tmp_path / "out.jsonl", skip_refused=True)
     (line,) = read_lines(tmp_path / "out.jsonl")
     assert [turn["text"] for turn in line["turns"]] == [ASKED[0], "A large latte!"]
-    assert report.written == 1 and "1 lines have no `better`" in report.notes[0]
+    assert report.written == 1 and report.notes[0] == "lines without `better`, left out: 1"
     # A line that was deleted is a fault that is not mended, not a right reply.
     path.write_text(path.read_text().split("\n", 1)[1])
     with pytest.raises(StageFailedError, match=r"turn 1 is not \(echo\)"):

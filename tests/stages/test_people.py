@@ -211,6 +211,9 @@ def test_the_command_counts_and_compares(book):
     found = CliRunner().invoke(app, ["grades", str(book.file)])
     assert found.exit_code == 0, found.output
     assert "merged d1" in found.output and "1 (2–100 %)" in found.output
+    book.add("b", "good", label="[/b] [red]")
+    again = CliRunner().invoke(app, ["grades", str(book.file)])
+    assert again.exit_code == 0 and "[/b] [red]" in again.output
     assert "The same grade in 1 of 1" in found.output and "too few" in found.output
     as_json = CliRunner().invoke(app, ["grades", str(book.file), "--json"])
     assert json.loads(as_json.stdout)["models"][0]["grades"]["poor"]["hits"] == 1
