@@ -274,6 +274,7 @@ def convert_datasets(
 
 
 convert.command(name="adapter")(cli_data.convert_adapter)
+convert.command(name="failures")(cli_data.convert_failures)
 app.add_typer(cli_data.personas, name="personas")
 app.add_typer(cli_data.hub)  # push and pull
 app.add_typer(cli_train.training)  # compare

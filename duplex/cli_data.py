@@ -1,4 +1,4 @@
-"""Commands that deal in files: `duplex personas`, `push|pull`, `convert checkpoint`."""
+"""Commands that deal in files: `duplex personas`, `push|pull`, some of `convert`."""
 
 from __future__ import annotations
 
@@ -103,6 +103,31 @@ def convert_adapter(
     from pipeline import convert as conversions
 
     conversions.adapter(source, out, form, base, runs=runs, as_json=as_json)
+
+
+def convert_failures(
+    source: Annotated[
+        Path, typer.Argument(metavar="FAILURES", help="failures.jsonl, `better` filled in.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: new.jsonl.")],
+    persona_folders: Annotated[
+        list[Path] | None,
+        typer.Option("--personas", help="Folder of persona files: names, pauses; repeatable."),
+    ] = None,
+    skip_refused: Annotated[
+        bool, typer.Option("--skip-refused", help="Write the others when some are refused.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a report's failures that you have mended into dialogues to train on.
+
+    Example: duplex convert failures evaluation/failures.jsonl mended.jsonl
+    """
+    from pipeline import convert as conversions
+
+    conversions.failures(
+        source, out, persona_folders or [], skip_refused=skip_refused, as_json=as_json
+    )
 
 
 hub = typer.Typer()

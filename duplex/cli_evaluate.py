@@ -1,4 +1,4 @@
-"""`duplex evaluate`."""
+"""`duplex evaluate` and `duplex grades`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def evaluate(
             help="Exit 1 on it: regressed, not-improved:facts_said; may be repeated.",
         ),
     ] = None,
+    grades: Annotated[
+        Path | None, typer.Option(help="People's grades of these models, to stand in the report.")
+    ] = None,
     runs: RunsRoot = RUNS,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -58,5 +61,26 @@ def evaluate(
         against=against, items=tuple(items or ()), out=out,
         seeds=seeds, weak=weak, real_time=real_time,
         allow=tuple(filter(None, allow.split(","))), fail_on=tuple(fail_on or ()),
+        grades=grades,
     )  # fmt: skip
     commands.evaluate(targets, options, runs, overrides or [], as_json=as_json)
+
+
+@evaluation.command()
+def grades(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="grades.jsonl of `serve`, in the run folder.")
+    ],
+    items: Annotated[
+        list[str] | None,
+        typer.Option(help="Items file with the words of the place; else data/prompts/seeds.yaml."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count people's grades by model, and say how far ours of the same conversations agree.
+
+    Example: duplex grades runs/pocket/grades.jsonl
+    """
+    from pipeline import grades_command
+
+    grades_command.run(path, items or [], as_json=as_json)

@@ -272,7 +272,8 @@ def _evaluate_config(
     if options != plain:
         raise RequestError(
             "only --against base and --fail-on go with a config, whose evaluate section says the "
-            "rest: --set evaluate.items=…, evaluate.seeds=…, evaluate.prompts=weak"
+            "rest: --set evaluate.items=…, evaluate.seeds=…, evaluate.prompts=weak. "
+            "`duplex grades` shows people's grades"
         )
     failures([], options.fail_on)  # before hours of work
     config = load_config(path, overrides)

@@ -64,6 +64,15 @@ def datasets(
     )
 
 
+def failures(
+    source: Path, out: Path, personas: list[Path], *, skip_refused: bool, as_json: bool
+) -> None:
+    from pipeline.converters.failures import convert_failures
+
+    outcome = convert_failures(source, out, personas=personas, skip_refused=skip_refused)
+    show(outcome, out, "dialogues", as_json=as_json)
+
+
 def adapter(
     source: Path, out: Path, form: str, base: str | None, *, runs: Path, as_json: bool
 ) -> None:

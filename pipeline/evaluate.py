@@ -10,6 +10,7 @@ Both are asked without talking too: how likely they find held-out clips and base
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,7 @@ class EvaluateStage(WholeStage):
         from pipeline.evaluation.found import recordings
         from pipeline.evaluation.origins import origins_of
         from pipeline.evaluation.report import page_files
+        from pipeline.evaluation.wandb_tables import log_evaluation
         from training.servable import servable_checkpoint
 
         config, section = context.config, context.config.evaluate
@@ -134,6 +136,8 @@ class EvaluateStage(WholeStage):
         for name, content in loose.items():
             # Not among the records: their lines are in the digest, and these bytes differ.
             _add(writer, name, content, deterministic=False)
+        data = json.loads(fixed["report.json"])
+        log_evaluation(data, writer.folder.path, writer.work, config, context.report)
         return [*records, *_scores(played, audio)]
 
 

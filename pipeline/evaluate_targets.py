@@ -20,6 +20,7 @@ from duplex.errors import RequestError
 from duplex.files import write_atomic
 from pipeline.evaluate import play_settings, protocol_of, speak_items
 from pipeline.evaluation.verdicts import failures
+from pipeline.grades_command import grades_data
 
 SCHEMES = ("http://", "https://", "ws://", "wss://")
 REPORT = "report.json"
@@ -37,6 +38,7 @@ class EvaluateOptions:
     real_time: bool = False
     allow: tuple[str, ...] = ()
     fail_on: tuple[str, ...] = ()
+    grades: Path | None = None
 
 
 def is_report(target: str) -> bool:
@@ -54,6 +56,7 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
     Raises:
         RequestError: a target that is none, or an option that does not go with it.
         DataFileError: the items.
+        MissingInputError: no file with people's grades.
         ServerError: a server cannot be reached, or a conversation broke.
     """
     from pipeline.evaluation.checkpoints import Machine, play_checkpoints
@@ -62,6 +65,7 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
     from pipeline.evaluation.report import page_files
 
     failures([], options.fail_on)  # before anything is played
+    people = grades_data(options.grades, options.items) if options.grades else None
     named = name_targets([*([options.against] if options.against else []), *targets])
     section = EvaluateSection(
         items=options.items or EvaluateSection().items,
@@ -89,8 +93,9 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
     ordered = [played[label] for label in named]
     about = {"name": " and ".join(named), "items": ", ".join(section.items)}
     fixed, loose = page_files(
-        ordered, {}, about=about, protocol=protocol_of(section, settings), training=[]
-    )
+        ordered, {}, about=about, protocol=protocol_of(section, settings), training=[],
+        people=people,
+    )  # fmt: skip
     out = options.out or Path("evaluation")
     for name, content in {**fixed, **loose, **recordings(ordered)}.items():
         write_atomic(out / name, content)
@@ -144,6 +149,8 @@ def compare_reports(targets: Sequence[str], options: EvaluateOptions) -> dict[st
     from pipeline.evaluation.comparison import compare_reports as compare
     from pipeline.evaluation.comparison import read_report
 
+    if options.grades:
+        raise RequestError("--grades is for servers and checkpoints; see `duplex grades`")
     paths = [*([options.against] if options.against else []), *targets]
     if len(paths) < 2:
         raise RequestError(

@@ -100,7 +100,7 @@ def json_values(path: Path) -> Iterator[dict[str, Any]]:
     try:
         text = read_text(path)
         values = (
-            [read_json(line) for line in text.splitlines() if line.strip()]
+            [read_json(line) for line in text.split("\n") if line.strip()]
             if path.suffix == ".jsonl"
             else read_json(text)
         )

@@ -34,6 +34,7 @@ LONGEST_FIRST = (
     "tests/stages/test_train.py",
     "tests/stages/test_train_processes.py",
     "tests/stages/test_page.py",
+    "tests/stages/test_page_grades.py",
     "tests/stages/test_serving_process.py",
     "tests/e2e/test_documentation.py",
     "tests/stages/hub",

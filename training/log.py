@@ -5,9 +5,8 @@
                     `guards`. NLL in nats a prediction; perplexity = exp(NLL).
     timing.jsonl    the rest: seconds, frames/s, memory, frames with and without padding
 
-Weights & Biases gets the same figures when `train.runtime.wandb` is set, also offline. It is
-told the train section without paths and nothing else: no host, no command line (which may hold
-a token), no git remote, no console output.
+Weights & Biases gets the same figures when `train.runtime.wandb` is set, also offline, and the
+train section without paths (`training.wandb_run`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from duplex.base import canonical_json
 from duplex.config_train import TrainSection
 from duplex.files import append_line, write_atomic
 from training.loss import StreamSums, stream_means
+from training.wandb_run import open_run
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 PERPLEXITY_STREAMS = ("text", "text_nonpad")
@@ -143,19 +143,8 @@ class TrainLog:
     def start_wandb(self, section: TrainSection, name: str, identity: str, resumed: bool) -> None:
         if not section.runtime.wandb or not self._writes:
             return
-        import wandb
-
-        self._wandb = wandb.init(
-            project="duplex-workbench",
-            name=name,
-            id=identity[:16],
-            resume="allow" if resumed else None,
-            dir=str(self._work),
-            config=section.model_dump(mode="json", exclude=_PATHS),  # pyright: ignore
-            settings=wandb.Settings(
-                console="off", disable_git=True, save_code=False, x_disable_meta=True
-            ),
-        )
+        config = section.model_dump(mode="json", exclude=_PATHS)  # pyright: ignore
+        self._wandb = open_run(name, self._work, config, run_id=identity[:16], resumed=resumed)
 
     def close(self, failed: bool = False) -> None:
         if self._wandb is not None:

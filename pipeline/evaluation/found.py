@@ -266,13 +266,15 @@ def _prefills_s(model: Played) -> list[float]:
 def failures(conversations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each reply with a fault, with all that a better one needs: a line of failures.jsonl.
 
-    `history`: what was said before, user and agent in turn.
+    `history`: what was said before, user and agent in turn, each reply with its own faults; a
+    reply that never came has the text "". `better` is for a person to fill in: what the agent
+    should have said (`pipeline/converters/failures.py` reads it).
     """
     found = []
     for one in conversations:
-        history: list[dict[str, str]] = []
+        history: list[dict[str, Any]] = []
         if one["opening"]:
-            history.append({"role": "agent", "text": one["opening"]})
+            history.append({"role": "agent", "text": one["opening"], "faults": []})
         for turn, exchange in enumerate(one["exchanges"]):
             if exchange["faults"]:
                 found.append(
@@ -281,6 +283,7 @@ def failures(conversations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
                         "seed": one["seed"],
                         "model": one["model"],
                         "persona": one["persona"],
+                        "persona_type": one["persona_type"],
                         "turn": turn,
                         "system_prompt": one["prompt"],
                         "history": list(history),
@@ -289,11 +292,12 @@ def failures(conversations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
                         "faults": exchange["faults"],
                         "due": exchange["due"],
                         "audio": one["audio"],
+                        "better": None,
                     }
                 )
             history.append({"role": "user", "text": exchange["user"]})
-            if exchange["reply"]:
-                history.append({"role": "agent", "text": exchange["reply"]})
+            reply, faults = exchange["reply"], exchange["faults"]
+            history.append({"role": "agent", "text": reply, "faults": faults})
     return found
 
 

@@ -79,7 +79,15 @@ def _as_turn(value: Any) -> Any:
     return {"say": value} if isinstance(value, str) else value
 
 
-class EvaluationItem(Frozen):
+class PlaceWords(Frozen):
+    """What tells a reply that is out of role or off topic, and one that says that it can't tell."""
+
+    must_not_say: tuple[Text, ...] = ()
+    topic: tuple[Text, ...] = ()
+    abstains: tuple[Text, ...] = ()
+
+
+class EvaluationItem(PlaceWords):
     """One conversation to hold: the prompt, what the user says, what may be recalled, and what
     only the other side says."""
 
@@ -93,18 +101,11 @@ class EvaluationItem(Frozen):
     first_speaker: Role = "user"
     user_turns: tuple[Annotated[UserTurn, BeforeValidator(_as_turn)], ...] = Field(min_length=1)
     facts: tuple[Fact, ...] = ()
-    must_not_say: tuple[Text, ...] = ()
-    topic: tuple[Text, ...] = ()
-    abstains: tuple[Text, ...] = ()
 
 
-SHARED = ("must_not_say", "topic", "abstains")  # of all items of a file
+class ItemsFile(PlaceWords):
+    """Its own words are those of all its items."""
 
-
-class ItemsFile(Frozen):
-    must_not_say: tuple[Text, ...] = ()
-    topic: tuple[Text, ...] = ()
-    abstains: tuple[Text, ...] = ()
     items: tuple[EvaluationItem, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -153,16 +154,35 @@ def load_items(path: Path) -> tuple[EvaluationItem, ...]:
     Raises:
         DataFileError: no file, not YAML, or it breaks the schema; all faults at once.
     """
+    found = _read_items(path)
+    return tuple(
+        item.model_copy(
+            update={
+                name: (*getattr(found, name), *getattr(item, name))
+                for name in PlaceWords.model_fields
+            }
+        )
+        for item in found.items
+    )
+
+
+def load_place_words(paths: Sequence[str]) -> PlaceWords:
+    """What each of these files has for all its items, together; raises as `load_items`."""
+    files = [_read_items(find_path(name)) for name in paths]
+    return PlaceWords(
+        **{
+            name: tuple(dict.fromkeys(word for file in files for word in getattr(file, name)))
+            for name in PlaceWords.model_fields
+        }
+    )
+
+
+def _read_items(path: Path) -> ItemsFile:
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise DataFileError(f"{path}: must hold a mapping with `items`, found {type(raw).__name__}")
     found: ItemsFile = validate(ItemsFile, raw, path)
-    return tuple(
-        item.model_copy(
-            update={name: (*getattr(found, name), *getattr(item, name)) for name in SHARED}
-        )
-        for item in found.items
-    )
+    return found
 
 
 def load_all_items(paths: Sequence[str]) -> tuple[EvaluationItem, ...]:

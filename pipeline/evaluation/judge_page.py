@@ -18,7 +18,7 @@ def section(found: dict[str, Any]) -> Markup:
 def page(found: dict[str, Any]) -> str:
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     template = _environment().get_template("judge.html.j2")
-    return template.render(style=style, section=section(found))
+    return template.render(style=style, models=found["models"], section=section(found))
 
 
 def _environment() -> Environment:

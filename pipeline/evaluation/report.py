@@ -30,6 +30,7 @@ from pipeline.evaluation.found import (
     timings,
 )
 from pipeline.evaluation.likelihood import BASE_CLIPS, HELD_OUT
+from pipeline.evaluation.people import told
 from pipeline.evaluation.play import Played
 from pipeline.evaluation.scoring import Measured, timed_words
 
@@ -60,10 +61,12 @@ def page_files(
     origins: Sequence[dict[str, Any]] = (),
     trained: frozenset[str] | None = None,
     likelihood: Sequence[dict[str, Any]] = (),
+    people: dict[str, Any] | None = None,
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Files by name: those whose bytes repeat, and those that hold times or Ogg streams.
 
-    `origins`: where the data came from (`origins_of`); on the page only.
+    `origins`: where the data came from (`origins_of`); on the page only. `people`: people's grades
+    (`people_data`); on the page and in people.json.
     """
     data = report_data(
         played, about=about, protocol=protocol, training=training, trained=trained,
@@ -80,8 +83,12 @@ def page_files(
         },
         {
             "timings.json": _json({"models": times}),
-            "report.html": render(data, played, times, origins).encode(),
-            "index.html": _environment().get_template("index.html.j2").render(data=data).encode(),
+            "report.html": render(data, played, times, origins, people).encode(),
+            "index.html": _environment()
+            .get_template("index.html.j2")
+            .render(data=data, people=people)
+            .encode(),
+            **({"people.json": _json(people)} if people else {}),
         },
     )
 
@@ -98,8 +105,10 @@ def render(
     played: Sequence[Played],
     times: Sequence[dict[str, Any]],
     origins: Sequence[dict[str, Any]] = (),
+    people: dict[str, Any] | None = None,
 ) -> str:
-    """The page as HTML. `data` is of `report_data`, `times` of `timings`."""
+    """The page as HTML. `data` is of `report_data`, `times` of `timings`, `people` of
+    `people_data`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     labels = [model.label for model in played]
     differing = [r["differ"] for one in data["verdicts"] for r in one["rows"] if r["differ"]]
@@ -116,6 +125,8 @@ def render(
             empty=[row["label"] for row in data["summary"] if not _counts(row)],
             groups=_groups(data, labels),
             forced=_forced(data, labels),
+            people=people,
+            people_told=told(people) if people else [],
             verdicts=[
                 one | {"rows": [_verdict_row(row) for row in sorted(one["rows"], key=_told_first)]}
                 for one in data["verdicts"]

@@ -7,7 +7,7 @@ start to the next one's. What is said before the first turn is the opening.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -37,7 +37,7 @@ from duplex.topic import abstains, off_topic
 from duplex.turn_taking import Interruption, backchannels, interruptions
 from pipeline.evaluation.client import Conversation
 from pipeline.evaluation.grounding import invented
-from pipeline.evaluation.items import QuestionKind, SpokenItem
+from pipeline.evaluation.items import PlaceWords, QuestionKind, SpokenItem, UserTurn
 from pipeline.evaluation.listening import Listener
 
 GradeName = Literal["perfect", "good", "poor"]
@@ -100,6 +100,40 @@ class Exchange(NamedTuple):
         return tuple(name for name, is_so in found.items() if is_so)
 
 
+def ignores_prompt(exchanges: Sequence[Exchange], facts: Mapping[str, bool]) -> bool:
+    """Whether less than half is said of what was due, of two and more; or where nothing was due,
+    not one of three facts and more."""
+    due = [exchange.says_due for exchange in exchanges if exchange.due]
+    if due:
+        return len(due) >= LEAST_DUE and sum(due) < len(due) / 2
+    return len(facts) >= LEAST_FACTS and not any(facts.values())
+
+
+def grade_of(exchanges: Sequence[Exchange], facts: Mapping[str, bool]) -> GradeName | None:
+    """As people grade on the server's page; None where there was nothing to reply to.
+
+    poor: it changed sides or repeated the user, ignores its prompt, fell silent (no word to half of
+    the turns and more), or made things up in over a quarter of its replies. perfect: no fault at
+    all.
+
+    Args:
+        facts: of the prompt, whether each is said; empty where they are not known.
+    """
+    if not exchanges:
+        return None
+    replies = [exchange for exchange in exchanges if exchange.num_words]
+    silent = len(exchanges) - len(replies)
+    made_up = sum(exchange.made_up for exchange in replies)
+    if (
+        any(exchange.echo or exchange.out_of_role for exchange in exchanges)
+        or ignores_prompt(exchanges, facts)
+        or silent >= SILENT_SHARE * len(exchanges)
+        or made_up > POOR_SHARE * len(replies)
+    ):
+        return "poor"
+    return "good" if any(exchange.faults for exchange in exchanges) else "perfect"
+
+
 @dataclass(frozen=True)
 class Measured:
     """One item played to one model with one seed, with all that was found.
@@ -143,35 +177,9 @@ class Measured:
     def num_words(self) -> int:
         return len(words_of(self.conversation.transcript))
 
-    @property
-    def ignores_prompt(self) -> bool:
-        """It says less than half of what was due, of two and more; or not one of three facts and
-        more, where nothing was."""
-        due = [exchange.says_due for exchange in self.exchanges if exchange.due]
-        if due:
-            return len(due) >= LEAST_DUE and sum(due) < len(due) / 2
-        return len(self.facts) >= LEAST_FACTS and not any(self.facts.values())
-
     @cached_property
     def grade(self) -> GradeName | None:
-        """As people grade on the server's page; None where there was nothing to reply to.
-
-        poor: it changed sides or repeated the user, ignores its prompt, fell silent (no word to
-        half of the turns and more), or made things up in over a quarter of its replies. perfect:
-        no fault at all.
-        """
-        if not self.exchanges:
-            return None
-        silent = len(self.exchanges) - len(self.replies)
-        made_up = sum(exchange.made_up for exchange in self.replies)
-        if (
-            any(exchange.echo or exchange.out_of_role for exchange in self.exchanges)
-            or self.ignores_prompt
-            or silent >= SILENT_SHARE * len(self.exchanges)
-            or made_up > POOR_SHARE * len(self.replies)
-        ):
-            return "poor"
-        return "good" if self.num_faults else "perfect"
+        return grade_of(self.exchanges, self.facts)
 
     def metrics(self) -> dict[str, float | int | None]:
         """The flat numbers of a `Score`; None where there is nothing to measure."""
@@ -258,30 +266,39 @@ def _exchanges(
     replies: Sequence[str],
     delays_s: Sequence[float | None],
 ) -> tuple[Exchange, ...]:
-    item, found = spoken.item, []
-    for index, (turn, reply, delay_s) in enumerate(
-        zip(spoken.kept, replies, delays_s, strict=True)
-    ):
-        given = (prompt, *spoken.texts[: index + 1])
-        drifts = turn.kind != "unrelated" and off_topic(reply, given, item.topic)
-        can_not_tell = abstains(reply, item.abstains)
-        found.append(
-            Exchange(
-                user=turn.say,
-                reply=reply,
-                delay_s=delay_s,
-                echo=is_echo(turn.say, reply),
-                kind=turn.kind,
-                out_of_role=says_any(reply, item.must_not_say),
-                invented=invented(reply, given),
-                due=turn.must_say,
-                says_due=bool(turn.must_say) and says_any(reply, turn.must_say),
-                wrong=says_any(reply, turn.must_not_say),
-                abstains=can_not_tell,
-                off_topic=drifts and not can_not_tell,
-            )
+    return tuple(
+        exchange_of(turn, reply, (prompt, *spoken.texts[: index + 1]), spoken.item, delay_s)
+        for index, (turn, reply, delay_s) in enumerate(
+            zip(spoken.kept, replies, delays_s, strict=True)
         )
-    return tuple(found)
+    )
+
+
+def exchange_of(
+    turn: UserTurn,
+    reply: str,
+    given: Sequence[str],
+    words: PlaceWords,
+    delay_s: float | None = None,
+) -> Exchange:
+    """What is found in the reply to one turn. `given`: the prompt, and what the user has said so
+    far, this turn too."""
+    drifts = turn.kind != "unrelated" and off_topic(reply, given, words.topic)
+    can_not_tell = abstains(reply, words.abstains)
+    return Exchange(
+        user=turn.say,
+        reply=reply,
+        delay_s=delay_s,
+        echo=is_echo(turn.say, reply),
+        kind=turn.kind,
+        out_of_role=says_any(reply, words.must_not_say),
+        invented=invented(reply, given),
+        due=turn.must_say,
+        says_due=bool(turn.must_say) and says_any(reply, turn.must_say),
+        wrong=says_any(reply, turn.must_not_say),
+        abstains=can_not_tell,
+        off_topic=drifts and not can_not_tell,
+    )
 
 
 def prove_prompt(said: dict[str, Any] | None, digest: str, count: int) -> PromptProof:

@@ -328,7 +328,8 @@ class Routes:
             )
         content = await _json(request)
         if visitor.given is not None:
-            content |= {"persona": visitor.given.name}
+            # Whose page does not know the prompt, and is not to say another one.
+            content |= {"persona": visitor.given.name, "text_prompt": visitor.given.text_prompt}
         self._grades.add(content, model.model_digest, self._settings.label)
         return web.json_response({"kept": True})
 

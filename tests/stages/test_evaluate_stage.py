@@ -87,9 +87,10 @@ def stage_run(tmp_path, monkeypatch):
     monkeypatch.setattr("training.servable.servable_checkpoint", lambda *_: checkpoint)
     monkeypatch.setattr(pipeline.evaluate.espeak, "EspeakEngine", lambda: _closing(ToneEngine()))
 
-    def run(name="out"):
+    def run(name="out", report=lambda line: None, **sections):
         folder = StageFolder(tmp_path / name, "evaluate", "k" * 64)
-        context = StageContext(config, tmp_path, inputs, report=lambda line: None)
+        used = Config.model_validate(config.model_dump(mode="json") | sections)
+        context = StageContext(used, tmp_path, inputs, report=report)
         execute(EvaluateStage(), context, folder)
         return folder
 
@@ -197,6 +198,25 @@ def test_clips_are_scored_the_same_on_every_run_and_on_the_page(
     page = (one.path / "report.html").read_text()
     assert "<h2>Teacher-forced</h2>" in page and "Held-out clips of this run: 3" in page
     assert "So few clips never give a verdict" in page
+
+
+def test_weights_and_biases_get_the_report_and_their_failure_is_none_of_the_stages(
+    stage_run, monkeypatch
+):
+    asked = {"train": {"runtime": {"wandb": True}}}
+    logged, said = [], []
+    monkeypatch.setattr(
+        "pipeline.evaluation.wandb_tables._log",
+        lambda data, folder, work, config: logged.append((data, folder, work)),
+    )
+    folder = stage_run.run("one", **asked)
+    ((data, where, work),) = logged
+    assert data == json.loads((folder.path / "report.json").read_text())
+    assert work == folder.work and all((where / c["audio"]).exists() for c in data["conversations"])
+    monkeypatch.setattr("pipeline.evaluation.wandb_tables._log", lambda *_: 1 / 0)
+    other = stage_run.run("other", said.append, **asked)
+    assert other.digest == folder.digest == stage_run.run("plain").digest
+    assert len(logged) == 1 and "ZeroDivisionError" in " ".join(said)
 
 
 def test_the_key_follows_what_the_items_say_not_how_they_are_written(stage_run):

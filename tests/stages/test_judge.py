@@ -275,6 +275,7 @@ def test_what_judges_quote_is_escaped_on_the_page(bench):
         found = bench.judge(server)
     shown = (bench.folder / "judge.html").read_text()
     assert shown == page(found)
+    assert 'href="report.html"' in shown and "merged against base" in shown
     assert "&lt;SCRIPT&gt;" in shown and "<script" not in shown.lower()
 
 

@@ -1,17 +1,22 @@
 """The page in a browser: what stands in its URL is what the model is fed, hears and shows."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from moshi.utils.compile import no_compile
 
-from duplex.files import read_lines
 from pipeline.serving import wire
 from pipeline.serving.limits import Limits
 from pipeline.serving.model import ServedModel
+from tests.stages.browser_helpers import (
+    ARGUMENTS,
+    CHROMIUM,
+    IN_BROWSER,
+    connect,
+    in_browser,
+)
 from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.serving_helpers import (
     LONG,
@@ -24,62 +29,13 @@ from tests.stages.serving_helpers import (
     user_pcm,
 )
 
-CHROMIUM = Path("/usr/bin/chromium-headless-shell")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--autoplay-policy=no-user-gesture-required",
-    "--use-fake-ui-for-media-stream",
-    "--use-fake-device-for-media-stream",
-)
 TOKEN = "s&cret-token"
 PERSONAS = (
     {"id": "marcus", "name": "Marcus", "text_prompt": PROMPT},
     {"id": "ann", "name": "Ann", "text_prompt": "You are Ann & you want a “flat white” ☕."},
 )
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs chromium-headless-shell"),
-]
-
-
-def in_browser(speaker, look, *, microphone=None, phone=False, **options):
-    """Run `look(page, url)`; returns the page's errors, and what it loads from elsewhere.
-
-    Args:
-        microphone: a WAV file that is heard over and over.
-    """
-    from playwright.async_api import async_playwright
-
-    arguments = [*ARGUMENTS]
-    if microphone is not None:
-        arguments.append(f"--use-file-for-fake-audio-capture={microphone}")
-
-    async def talk(url):
-        faults = []
-        async with async_playwright() as playwright:
-            browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-            size = {"width": 390, "height": 844} if phone else {"width": 1200, "height": 900}
-            context = await browser.new_context(viewport=size, has_touch=phone)
-            page = await context.new_page()
-            page.on("pageerror", lambda error: faults.append(str(error)))
-            page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
-            page.on(
-                "request",
-                lambda r: faults.append(r.url) if not r.url.startswith((url, "data:")) else None,
-            )
-            await look(page, url)
-            await browser.close()
-        return faults
-
-    return in_loop(speaker, talk, **options)
-
-
-async def connect(page, button="#listen"):
-    from playwright.async_api import expect
-
-    await page.click(button)
-    await expect(page.locator(".state")).to_contain_text("Connected", timeout=20_000)
+pytestmark = IN_BROWSER
 
 
 def test_the_prompt_of_its_url_is_shown_and_fed(tiny_speaker):
@@ -241,42 +197,6 @@ def test_it_says_when_and_why_a_conversation_is_over(tiny_speaker):
         await connect(page)  # and another can begin
 
     assert in_browser(tiny_speaker, look, limits=Limits(session_s=1)) == []
-
-
-def test_a_grade_is_kept_with_what_was_said(tiny_speaker, tmp_path):
-    from playwright.async_api import expect
-
-    path = tmp_path / "grades.jsonl"
-
-    async def look(page, url):
-        await page.goto(wire.page_url(url, PROMPT) + "&seed=3")
-        await connect(page)
-        await expect(page.locator(".transcript")).not_to_be_empty()
-        await page.click("#stop")
-        # What the form says by now is not what was held.
-        await page.fill("#prompt", "You are somebody else entirely.")
-        await page.fill("#note", "In character “throughout”.")
-        await page.click("text=Good")
-        await expect(page.locator("#graded")).to_have_text("Kept as good.")
-        await page.click("text=Perfect")
-        await expect(page.locator("#graded")).to_have_text("Kept as perfect.")
-        files = []
-        page.on("download", lambda download: files.append(download))
-        await page.click("#save")
-        await page.wait_for_timeout(800)
-        (record,) = [one for one in files if one.suggested_filename.endswith(".json")]
-        saved.append(json.loads(Path(await record.path()).read_text()))
-        await connect(page)
-        await expect(page.locator("#note")).to_have_value("")
-
-    saved = []
-    assert in_browser(tiny_speaker, look, grades=path, personas=PERSONAS) == []
-    assert saved[0]["text_prompt"] == PROMPT and saved[0]["seed"] == 3
-    other, kept = read_lines(path)
-    assert other["conversation"] == kept["conversation"] != "" and other["grade"] == "good"
-    assert (kept["grade"], kept["persona"], kept["seed"]) == ("perfect", "marcus", 3)
-    assert kept["note"] == "In character “throughout”." and kept["words"][0]["text"]
-    assert kept["model_digest"] == tiny_speaker.model_digest
 
 
 def test_a_token_becomes_a_cookie_and_an_owner_makes_a_link_for_a_trainee(tiny_speaker):

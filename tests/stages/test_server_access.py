@@ -109,7 +109,7 @@ def test_a_trainees_link_has_its_prompt_hides_it_and_ends(tiny_speaker, tmp_path
             for path in ("/api/links", "/api/prompts"):
                 async with trainee.post(url + path, json=link) as response:
                     assert response.status == 403
-            async with trainee.post(f"{url}/api/grades", json=grade()) as response:
+            async with trainee.post(f"{url}/api/grades", json=grade(text_prompt="x")) as response:
                 assert response.status == 200
         for bad in (path.partition("=")[2][:-2] + "AA", "", "a.b", "\x00", "\udcff"):
             async with client({PASS_COOKIE: bad}) as session:
@@ -118,6 +118,7 @@ def test_a_trainees_link_has_its_prompt_hides_it_and_ends(tiny_speaker, tmp_path
     in_loop(tiny_speaker, talk, token=TOKEN, grades=tmp_path / "grades.jsonl")
     (kept,) = read_lines(tmp_path / "grades.jsonl")
     assert kept["persona"] == "Marcus" and kept["grade"] == "good"
+    assert kept["text_prompt"] == PROMPT  # of the link: the trainee's page does not know it
 
 
 def test_no_link_without_a_token_and_none_for_nonsense(tiny_speaker):
@@ -291,6 +292,8 @@ def test_grades_are_kept_with_the_model_and_refused_when_they_are_none(tmp_path)
     for bad in (
         grade(grade="great"), grade(seconds=-1), grade(note="x" * 3000), grade(extra=1),
         grade(prompt_digest="../../etc"), {}, grade(words=[{"start_s": "x", "text": 1}]),
+        grade(text_prompt="x" * 30_000), grade(heard=[{"start_s": 1, "text": "x" * 5000}]),
+        grade(heard=[{"start_s": 1, "text": "hi", "audio": "…"}]),
     ):  # fmt: skip
         with pytest.raises(RequestError):
             book.add(bad, "d" * 64, "merged")

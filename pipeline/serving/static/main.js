@@ -127,7 +127,7 @@ function buttons() {
   $("stop").disabled = !busy;
   const over = !busy && last.some((talk) => talk.got.length);
   $("after").hidden = !over;
-  $("grades").hidden = !(over && servers[0].info && servers[0].info.takes_grades);
+  $("kept").hidden = $("grades").hidden = !(over && servers[0].info && servers[0].info.takes_grades);
 }
 
 async function start(withMicrophone) {
@@ -196,7 +196,6 @@ function save() {
     if (!talk.got.length) return;
     const info = talk.server.info || {}, name = `duplex-${info.label || "model"}-${stamp}${number ? "-2" : ""}`;
     const record = { ...talk.record(), model_digest: info.model_digest, label: info.label };
-    record.heard = talk.pane.heardLines;
     if (!info.pass) record.text_prompt = talk.prompt;
     download(wavFile(talk.got, talk.sent), name + ".wav");
     download(new Blob([JSON.stringify(record, null, 2)], { type: "application/json" }), name + ".json");
@@ -217,8 +216,8 @@ $("save").onclick = save;
 $("grades").onclick = async (event) => {
   const grade = event.target.dataset.grade;
   if (!grade) return;
-  const { persona, conversation } = last[0];
-  const body = { grade, note: $("note").value, persona, conversation, ...last[0].record() };
+  const { persona, conversation, prompt, fed } = last[0];
+  const body = { grade, note: $("note").value, persona, conversation, text_prompt: fed && fed.count ? prompt : "", ...last[0].record() };
   try {
     await post("/api/grades", body);
     event.target.setAttribute("aria-pressed", "true");

@@ -66,10 +66,12 @@ export class Pane {
     const now = this.model.length * FRAME_S;
     const last = this.lines[this.lines.length - 1];
     if (!last || now - last.until > PAUSE_S) {
-      this.lines.push({ start_s: Number(now.toFixed(2)), text: "", until: now, node: this.newLine(now) });
+      this.lines.push({ start_s: Number(now.toFixed(2)), text: "", at_s: [], until: now, node: this.newLine(now) });
     }
     const line = this.lines[this.lines.length - 1];
     line.text += text; line.until = now;
+    const words = line.text.split(/\s+/).filter(Boolean).length;
+    while (line.at_s.length < words) line.at_s.push(Number(now.toFixed(2)));  // each as it begins
     line.node.firstChild.nextSibling.textContent = line.text;
     if (this.pending !== undefined) {
       line.node.lastChild.textContent = ` · answered after ${this.pending.toFixed(2)} s`;
@@ -91,8 +93,8 @@ export class Pane {
   }
 
   // What the server's recogniser heard of the user.
-  heard({ text, start_s }) {
-    this.heardLines.push({ start_s, text });
+  heard({ text, start_s, end_s }) {
+    this.heardLines.push({ start_s, end_s, text });
     this.newLine(start_s, "heard").firstChild.nextSibling.textContent = "You: " + text;
     this.scroll();
   }
