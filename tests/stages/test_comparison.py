@@ -197,6 +197,6 @@ def test_a_failure_is_exported_with_all_that_was_said_before_it():
     (line,) = failures([conversation])
     assert line["user"] == line["reply"] == "What would you like"
     assert line["faults"] == ["echo"] and line["turn"] == 0
-    assert line["history"] == [{"role": "agent", "text": "Hi."}]
+    assert line["history"] == [{"role": "agent", "text": "Hi.", "faults": []}]
     assert line["system_prompt"].startswith("You are Ann, an angry customer.")
     assert conversation["grade"] == "poor"
