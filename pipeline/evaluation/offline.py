@@ -59,7 +59,8 @@ def play_checkpoint(
     if processes is None:
         processes = _processes(checkpoint, place)
     processes = min(processes, len(calls))
-    slots = min(slots, -(-len(calls) // processes))
+    share = -(-len(calls) // processes)
+    slots = -(-share // -(-share // slots))  # in as many rounds, all of them full
     with tempfile.TemporaryDirectory(prefix="duplex-evaluate-") as name:
         folder = Path(name)
         for index, call in enumerate(calls):
