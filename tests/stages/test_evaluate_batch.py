@@ -127,6 +127,18 @@ def test_a_server_that_says_something_else_is_told(tiny_checkpoint, monkeypatch)
     assert played[0].served is False
 
 
+@pytest.mark.parametrize(
+    ("calls", "most", "again", "slots"),
+    [
+        (1, 16, False, 1), (1, 16, True, 1), (8, 16, False, 8), (8, 16, True, 5),
+        (16, 16, False, 16), (17, 16, False, 9), (48, 16, True, 13), (50, 16, True, 13),
+        (5, 1, True, 1),
+    ],
+)  # fmt: skip
+def test_no_slot_is_there_for_nobody(calls, most, again, slots):
+    assert offline._even_slots(calls, most, again) == slots
+
+
 def test_a_process_that_dies_is_named_with_advice(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(offline, "WORKER", "tests.stages.dying_batch_worker")
     tokenizer = (tiny_checkpoint / "tokenizer.model").read_bytes()
