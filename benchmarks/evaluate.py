@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="a folder; the pocket base without it")
     parser.add_argument("--called", default="the given checkpoint", help="its name on the page")
-    parser.add_argument("--slots", type=int, default=32, help="of a process, and of the server")
+    parser.add_argument("--slots", type=int, default=32, help="to measure speed with")
     parser.add_argument("--work", type=Path, default=WORK, help="where what was played is kept")
     parser.add_argument("--write", action="store_true", help="docs/results/evaluate.*")
     arguments = parser.parse_args()
@@ -82,7 +82,7 @@ def main() -> None:
         "machine": f"{cpu_name()}, {os.cpu_count()} cores",
         "model": arguments.called if arguments.checkpoint else "the pocket base",
         "speed": speed(folder, arguments.work, slots=arguments.slots),
-        "false": false_verdicts(folder, section, arguments.work, slots=arguments.slots),
+        "false": false_verdicts(folder, section, arguments.work, slots=section.runtime.slots),
         "power": kept(arguments.work, "power", [POWER_ITEMS, POWER_DRAWS], power),
         "page": page_size({"base": base, "tuned": folder}, section, arguments.work),
     }
