@@ -45,11 +45,16 @@ def converse_together(
     calls: Sequence[Call],
     sampling: SamplingSection,
     report: Callable[[int], None] = lambda index: None,
+    *,
+    again: bool = False,
 ) -> list[Conversation]:
     """Hold all calls; their conversations in the same order.
 
     Args:
         report: is given the index of each call that has ended.
+        again: the first call is held once more and comes last. It gets the first slot again, since
+            rows of a batch may be rounded each in its own way, and other neighbours: it costs one
+            conversation among many, where by itself it would cost a whole batch.
 
     Raises:
         RequestError: a prompt that the model does not take.
@@ -73,7 +78,9 @@ def converse_together(
                 found[talk.index] = talk.conversation()
                 report(talk.index)
                 del talking[slot]
-    return [found[index] for index in range(len(calls))]
+                if again and talk.index == 0:
+                    waiting.append((len(calls), calls[0]))  # next, for the lowest free slot
+    return [found[index] for index in sorted(found)]
 
 
 class _Talk:

@@ -60,20 +60,18 @@ def hold(job: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
         bare=job["bare"],
         num_slots=job["slots"],
     )
-    sampling = SamplingSection.model_validate(job["sampling"])
+    again = rank == 0 and job["again"]
+    names = [job["names"][index] for index in mine]
     found = converse_together(
         model,
         [_read_call(folder, index) for index in mine],
-        sampling,
-        lambda place: report(job["names"][mine[place]]),
+        SamplingSection.model_validate(job["sampling"]),
+        lambda place: report([*names, f"{names[0]}, again"][place]),
+        again=again,
     )
-    for index, conversation in zip(mine, found, strict=True):
+    places = [*mine, len(job["names"])] if again else mine
+    for index, conversation in zip(places, found, strict=True):
         _write_conversation(folder, index, conversation)
-    if rank == 0 and job["again"]:
-        # By itself, so that it has the first slot again: rows of a batch may be rounded each
-        # in its own way.
-        (again,) = converse_together(model, [_read_call(folder, 0)], sampling)
-        _write_conversation(folder, len(job["names"]), again)
     return {"device": str(model.device)}
 
 

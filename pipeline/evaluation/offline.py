@@ -59,7 +59,7 @@ def play_checkpoint(
     if processes is None:
         processes = fitting_processes(checkpoint, place)
     processes = min(processes, len(calls))
-    slots = min(slots, -(-len(calls) // processes))
+    slots = _even_slots(-(-len(calls) // processes), slots, settings.again)
     with tempfile.TemporaryDirectory(prefix="duplex-evaluate-") as name:
         folder = Path(name)
         for index, call in enumerate(calls):
@@ -100,6 +100,15 @@ def _call(taken: Taken, settings: PlaySettings) -> Call:
         voice=audio.get("voice_prompt", ""),
         greeting=audio.get("greeting", ""),
     )
+
+
+def _even_slots(calls: int, most: int, again: bool) -> int:
+    """The fewest slots of a process that need no more rounds than `most` of them: a slot costs
+    time while nobody is in it. The repeat is a call too, and there is none before the second
+    round."""
+    calls += again
+    rounds = max(-(-calls // most), 1 + again)
+    return -(-calls // rounds)
 
 
 def fitting_processes(checkpoint: Path, device: str) -> int:

@@ -55,6 +55,21 @@ def test_who_else_talks_changes_nothing(model, sampling):
     assert not same_answer(together[0], together[1])
 
 
+def test_the_first_call_again_has_its_slot_and_other_neighbours(model, monkeypatch):
+    begun, begin = [], model.begin
+
+    def noted(*args, slot, **more):
+        begun.append((more["seed"] if "seed" in more else args[2], slot))
+        return begin(*args, slot=slot, **more)
+
+    monkeypatch.setattr(model, "begin", noted)
+    found = converse_together(model, calls(), HOT, again=True)
+    assert len(found) == 6 and same(found[0], found[5])
+    assert [place for place in begun if place[0] == 0] == [(0, 0), (0, 0)]
+    assert begun.index((0, 0), 1) == 3  # while the others talk, not behind them
+    assert len(converse_together(model, calls(1), HOT, again=True)) == 2
+
+
 def test_a_prompt_that_is_not_taken_and_a_call_that_is_too_long_are_refused(model):
     long = replace(calls(1)[0], user=np.zeros(1920 * 5000, dtype=np.float32))
     with pytest.raises(ServerError, match=r"found 5000 frames and room for .* evaluate\.seconds"):
@@ -110,6 +125,18 @@ def test_a_server_that_says_something_else_is_told(tiny_checkpoint, monkeypatch)
         tokenizer=tokenizer,
     )  # fmt: skip
     assert played[0].served is False
+
+
+@pytest.mark.parametrize(
+    ("calls", "most", "again", "slots"),
+    [
+        (1, 16, False, 1), (1, 16, True, 1), (8, 16, False, 8), (8, 16, True, 5),
+        (16, 16, False, 16), (17, 16, False, 9), (48, 16, True, 13), (50, 16, True, 13),
+        (5, 1, True, 1),
+    ],
+)  # fmt: skip
+def test_no_slot_is_there_for_nobody(calls, most, again, slots):
+    assert offline._even_slots(calls, most, again) == slots
 
 
 def test_a_process_that_dies_is_named_with_advice(tiny_checkpoint, monkeypatch):
