@@ -42,7 +42,7 @@ from duplex.datafiles import CHECKOUT
 from duplex.files import sha256_bytes, write_atomic, write_json
 from duplex.frames import FRAME_S, FRAME_SAMPLES
 from duplex.metrics import proportion_interval
-from duplex.verdict import LEVEL, Pair, compare, holm
+from duplex.verdict import LEVEL, Pair, compare, holm, least_items
 from pipeline.engines import espeak
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.evaluate import play_settings, protocol_of, speak_items
@@ -288,6 +288,8 @@ def false_verdicts(
         "words": float(np.mean(words)),
         "unlike": sum(row["difference"] != 0 for row in cells),
         **_shares(cells),
+        # Fewer items never come to the level, and cells of theirs make the share small.
+        "able": _shares([row for row in cells if row["n"] >= least_items(1)]),
         "measures": {
             key: _shares([row for row in cells if row["key"] == key])
             for key in dict.fromkeys(row["key"] for row in cells)

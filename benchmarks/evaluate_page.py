@@ -83,7 +83,9 @@ def _false(false: dict[str, Any]) -> list[str]:
         "where it has a p.",
         "",
         f"**False verdicts**: before correction {_cells(false)}; after Holm's "
-        f"{false['after_holm']}. In {false['unlike']} cells the two differ at all. Cells of one "
+        f"{false['after_holm']}. Of the cells with the six items that a p of .05 takes at least: "
+        f"{_cells(false['able'])}. In {false['unlike']} cells the two differ at all. Where few "
+        "items differ few p are possible: a share under 5 % is to be expected. Cells of one "
         "pair hang together, so the bounds are rough.",
         "",
         "| measure | cells | p ≤ .05 | after Holm | items that count, median |",

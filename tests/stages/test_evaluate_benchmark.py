@@ -72,6 +72,8 @@ def test_every_pair_of_seeds_is_a_verdict_of_its_own(tiny_checkpoint, tmp_path, 
     assert found["cells"] == sum(row["cells"] for row in found["measures"].values())
     assert found["hits"] == sum(row["hits"] for row in found["measures"].values())
     assert found["unlike"] > 0
+    able = [row for row in found["measures"].values() if row["median_items"] >= 6]
+    assert 0 < found["able"]["cells"] == sum(row["cells"] for row in able) < found["cells"]
     monkeypatch.setattr(evaluate, "play_checkpoint", None)  # what was played is kept
     again = evaluate.false_verdicts(
         tiny_checkpoint, section, tmp_path, slots=4, pairs=2, spoken=items
