@@ -42,7 +42,7 @@ from duplex.datafiles import CHECKOUT
 from duplex.files import sha256_bytes, write_atomic, write_json
 from duplex.frames import FRAME_S, FRAME_SAMPLES
 from duplex.metrics import proportion_interval
-from duplex.verdict import LEVEL, Pair, compare, holm
+from duplex.verdict import LEVEL, Pair, compare, holm, least_items
 from pipeline.engines import espeak
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.evaluate import play_settings, protocol_of, speak_items
@@ -62,7 +62,7 @@ WORK = CHECKOUT / "runs" / ".evaluate-benchmark"
 GREEDY = SamplingSection(text_temperature=0, audio_temperature=0)
 VOICES = ("en-us", "en-gb", "en-gb-scotland")  # each says all items: other audio, another call
 SPEED_ITEMS, SPEED_S, ROUNDS, SAMPLE = 100, 20.0, 2, 6
-PAIRS = 20
+PAIRS, DEALS = 20, 5
 PAGE_CONVERSATIONS, PAGE_S = 40, 30.0
 POWER_ITEMS, POWER_DRAWS, POWER_MEASURES = (6, 8, 12, 16, 24, 32, 48, 64, 100), 400, 30
 
@@ -272,27 +272,50 @@ def false_verdicts(
         data = report_data([played], about={}, protocol={})
         return [{k: one[k] for k in ("item", "seed", "sums")} for one in data["conversations"]]
 
-    cells: list[dict[str, Any]] = []
-    words: list[float] = []
-    for k in range(pairs):
-        seeds = (2 * k, 2 * k + 1)
-        found = kept(work, f"seeds-{seeds[0]}", [weights_of(folder), protocol, slots],
-                     lambda seeds=seeds: play(seeds))  # fmt: skip
-        words += [one["sums"]["words"][0] for one in found]
-        as_models = [one | {"model": str(one["seed"])} for one in found]
-        (compared,) = verdicts(as_models, [str(seed) for seed in seeds])
-        cells += [row | {"pair": k} for row in compared["rows"] if row["p"] is not None]
+    found: list[dict[str, Any]] = []
+    for seeds in zip(range(0, 2 * pairs, 2), range(1, 2 * pairs, 2), strict=True):
+        found += kept(work, f"seeds-{seeds[0]}", [weights_of(folder), protocol, slots],
+                      lambda seeds=seeds: play(seeds))  # fmt: skip
+    cells = _cells(found, pairs)
+    rng = np.random.default_rng(0)
+    dealt = [cell for _ in range(DEALS) for cell in _cells(_deal(found, rng), pairs)]
     return {
         "items": len(items),
         "pairs": pairs,
-        "words": float(np.mean(words)),
+        "words": float(np.mean([one["sums"]["words"][0] for one in found])),
         "unlike": sum(row["difference"] != 0 for row in cells),
         **_shares(cells),
+        # Fewer items never come to the level, and cells of theirs make the share small.
+        "able": _shares([row for row in cells if row["n"] >= least_items(1)]),
+        "dealt": _shares(dealt) | {"pairs": DEALS * pairs},
         "measures": {
             key: _shares([row for row in cells if row["key"] == key])
+            | {"dealt": _shares([row for row in dealt if row["key"] == key])}
             for key in dict.fromkeys(row["key"] for row in cells)
         },
     }
+
+
+def _cells(conversations: Sequence[dict[str, Any]], pairs: int) -> list[dict[str, Any]]:
+    """The verdicts of all pairs, where there is a p."""
+    rows = []
+    for k in range(pairs):
+        seeds = (2 * k, 2 * k + 1)
+        taken = [one | {"model": str(one["seed"])} for one in conversations if one["seed"] in seeds]
+        rows += verdicts(taken, [str(seed) for seed in seeds])[0]["rows"]
+    return [row for row in rows if row["p"] is not None]
+
+
+def _deal(
+    conversations: Sequence[dict[str, Any]], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """The same conversations, each item's seeds shuffled by themselves: as if no two items had
+    been drawn with the same numbers."""
+    seeds = sorted({one["seed"] for one in conversations})
+    names = sorted({one["item"] for one in conversations})
+    new = {name: dict(zip(seeds, map(int, rng.permutation(seeds)), strict=True)) for name in names}
+    moved = [one | {"seed": new[one["item"]][one["seed"]]} for one in conversations]
+    return sorted(moved, key=lambda one: (one["seed"], one["item"]))
 
 
 def _shares(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -72,11 +72,23 @@ def test_every_pair_of_seeds_is_a_verdict_of_its_own(tiny_checkpoint, tmp_path, 
     assert found["cells"] == sum(row["cells"] for row in found["measures"].values())
     assert found["hits"] == sum(row["hits"] for row in found["measures"].values())
     assert found["unlike"] > 0
+    able = [row for row in found["measures"].values() if row["median_items"] >= 6]
+    assert 0 < found["able"]["cells"] == sum(row["cells"] for row in able) < found["cells"]
     monkeypatch.setattr(evaluate, "play_checkpoint", None)  # what was played is kept
     again = evaluate.false_verdicts(
         tiny_checkpoint, section, tmp_path, slots=4, pairs=2, spoken=items
     )
     assert again == found
+
+
+def test_dealing_moves_seeds_within_an_item():
+    held = [{"item": i, "seed": s, "sums": (i, s)} for i in "abcdef" for s in range(4)]
+    dealt = evaluate._deal(held, np.random.default_rng(0))
+    assert sorted(one["sums"] for one in dealt) == sorted(one["sums"] for one in held)
+    assert all(one["item"] == one["sums"][0] for one in dealt)
+    assert {(one["item"], one["seed"]) for one in dealt} == {(o["item"], o["seed"]) for o in held}
+    came = {tuple(o["sums"][1] for o in dealt if o["seed"] == seed) for seed in range(4)}
+    assert all(len(set(seeds)) > 1 for seeds in came)  # no longer one seed for all items
 
 
 def test_verdicts_that_are_there_are_counted():
