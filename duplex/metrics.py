@@ -248,12 +248,20 @@ def proportion_interval(hits: int, trials: int, confidence: float = 0.95) -> tup
     if not 0 <= hits <= trials or trials == 0:
         raise ValueError(f"hits must be in [0, trials] and trials > 0, found {hits} of {trials}")
     tail = (1 - confidence) / 2
+    # In logs: of over 1 000 trials the numbers of choices are no floats.
+    of_all = math.lgamma(trials + 1)
+    log_choices = [
+        of_all - math.lgamma(k + 1) - math.lgamma(trials - k + 1) for k in range(trials + 1)
+    ]
 
     def cumulative(rate: float, most: int) -> float:
-        terms = (
-            math.comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(most + 1)
+        if rate in (0.0, 1.0):
+            return float(rate == 0.0 or most >= trials)
+        log_hit, log_miss = math.log(rate), math.log1p(-rate)
+        return math.fsum(
+            math.exp(log_choices[k] + k * log_hit + (trials - k) * log_miss)
+            for k in range(most + 1)
         )
-        return math.fsum(terms)
 
     low = 0.0 if hits == 0 else _bisect(lambda p: 1 - cumulative(p, hits - 1) < tail)
     high = 1.0 if hits == trials else _bisect(lambda p: cumulative(p, hits) > tail)

@@ -7,7 +7,7 @@ ends; the delay is how long it went on. A backchannel is an agent's stretch of s
 
 Shapes: segments are frames [start, end) of 80 ms, in order. Cost: linear in segments times turns.
 Sources: Heldner & Edlund 2010 (overlaps); Lin et al. 2025, Full-Duplex-Bench (a backchannel lasts
-    under a second); Yngve 1970 for the word.
+    a second at most); Yngve 1970 for the word.
 """
 
 from __future__ import annotations
@@ -45,6 +45,6 @@ def backchannels(agent: Sequence[Segment], turns: Sequence[Segment]) -> int:
     """Short stretches of agent speech that begin and end within a user turn."""
     return sum(
         segment.seconds <= BACKCHANNEL_S + 1e-9
-        and any(turn.start < segment.start and segment.end <= turn.end for turn in turns)
+        and any(turn.start <= segment.start and segment.end <= turn.end for turn in turns)
         for segment in agent
     )

@@ -17,6 +17,7 @@ many      Holm 1979: with m measures asked at once, the chance that any verdict 
           `LEVEL`. m counts the measures that could reach it: where k items differ, p is never under
           2^(1-k), whichever way they point, and what can't be called different can't be called so
           wrongly (Tarone 1990). So a measure that is the same for both costs the others nothing.
+          The argument is for one pair of models; of several the counts are added up.
 
 Pooling sums and counts over items instead, and swapping them, would test whether the models are the
 same in everything: a silent and a talkative one with equal error rates would be called different.
@@ -77,18 +78,22 @@ def compare(
         measures: pairs by item, and which way is better; "": neither, then a difference is said to
             be one and no more.
         seed: of the signs and samples that are drawn.
+
+    Raises:
+        ValueError: a value that is not finite.
     """
     found = {key: _measured(pairs, seed) for key, (pairs, _) in measures.items()}
-    adjusted = holm({k: one.p for k, one in found.items() if one.p is not None and can_tell(one)})
+    family = {k: one.p for k, one in found.items() if one.p is not None and can_tell(one.differ)}
+    adjusted = holm(family)
     return {
         key: one if one.p is None else _judged(one, adjusted.get(key, 1.0), measures[key][1])
         for key, one in found.items()
     }
 
 
-def can_tell(one: Finding) -> bool:
-    """Whether so many items that differ could give a verdict, asked for by itself."""
-    return one.differ > 0 and 2.0 ** (1 - one.differ) <= LEVEL
+def can_tell(differ: int) -> bool:
+    """Whether so many items that differ could give a verdict, asked for by themselves."""
+    return differ > 0 and 2.0 ** (1 - differ) <= LEVEL
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -123,6 +128,8 @@ def _measured(pairs: Sequence[Pair], seed: int) -> Finding:
     kept = np.array([pair for pair in pairs if pair.count_a and pair.count_b], dtype=float)
     if not len(kept):
         return Finding("not measured", 0)
+    if not np.isfinite(kept).all():
+        raise ValueError("the values of a measure must be finite, found others")
     values_a, values_b = kept[:, 0] / kept[:, 1], kept[:, 2] / kept[:, 3]
     differences = values_b - values_a
     rng = np.random.default_rng(seed)

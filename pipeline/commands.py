@@ -262,7 +262,7 @@ def _evaluate_config(
     path: Path, options: EvaluateOptions, runs: Path, overrides: list[str], *, as_json: bool
 ) -> dict[str, Any]:
     """Stage 9 of a config; `verdicts` is None: what is shown is the run's."""
-    from pipeline.evaluation.verdicts import failures
+    from pipeline.evaluation.verdicts import check_conditions, failures
 
     if options.against not in (None, "base"):
         raise RequestError(
@@ -275,7 +275,7 @@ def _evaluate_config(
             "rest: --set evaluate.items=…, evaluate.seeds=…, evaluate.prompts=weak. "
             "`duplex grades` shows people's grades"
         )
-    failures([], options.fail_on)  # before hours of work
+    check_conditions(options.fail_on)  # before hours of work
     config = load_config(path, overrides)
     run(
         config, path, runs, overrides, first="evaluate", last=None, only=None, skip="",

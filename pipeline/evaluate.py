@@ -204,6 +204,7 @@ def protocol_of(section: EvaluateSection, settings: PlaySettings) -> dict[str, A
     """What a number of the report hangs on, besides the models."""
     return {
         "seeds": list(settings.seeds),
+        "draws": "each item by a seed of its own, made of the seed and its id",
         "prompts": "weak where there is one" if settings.weak else "given",
         "sampling": settings.sampling.model_dump(),
         "pace": "lock-step: a user frame goes in when the agent's frame before it has come out"

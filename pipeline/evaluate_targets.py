@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from duplex.config import EvaluateSection
 from duplex.errors import RequestError
 from duplex.files import write_atomic
-from pipeline.evaluate import play_settings, protocol_of, speak_items
-from pipeline.evaluation.verdicts import failures
+from pipeline.evaluate import play_settings, protocol_of, require_proofs, speak_items
+from pipeline.evaluation.verdicts import check_conditions, failures
 from pipeline.grades_command import grades_data
 
 SCHEMES = ("http://", "https://", "ws://", "wss://")
@@ -57,14 +57,17 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
         RequestError: a target that is none, or an option that does not go with it.
         DataFileError: the items.
         MissingInputError: no file with people's grades.
-        ServerError: a server cannot be reached, or a conversation broke.
+        ServerError: a server cannot be reached, or a conversation broke; or with `fail_on` a
+            prompt is not proven (the report is written then).
     """
     from pipeline.evaluation.checkpoints import Machine, play_checkpoints
     from pipeline.evaluation.found import recordings
     from pipeline.evaluation.play import Played, evaluate_urls
     from pipeline.evaluation.report import page_files
 
-    failures([], options.fail_on)  # before anything is played
+    check_conditions(options.fail_on)  # before anything is played
+    if options.fail_on and len(targets) + bool(options.against) < 2:
+        raise RequestError("--fail-on needs two models to compare, found one: give --against")
     people = grades_data(options.grades, options.items) if options.grades else None
     named = name_targets([*([options.against] if options.against else []), *targets])
     section = EvaluateSection(
@@ -75,7 +78,8 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
     urls = {label: target for label, target in named.items() if target.startswith(SCHEMES)}
     folders = {label: Path(target) for label, target in named.items() if label not in urls}
     if options.real_time and folders:
-        raise RequestError("--real-time is for servers, found the folder " + str(*folders.values()))
+        listed = ", ".join(map(str, folders.values()))
+        raise RequestError(f"--real-time is for servers, found the folder {listed}")
     spoken = speak_items(section)
     settings = replace(play_settings(section, tokenizer=None), lockstep=not options.real_time)
 
@@ -97,14 +101,26 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
         people=people,
     )  # fmt: skip
     out = options.out or Path("evaluation")
+    _clear(out)
     for name, content in {**fixed, **loose, **recordings(ordered)}.items():
         write_atomic(out / name, content)
     compared = json.loads(fixed[REPORT])["verdicts"]
+    if options.fail_on:
+        require_proofs(ordered)
     return {
         "report": str(out / "report.html"),
         "verdicts": compared,
         "failed": failures(compared, options.fail_on),
     }
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier report left here that the new one need not write again, so that no
+    judge's word on other models stands beside it. The judge's paid replies (judge/) stay."""
+    if (folder / REPORT).is_file():
+        stale = [folder / name for name in ("judge.json", "judge.html", "people.json")]
+        for path in [*stale, *(folder / "conversations").glob("*.wav")]:
+            path.unlink(missing_ok=True)
 
 
 def _tokenizer(folder: Path) -> bytes:

@@ -31,6 +31,7 @@ from pipeline.engines.llm.client import Request
 from pipeline.engines.llm.exchanges import FILE, Exchanges, account
 from pipeline.engines.llm.wire import DEFAULT_BASE_URL
 from pipeline.evaluation import judge, judged
+from pipeline.evaluation.comparison import MAX_BYTES
 from pipeline.evaluation.rubric import load_rubric
 
 FOLDER = "judge"
@@ -119,10 +120,12 @@ def read_report(folder: Path) -> tuple[dict[judged.Key, judge.Conversation], lis
             f"{folder} must hold report.json, found none. Give the folder that `duplex evaluate` "
             "wrote: evaluation/, or runs/<config>/09-evaluate-<key>."
         )
+    if path.stat().st_size > MAX_BYTES:
+        raise DataFileError(f"{path}: a report must be under {MAX_BYTES >> 20} MB")
     content = path.read_bytes()
     try:
         value = json.loads(content)
-        listed = value["conversations"]
+        listed = list(value["conversations"])
     except (ValueError, LookupError, TypeError):
         raise DataFileError(f"{path}: must be a report with conversations, found none") from None
     conversations = [validate(judge.Conversation, one, path) for one in listed]

@@ -207,13 +207,23 @@ def _dialogue(
         raise ValueError(describe_faults(error)) from None
 
 
+def _check_mended(line: Failure) -> None:
+    """
+    Raises:
+        ValueError: a better reply that is none.
+    """
+    if not words_of(line.mended or ""):
+        raise ValueError(f"`better` of turn {line.turn + 1} must hold words, found none")
+    if words_of(line.mended or "") == words_of(line.reply):
+        raise ValueError(
+            f"`better` of turn {line.turn + 1} must be another reply, found the same words"
+        )
+
+
 def _turns(line: Failure, lines: Mapping[int, Failure]) -> list[tuple[Role, str]]:
     """Who says what, up to the better reply; raises as `_dialogue`."""
+    _check_mended(line)
     assert line.mended is not None
-    if not words_of(line.mended):
-        raise ValueError("`better` must hold words, found none")
-    if words_of(line.mended) == words_of(line.reply):
-        raise ValueError("`better` must be another reply, found the same words")
     found: list[tuple[Role, str]] = []
     turn = -1  # an agent that speaks before it is the opening
     for said in line.history:
@@ -226,6 +236,7 @@ def _turns(line: Failure, lines: Mapping[int, Failure]) -> list[tuple[Role, str]
                     f"all faults before it must be mended, turn {turn + 1} is not "
                     f"({', '.join(said.faults)}); fill in `better` of its line too"
                 )
+            _check_mended(earlier)
             text = earlier.mended
         found.append((said.role, text.strip()))
     if turn + 1 != line.turn:

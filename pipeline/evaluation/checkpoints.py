@@ -61,7 +61,11 @@ def play_checkpoints(
     ]  # fmt: skip
     first = replace(settings, seeds=settings.seeds[:1], again=False)
     slots = {model.label: model.info["slots"] for model in played}
-    served, started_s = _play_served(checkpoints, spoken[:1], first, machine, report, slots)
+    cores = os.cpu_count() or 1
+    threads = min(max(1, cores // model.info["processes"]) for model in played)
+    served, started_s = _play_served(
+        checkpoints, spoken[:1], first, machine, report, slots, threads
+    )
     return [
         replace(
             model,
@@ -80,8 +84,9 @@ def _play_served(
     machine: Machine,
     report: Callable[[str], None],
     slots: Mapping[str, int],
+    threads: int | None = None,
 ) -> tuple[list[Played], dict[str, float]]:
-    """On a CPU all servers are up at once, each with half of the cores; on a GPU one after
+    """On a CPU all servers are up at once, each with its threads; on a GPU one after
     the other, since two 7B models need not fit."""
     started_s: dict[str, float] = {}
 
@@ -102,7 +107,7 @@ def _play_served(
 
     played: list[Played] = []
     waiting = list(checkpoints)
-    with _half_of_the_cores():
+    with _threads(threads or max(1, (os.cpu_count() or 2) // 2)):
         while waiting:
             with ExitStack() as servers:
                 urls = {label: start(servers, label) for label in waiting[:1]}
@@ -115,14 +120,15 @@ def _play_served(
 
 
 @contextmanager
-def _half_of_the_cores() -> Iterator[None]:
-    """Threads of the servers' OpenMP, unless the user has set them.
+def _threads(count: int) -> Iterator[None]:
+    """Threads of the servers' OpenMP, unless the user has set them: as many as a process of the
+    batch has, since sums are rounded by their number too.
 
-    Its threads spin while they wait: two items of 12 s took 26 s with one thread a server on two
-    cores, and were not done after 140 s with two. One server after the other took 33 s. One server
-    with two threads, on two cores with other work, took 855 ms a frame in place of 53.
+    OpenMP's threads spin while they wait, unless they are told not to: two items of 12 s took 26 s
+    with one thread a server on two cores, and were not done after 140 s with two. One server with
+    two threads, on two cores with other work, took 855 ms a frame in place of 53.
     """
-    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "OMP_WAIT_POLICY": "PASSIVE"}
+    own = {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "PASSIVE"}
     own = {name: value for name, value in own.items() if name not in os.environ}
     os.environ |= own
     try:

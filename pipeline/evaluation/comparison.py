@@ -12,13 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from duplex.errors import RequestError
 from pipeline.evaluation.verdicts import verdicts
 
 MAX_BYTES = 256 << 20
-OF_ITEMS = ("prompt", "first_speaker", "user", "user_audio", "frames")
+OF_ITEMS = ("prompt", "first_speaker", "user", "user_audio", "frames", "judged_by")
+
+
+class _Item(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    item: str
 
 
 class _Conversation(BaseModel):
@@ -26,7 +31,7 @@ class _Conversation(BaseModel):
     item: str
     seed: int
     model: str
-    sums: dict[str, tuple[float, float]]
+    sums: dict[str, tuple[FiniteFloat, FiniteFloat]]
 
 
 class _Model(BaseModel):
@@ -40,7 +45,7 @@ class _Clip(BaseModel):
     clip: str
     model: str
     content: str
-    values: dict[str, float | None]
+    values: dict[str, FiniteFloat | None]
 
 
 class _Likelihood(BaseModel):
@@ -52,9 +57,9 @@ class Report(BaseModel):
     """What is read of a report.json."""
 
     model_config = ConfigDict(extra="ignore")
-    models: list[_Model]
+    models: list[_Model] = Field(min_length=1)
     protocol: dict[str, Any]
-    items: list[dict[str, Any]]
+    items: list[_Item]
     conversations: list[_Conversation]
     likelihood: _Likelihood | None = None
 
@@ -88,7 +93,7 @@ def differences(one: Report, other: Report) -> dict[str, str]:
         said = [report.protocol.get(key) for report in (one, other)]
         if said[0] != said[1]:
             found[key] = f"{json.dumps(said[0])} and {json.dumps(said[1])}"
-    items = [{item["item"]: item for item in report.items} for report in (one, other)]
+    items = [{item.item: item.model_dump() for item in report.items} for report in (one, other)]
     if apart := sorted(items[0].keys() ^ items[1].keys()):
         found["items"] = f"only one has {_some(apart)}"
     for key in OF_ITEMS:
@@ -119,7 +124,7 @@ def compare_reports(
         RequestError: protocols that differ otherwise; names all that does.
     """
     first_name, first = next(iter(reports.items()))
-    shared = {item["item"] for item in first.items}
+    shared = {item.item for item in first.items}
     for name, report in reports.items():
         found = {k: v for k, v in differences(first, report).items() if k not in allow}
         if found:
@@ -129,13 +134,20 @@ def compare_reports(
                 f"{name} differ in\n{listing}\nEvaluate again under one protocol, or say that "
                 f"this is what you compare: --allow {','.join(found)}"
             )
-        shared &= {item["item"] for item in report.items}
+        shared &= {item.item for item in report.items}
     conversations = [
         {"item": one.item, "model": name, "sums": one.sums}
         for name, report in reports.items()
         for one in report.conversations
         if one.model == report.models[-1].label and one.item in shared
     ]
+    for name in reports:
+        missing = shared - {one["item"] for one in conversations if one["model"] == name}
+        if missing:
+            raise RequestError(
+                f"{name}: each item must have its conversations, found none of "
+                f"{_some(sorted(missing))}"
+            )
     conversations.sort(key=lambda one: one["item"])
     return verdicts(conversations, list(reports), _shared_clips(reports))
 
@@ -145,7 +157,7 @@ def _shared_clips(reports: Mapping[str, Report]) -> list[dict[str, Any]]:
     two runs may hold out different ones."""
     by_report = {
         name: {
-            (one.group, one.clip, one.content): one.values
+            (one.group, one.content): one.values
             for one in (report.likelihood.clips if report.likelihood else ())
             if one.model == report.models[-1].label
         }

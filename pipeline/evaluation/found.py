@@ -19,7 +19,7 @@ from duplex.frames import FRAME_S
 from duplex.metrics import DEAD_AIR_S, HANGOVER_FRAMES, MIN_SPEECH_FRAMES, THRESHOLD_DBFS
 from pipeline.evaluation.audio import wav_bytes
 from pipeline.evaluation.likelihood import likelihood_data
-from pipeline.evaluation.measures import summarize, sums_of
+from pipeline.evaluation.measures import MEASURES_VERSION, summarize, sums_of
 from pipeline.evaluation.play import Played, same_answer
 from pipeline.evaluation.scoring import Measured
 from pipeline.evaluation.verdicts import verdicts
@@ -67,6 +67,8 @@ def report_data(
         "speech_hangover_frames": HANGOVER_FRAMES,
         "speech_min_frames": MIN_SPEECH_FRAMES,
         "dead_air_over_s": DEAD_AIR_S,
+        "measures": MEASURES_VERSION,
+        "device": sorted({str(model.info.get("device")) for model in played}),
     }
     items = items_played(played)
     content = canonical_json({"protocol": protocol, "items": items})
@@ -78,6 +80,8 @@ def report_data(
                 "digest": model.model_digest,
                 "repeats": model.repeats,
                 "served": model.served,
+                "slots": model.info.get("slots"),
+                "processes": model.info.get("processes"),
             }
             for model in played
         ],
@@ -106,6 +110,7 @@ def items_played(played: Sequence[Played]) -> list[dict[str, Any]]:
             "first_speaker": item.first_speaker,
             "user": list(spoken.texts),
             "user_audio": sha256_bytes(spoken.samples.tobytes()),
+            "judged_by": sha256_bytes(canonical_json(item.model_dump(mode="json")).encode()),
             "frames": spoken.num_frames,
         }
     return list(found.values())

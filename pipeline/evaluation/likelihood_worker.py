@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from moshi.utils.compile import no_compile
 from torch import nn
 
-from duplex.errors import CorruptFileError, RecordError, RequestError
+from duplex.errors import CorruptFileError, RecordError, RequestError, WorkError
 from duplex.files import write_atomic
 from duplex.frames import LM_CONTEXT_FRAMES
 from duplex.phases import Known, find_prompt
@@ -163,6 +164,11 @@ def values_of(group: str, scored: TaskScore) -> dict[str, float | None]:
     if group == HELD_OUT:
         margins = {"margin_words": WORDS, "margin_semantic": AUDIO}
         values |= {key: scored.margins[part] for key, part in margins.items()}
+    if bad := [key for key, v in values.items() if v is not None and not math.isfinite(v)]:
+        raise WorkError(
+            f"each clip must have a finite likelihood, found none for {', '.join(bad)}: the "
+            "weights are broken, or a clip holds what no model can have said"
+        )
     return {key: None if v is None else round(v, DIGITS) for key, v in values.items()}
 
 

@@ -15,10 +15,13 @@ from duplex.degeneration import compression_ratio, foreign_share, loops
 from duplex.emotion_words import emotion_of
 from duplex.frames import FRAME_S
 from duplex.metrics import proportion_interval, repeated_share, words_of
-from duplex.topic import drift
+from duplex.topic import MIN_CONTENT, drift
 from duplex.verdict import Better
 from pipeline.evaluation.items import QuestionKind
 from pipeline.evaluation.scoring import Exchange, Measured, answered_delays, timed_words
+
+# Raise it when a row means something else than before: reports of two versions don't compare.
+MEASURES_VERSION = 1
 
 
 class Measure(NamedTuple):
@@ -173,8 +176,9 @@ MEASURES = (
     ),
     Measure(
         "wrong", "Says what it must not", "replies", "rate",
-        lambda m: [(sum(e.wrong for e in m.exchanges), len(m.replies))],
-        "Replies that hold what their turn's must_not_say lists, such as a nut for an allergic.",
+        lambda m: [(sum(e.wrong for e in m.replies), sum(e.may_be_wrong for e in m.replies))],
+        "Replies to turns with a list of what must not be said (must_not_say) which hold some of "
+        "it, such as a nut for an allergic.",
         "low",
     ),
     Measure(
@@ -185,7 +189,8 @@ MEASURES = (
     ),
     Measure(
         "abstained", "Admits not to know", "replies", "rate",
-        lambda m: _of_kind(m, "unspecified", lambda e: e.abstains),
+        lambda m: _of_kind(m, "unspecified", lambda e: e.abstains)
+        if m.spoken.item.abstains else [],
         "Replies to what nobody has said which hold a wording of the items file's abstains.",
         "high",
     ),
@@ -198,7 +203,8 @@ MEASURES = (
     ),
     Measure(
         "out_of_role", "Out of role", "replies", "rate",
-        lambda m: [(sum(e.out_of_role for e in m.exchanges), len(m.replies))],
+        lambda m: [(sum(e.out_of_role for e in m.exchanges), len(m.replies))]
+        if m.spoken.item.must_not_say else [],
         "Replies that hold a line of the other side's, of the items file's must_not_say: whole "
         "words, any case.",
         "low",
@@ -214,8 +220,8 @@ MEASURES = (
     Measure(
         "off_topic", "Off topic", "replies", "rate",
         lambda m: [(sum(e.off_topic for e in m.exchanges), len(m.replies))],
-        "Replies of three content words and more none of which stands in the prompt, in what the "
-        "user has said, or in the items file's topic; to an unrelated question none is.",
+        f"Replies of {MIN_CONTENT} content words and more none of which stands in the prompt, in "
+        "what the user has said, or in the items file's topic; to an unrelated question none is.",
         "low",
     ),
     Measure(
@@ -249,8 +255,8 @@ MEASURES = (
     Measure(
         "emotion_kept", "Emotion kept", "replies", "rate", emotions_kept,
         "Replies with an emotion in their words (keyword lists, negation, intensity) in which it "
-        "is the item's; of a neutral item all replies count, and neutral ones are right.",
-        "high",
+        "is the item's; of a neutral item all replies count, and neutral ones are right. Lists of "
+        "words read few emotions right (docs/results/emotion_words.md): it fails nobody.",
     ),
     Measure(
         "silence", "Falls silent", "conversations", "rate",

@@ -25,7 +25,7 @@ ADVICE = (
     "Signal 9 that nobody sent is most often the system short of memory: lower "
     "evaluate.runtime.slots."
 )
-_MEMORY_SHARE = 0.5  # of what is free, for the weights of all processes
+_MEMORY_SHARE = 0.4  # of all there is, for the weights of all processes
 
 
 def play_checkpoint(
@@ -96,7 +96,7 @@ def _call(taken: Taken, settings: PlaySettings) -> Call:
     return Call(
         user=taken.spoken.samples,
         prompt=settings.prompt_of(taken.spoken),
-        seed=taken.seed,
+        seed=taken.draws,
         voice=audio.get("voice_prompt", ""),
         greeting=audio.get("greeting", ""),
     )
@@ -116,7 +116,9 @@ def fitting_processes(checkpoint: Path, device: str) -> int:
     if device != "cpu":
         return 1
     weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Of all memory, not of what is free just now: how sums are rounded hangs on the slots of a
+    # process, and those on the number of processes.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # float32 in memory takes twice what bfloat16 takes on disk.
-    fitting = int(_MEMORY_SHARE * free // max(1, 2 * weights))
+    fitting = int(_MEMORY_SHARE * memory // max(1, 2 * weights))
     return max(1, min(os.cpu_count() or 1, fitting))

@@ -1,7 +1,8 @@
 """Grades that people gave on the server's page, beside ours.
 
 The page writes a line whenever somebody grades, so a conversation may have several: its last one
-counts. Lines that are no grade are counted and passed over.
+counts. Lines that are no grade are counted and passed over; half a line, as a kill leaves it, is
+none.
 
 Our own grade of such a conversation is that of `scoring.grade_of`, by the same rules, over what the
 line holds: the prompt, the turns of the user's that the server heard, and the model's words in the

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from duplex.base import canonical_json
 from duplex.metrics import segments, speech_activity
-from duplex.verdict import LEVEL, least_items
+from duplex.verdict import can_tell, least_items
 from pipeline.evaluation.audio import opus_bytes
 from pipeline.evaluation.drawing import Track, curves, timeline
 from pipeline.evaluation.found import (
@@ -94,7 +94,9 @@ def page_files(
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (
+        json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    ).encode()
 
 
 # -- the page
@@ -111,8 +113,7 @@ def render(
     `people_data`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     labels = [model.label for model in played]
-    differing = [r["differ"] for one in data["verdicts"] for r in one["rows"] if r["differ"]]
-    asked = sum(2.0 ** (1 - differ) <= LEVEL for differ in differing)
+    asked = sum(can_tell(row["differ"]) for one in data["verdicts"] for row in one["rows"])
     return (
         _environment()
         .get_template("report.html.j2")
@@ -132,8 +133,7 @@ def render(
                 for one in data["verdicts"]
             ],
             asked=asked,
-            least_items=least_items(max(1, len(differing))),
-            differing=len(differing),
+            least_items=least_items(max(1, asked)),
             curves=[
                 (key, title, curves(_points(data["training"][key]), f"{title} by step"))
                 for key, title in CURVES.items()

@@ -59,8 +59,9 @@ class Exchange(NamedTuple):
 
     delay_s: None when no speech answered it. out_of_role: it says a line of the other side's.
     invented: details that nobody gave (`grounding`). due: what it had to say, and whether it says
-    it; wrong: it says what it must not. abstains: it says that it can't tell. off_topic: see
-    `duplex.topic`; of a question that has nothing to do with the place the reply has not, either.
+    it; wrong: it says what it must not; may_be_wrong: there is such a list. abstains: it says that
+    it can't tell; can_abstain: there are wordings for that. off_topic: see `duplex.topic`; of a
+    question that has nothing to do with the place the reply has not, either.
     """
 
     user: str
@@ -73,7 +74,9 @@ class Exchange(NamedTuple):
     due: tuple[str, ...] = ()
     says_due: bool = False
     wrong: bool = False
+    may_be_wrong: bool = False
     abstains: bool = False
+    can_abstain: bool = False
     off_topic: bool = False
 
     @property
@@ -84,8 +87,9 @@ class Exchange(NamedTuple):
     def made_up(self) -> bool:
         """A hallucination: details that nobody gave, talk of something else, or an answer to what
         nobody has said."""
-        unanswerable = self.kind == "unspecified" and self.num_words >= ANSWER_WORDS
-        return bool(self.invented) or self.off_topic or (unanswerable and not self.abstains)
+        unanswerable = self.can_abstain and self.kind == "unspecified"
+        answers = unanswerable and self.num_words >= ANSWER_WORDS and not self.abstains
+        return bool(self.invented) or self.off_topic or answers
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -296,7 +300,9 @@ def exchange_of(
         due=turn.must_say,
         says_due=bool(turn.must_say) and says_any(reply, turn.must_say),
         wrong=says_any(reply, turn.must_not_say),
+        may_be_wrong=bool(turn.must_not_say),
         abstains=can_not_tell,
+        can_abstain=bool(words.abstains),
         off_topic=drifts and not can_not_tell,
     )
 

@@ -99,8 +99,19 @@ def failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> l
             `not-improved:facts_said`.
 
     Raises:
-        RequestError: a word or a measure that there is not.
+        RequestError: a word or a measure that there is not; or nothing was compared.
     """
+    if fail_on and not compared:
+        raise RequestError("--fail-on needs two models to compare, found one: give --against")
+    return _failures(compared, fail_on)
+
+
+def check_conditions(fail_on: Sequence[str]) -> None:
+    """Raises as `failures`, before anything is played."""
+    _failures([], fail_on)
+
+
+def _failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> list[str]:
     found = []
     for condition in fail_on:
         word, _, key = condition.partition(":")
@@ -112,6 +123,13 @@ def failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> l
                 f"{', '.join(w.replace(' ', '-') for w in words)}, or not-… of these; for measures "
                 f"{', '.join(keys)}. Found {condition!r}"
             )
+        found += [  # a measure that a report has no row of was not measured
+            f"{key} not measured: {one['from']} -> {one['to']}"
+            for one in compared
+            if key
+            and all(row["key"] != key for row in one["rows"])
+            and (wanted == "not-measured") is not negated
+        ]
         found += [
             f"{row['key']} {row['word']}: {one['from']} -> {one['to']}"
             for one in compared

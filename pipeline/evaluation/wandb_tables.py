@@ -93,8 +93,13 @@ def _as_opus(recording: Path, work: Path) -> str:
     return str(path)
 
 
+# No path and no name of a file: `recogniser` and `base_clips` may be one.
+SENT = {"seconds", "answer_s", "seed", "seeds", "prompts", "vad", "sockets", "sampling", "clips",
+        "swaps"}  # fmt: skip
+
+
 def _settings(data: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    section = config.evaluate.model_dump(mode="json", exclude={"runtime", "items"})
+    section = config.evaluate.model_dump(mode="json", include=SENT)
     return section | {
         "items": [Path(name).name for name in config.evaluate.items],
         "fingerprint": data["fingerprint"],

@@ -248,7 +248,7 @@ def test_the_verdict_stands_first_in_its_direction():
         assert word in rows and "inconclusive" in rows
         assert page.text.index("Verdict:") < page.text.index("What was run")
     few = Page(render_of([replace(one, conversations=one.conversations[:4]) for one in played]))
-    assert "Nothing can be concluded" in few.text and "a verdict takes 8 items at least" in few.text
+    assert "Nothing can be concluded" in few.text and "A verdict takes 6 items at least" in few.text
 
 
 def render_of(played):
