@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evaluate_page import describe
+from benchmarks.evaluate_power import POWER_DRAWS, POWER_ITEMS, power
 from duplex.base import canonical_json
 from duplex.config import Config, EvaluateSection, SamplingSection
 from duplex.configfile import load_config
@@ -42,7 +43,7 @@ from duplex.datafiles import CHECKOUT
 from duplex.files import sha256_bytes, write_atomic, write_json
 from duplex.frames import FRAME_S, FRAME_SAMPLES
 from duplex.metrics import proportion_interval
-from duplex.verdict import LEVEL, Pair, compare, holm, least_items
+from duplex.verdict import LEVEL, least_items
 from pipeline.engines import espeak
 from pipeline.engines.checkpoint import Checkpoint
 from pipeline.evaluate import play_settings, protocol_of, speak_items
@@ -64,7 +65,6 @@ VOICES = ("en-us", "en-gb", "en-gb-scotland")  # each says all items: other audi
 SPEED_ITEMS, SPEED_S, ROUNDS, SAMPLE = 100, 20.0, 2, 6
 PAIRS, DEALS = 20, 5
 PAGE_CONVERSATIONS, PAGE_S = 40, 30.0
-POWER_ITEMS, POWER_DRAWS, POWER_MEASURES = (6, 8, 12, 16, 24, 32, 48, 64, 100), 400, 30
 
 
 def main() -> None:
@@ -331,35 +331,6 @@ def _shares(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "after_holm": sum(row["p_holm"] <= LEVEL for row in cells),
         "median_items": median(row["n"] for row in cells) if cells else None,
     }
-
-
-# -- power
-
-
-def power(
-    numbers: Sequence[int] = POWER_ITEMS, draws: int = POWER_DRAWS, seed: int = 0
-) -> dict[str, Any]:
-    """Share of made-up evaluations in which a measure at .35 for one model and .65 for the other
-    gets its verdict, by items; asked alone, and beside so many measures that do not differ."""
-    rng = np.random.default_rng(seed)
-    found: dict[str, Any] = {}
-    for trials in (1, 4):
-        for number in numbers:
-            p_values = [_made_up(rng, number, trials) for _ in range(draws)]
-            rest = {str(i): 1.0 for i in range(POWER_MEASURES - 1)}
-            found.setdefault(str(trials), {})[str(number)] = {
-                "alone": float(np.mean([p <= LEVEL for p in p_values])),
-                "among": float(np.mean([holm({"it": p, **rest})["it"] <= LEVEL for p in p_values])),
-            }
-    return {"measures": POWER_MEASURES, "draws": draws, "by_trials": found}
-
-
-def _made_up(rng: np.random.Generator, number: int, trials: int) -> float:
-    hits = rng.binomial(trials, [[0.35, 0.65]] * number)
-    pairs = [Pair(float(a), trials, float(b), trials) for a, b in hits]
-    p = compare({"it": (pairs, "high")}, seed=int(rng.integers(1 << 30)))["it"].p
-    assert p is not None
-    return p
 
 
 # -- page

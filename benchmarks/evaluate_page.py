@@ -95,7 +95,7 @@ def _false(false: dict[str, Any]) -> list[str]:
         "not independent as the test takes them to be: where a measure's two columns differ, that "
         "is why.",
         "",
-        "| measure | cells | p ≤ .05 | after Holm | items that count, median | dealt anew, p ≤ .05 |",
+        "| measure | cells | p ≤ .05 | after Holm | items that count, median | dealt anew |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for key, row in sorted(false["measures"].items(), key=lambda item: -item[1]["hits"]):
