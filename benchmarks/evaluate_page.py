@@ -98,7 +98,7 @@ def _false(false: dict[str, Any]) -> list[str]:
         "| measure | cells | p ≤ .05 | after Holm | items that count, median | dealt anew |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for key, row in sorted(false["measures"].items(), key=lambda item: -item[1]["hits"]):
+    for key, row in sorted(false["measures"].items(), key=lambda item: (-item[1]["hits"], item[0])):
         lines.append(
             f"| {key} | {row['cells']} | {row['hits']} | {row['after_holm']} "
             f"| {row['median_items']:g} | {row['dealt']['hits']} of {row['dealt']['cells']} |"

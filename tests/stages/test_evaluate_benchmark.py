@@ -33,10 +33,12 @@ def test_what_was_made_is_kept_by_what_it_hangs_on(tmp_path):
 
 def test_conversations_held_both_ways_are_compared(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tiny = {"slots": 2, "count": 3, "seconds": 4.0, "rounds": 2, "sample": 1}
+    # One slot everywhere: a random model's likeliest token hangs on how sums are rounded.
+    tiny = {"slots": 1, "count": 3, "seconds": 4.0, "rounds": 2, "sample": 2}
     found = evaluate.speed(tiny_checkpoint, tmp_path, **tiny)
-    assert found["equal"]["alone"]["held"] == 2 and found["equal"]["together"]["held"] == 3
-    assert found["equal"]["alone"]["texts"] == 2
+    assert [found["equal"][way]["held"] for way in ("alone", "together")] == [3, 2]
+    for equal in found["equal"].values():
+        assert equal["texts"] == equal["audio"] == equal["held"] and equal["steps"] == 0
     first = found["rounds"][0]
     assert first["info"]["processes"] == 2 and first["repeats"] is True
     a_minute = 60 * 3 / first["batch"]["wall_s"]
