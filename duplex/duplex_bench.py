@@ -120,7 +120,13 @@ def corrected(sample: Sample) -> Values:
     if start_s is None or end_s is None:
         return dict.fromkeys(column.key for column in COLUMNS[sample.task])
     if sample.task == "backchannel":
-        inside = [s for s in sample.speech if s.end_s > start_s and s.start_s < end_s]
+        # What begins in the last second and outlasts him is an early answer, and not asked for.
+        inside = [
+            s
+            for s in sample.speech
+            if start_s <= s.start_s < end_s
+            and (s.end_s <= end_s or end_s - s.start_s >= TAKE_OVER_S)
+        ]
         real = [s for s in inside if is_backchannel(s, sample.words)]
         distance = None
         if sample.reference is not None and real:
@@ -154,14 +160,23 @@ def answer(
     """(onset, words) of what answers the user's turn [start_s, end_s]; (None, ()) without one.
 
     The answer begins with the agent's first speech that begins at the turn's start or later and
-    lasts beyond its end (`duplex.metrics.response_delays_s` has the same rule), and goes on to
-    the end of the recording. Its words are those that begin after the speech before it ended:
-    a text stream runs a little ahead of its audio.
+    lasts beyond its end (`duplex.metrics.response_delays_s` has the same rule) and is no
+    backchannel; it goes on over silences of up to `TURN_GAP_S`. Its words are those that begin
+    after the speech before it ended, since a text stream runs a little ahead of its audio, and
+    before its own ends.
     """
     before_s = 0.0
-    for span in speech:
-        if span.start_s >= start_s and span.end_s > end_s:
-            return span.start_s, words_from(words, before_s)
+    for place, span in enumerate(speech):
+        said = words_from(words, before_s)
+        num_own = sum(word.start_s < span.end_s for word in said)
+        is_mhm = span.seconds < TAKE_OVER_S and num_own <= BACKCHANNEL_WORDS
+        if span.start_s >= start_s and span.end_s > end_s and not is_mhm:
+            until_s = span.end_s
+            for later in speech[place + 1 :]:
+                if later.start_s - until_s > TURN_GAP_S:
+                    break
+                until_s = later.end_s
+            return span.start_s, tuple(word for word in said if word.start_s < until_s)
         before_s = span.end_s
     return None, ()
 

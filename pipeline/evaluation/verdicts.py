@@ -112,28 +112,26 @@ def check_conditions(fail_on: Sequence[str]) -> None:
 
 
 def _failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> list[str]:
+    words = {word.replace(" ", "-"): word for word in get_args(Word)}
+    keys = [measure.key for measure in (*JUDGED, *LIKELIHOODS)]
     found = []
     for condition in fail_on:
-        word, _, key = condition.partition(":")
-        wanted, negated = word.removeprefix("not-"), word.startswith("not-")
-        words, keys = get_args(Word), [measure.key for measure in (*JUDGED, *LIKELIHOODS)]
-        if wanted.replace("-", " ") not in words or (key and key not in keys):
+        named, _, key = condition.partition(":")
+        negated = named not in words and named.startswith("not-")
+        word = words.get(named.removeprefix("not-") if negated else named)
+        if word is None or (key and key not in keys):
             raise RequestError(
                 "--fail-on must be a verdict, of one measure if you name it: "
-                f"{', '.join(w.replace(' ', '-') for w in words)}, or not-… of these; for measures "
-                f"{', '.join(keys)}. Found {condition!r}"
+                f"{', '.join(words)}, or not-… of these; for measures {', '.join(keys)}. "
+                f"Found {condition!r}"
             )
-        found += [  # a measure that a report has no row of was not measured
-            f"{key} not measured: {one['from']} -> {one['to']}"
-            for one in compared
-            if key
-            and all(row["key"] != key for row in one["rows"])
-            and (wanted == "not-measured") is not negated
-        ]
-        found += [
-            f"{row['key']} {row['word']}: {one['from']} -> {one['to']}"
-            for one in compared
-            for row in one["rows"]
-            if key in ("", row["key"]) and (row["word"] == wanted.replace("-", " ")) is not negated
-        ]
+        for one in compared:
+            rows = [(row["key"], row["word"]) for row in one["rows"] if key in ("", row["key"])]
+            # A measure of which a report has no row was not measured.
+            rows = rows or [(key, "not measured")]
+            found += [
+                f"{name} {said}: {one['from']} -> {one['to']}"
+                for name, said in rows
+                if (said == word) is not negated
+            ]
     return found

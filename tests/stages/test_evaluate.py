@@ -347,3 +347,12 @@ def test_words_are_put_together_and_belong_to_the_turn_they_begin_in():
     assert split_replies([(4, "on"), (5, " the edge")], [5]) == ("on", ("the edge",))
     assert split_replies([], [1, 6]) == ("", ("", ""))
     assert split_replies(text, []) == ("Hello myself and you", ())
+
+
+def test_each_item_draws_by_a_seed_of_its_own(plan):
+    items = [spoken(item_id=f"item-{number}") for number in range(3)]
+    play(plan, items, seeds=(0, 1), again=False)
+    asked = [query["seed"] for query in plan.seen]
+    assert len(set(asked)) == 6  # by item and seed
+    play(plan, items, seeds=(0, 1), again=False)
+    assert [query["seed"] for query in plan.seen][6:] == asked

@@ -31,6 +31,7 @@ def test_what_was_made_is_kept_by_what_it_hangs_on(tmp_path):
         assert evaluate.kept(tmp_path, "it", hangs_on, lambda: next(made)) == expected
 
 
+@pytest.mark.slow
 def test_conversations_held_both_ways_are_compared(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # One slot everywhere: a random model's likeliest token hangs on how sums are rounded.
@@ -46,6 +47,7 @@ def test_conversations_held_both_ways_are_compared(tiny_checkpoint, tmp_path, mo
     assert found["ratios"]["alone"][0] == pytest.approx(a_minute / first["alone"]["a_minute"], 0.01)
 
 
+@pytest.mark.slow
 def test_another_conversation_is_not_called_equal(tiny_checkpoint):
     items = [spoken(item_id="a", seconds=4, user_turns=["Hm"])]
     tokenizer = evaluate.tokenizer_of(tiny_checkpoint)
@@ -109,6 +111,7 @@ def test_power_grows_with_items_and_shrinks_among_many():
     assert found["4"]["40"]["alone"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_size_of_the_page_is_that_of_its_parts(tiny_checkpoint, tmp_path):
     models = {"base": tiny_checkpoint, "tuned": tiny_checkpoint}
     found = evaluate.page_size(

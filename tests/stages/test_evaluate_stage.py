@@ -262,6 +262,37 @@ def test_running_servers_are_compared_into_a_folder(stage_run, tmp_path, capsys)
     assert page.name == "report.html"
 
 
+def test_a_folder_of_an_earlier_report_keeps_nothing_of_it_but_paid_replies(stage_run, tmp_path):
+    out = tmp_path / "out"
+    options = EvaluateOptions(items=(str(stage_run.items),), out=out)
+    with planted(stage_run.plans[0]) as url:
+        evaluate_to_folder([url], options)
+        for name in ("judge.json", "judge.html", "conversations/old.wav", "mine.txt"):
+            (out / name).write_text("old")
+        (out / "judge").mkdir()
+        (out / "judge" / "exchanges.jsonl").write_text("paid for")
+        evaluate_to_folder([url], options)
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert {"mine.txt", "judge/exchanges.jsonl", "report.json"} <= left
+    assert not left & {"judge.json", "judge.html", "conversations/old.wav"}
+
+
+def test_no_exit_code_hangs_on_a_prompt_that_is_not_proven(stage_run, tmp_path):
+    one, other = stage_run.plans
+    other.proves = False
+    options = EvaluateOptions(
+        items=(str(stage_run.items),), out=tmp_path / "out", fail_on=("regressed",)
+    )
+    with planted(one) as first, planted(other) as second:
+        with pytest.raises(RequestError, match="needs two models"):
+            evaluate_to_folder([first], options)
+        with pytest.raises(ServerError, match="must be fed the prompt"):
+            evaluate_to_folder([first, second], options)
+    assert (tmp_path / "out" / "report.html").is_file()
+    with pytest.raises(RequestError, match="--real-time is for servers, found the folder"):
+        evaluate_to_folder([str(tmp_path), str(tmp_path)], EvaluateOptions(real_time=True))
+
+
 def test_servers_are_named_by_where_they_are():
     assert list(
         name_targets(["http://10.0.0.1:80/?a=b", "ws://u:secret@Host/x", "http://host"])

@@ -43,9 +43,13 @@ def config(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "argv", ["pipeline.evaluate", "--set", f"serve.token={SECRET}"])
-    items = str(tmp_path / "private" / "items.yaml")
+    private = tmp_path / "private"
+    evaluate = {
+        "items": [str(private / "items.yaml")], "base_clips": str(private / "clips"),
+        "recogniser": f"faster-whisper:{private / 'model'}",
+    }  # fmt: skip
     return Config.model_validate(
-        {"name": "tiny", "train": {"runtime": {"wandb": True}}, "evaluate": {"items": [items]}}
+        {"name": "tiny", "train": {"runtime": {"wandb": True}}, "evaluate": evaluate}
     )
 
 

@@ -113,9 +113,13 @@ def test_nothing_rests_on_a_fault_that_is_not_mended(mended, tmp_path):
 
 def test_a_better_reply_that_our_rules_would_blame_is_told_and_kept(mended):
     found = mend(read_failures(mended({0: "What would you like", 2: "I am Bob Smith."})), {})
-    assert found.refused[0][1] == "`better` must be another reply, found the same words"
+    assert found.refused[0][1] == "`better` of turn 1 must be another reply, found the same words"
     found = mend(read_failures(mended({0: "You would like what?", 2: "I am Bob Smith."})), {})
     assert len(found.dialogues) == 1
+    # A mend that is refused is no history of a later one either.
+    found = mend(read_failures(mended({0: "What would you like", 3: "A chair, now."})), {})
+    assert not found.dialogues and len(found.refused) == 2
+    found = mend(read_failures(mended({0: "You would like what?", 2: "I am Bob Smith."})), {})
     assert "nobody has given: bob, smith" in " ".join(found.doubts)
 
 
@@ -171,6 +175,7 @@ def test_a_line_separator_within_a_reply_ends_no_line(mended, tmp_path):
     assert convert_failures(path, tmp_path / "out.jsonl").written == 1
 
 
+@pytest.mark.slow
 def test_mended_failures_are_imported_beside_a_runs_own_dialogues_and_become_tensors(
     mended, tiny_checkpoint, tmp_path
 ):

@@ -77,7 +77,7 @@ def test_speech_that_says_its_text_has_a_low_error_and_other_text_a_high_one(age
 
 def test_fifty_calls_on_one_clip_give_the_same_words(pocketsphinx):
     with EspeakEngine() as engine:
-        clip = resampled(engine.synthesize("No, thank you.", {"voice": "en-us"}).samples)
+        clip = resampled(engine.synthesize("Thank you.", {"voice": "en-us"}).samples)
     first = pocketsphinx.transcribe(clip, "en")
     assert first
     for call in range(49):

@@ -246,3 +246,30 @@ def test_bounds_of_a_mean_stay_where_the_mean_can_be():
         0,
         pytest.approx(0.81),  # 0 + 0.9 of the way to 0.9
     )
+
+
+def test_a_backchannel_at_the_end_of_a_turn_is_not_its_answer():
+    """A "mhm" over the user's end, and what was said long after it."""
+    mhm, later = TimedWord("mhm", 5.9, 6.2), TimedWord("later", 9.0, 9.3)
+    speech = (Span(5.9, 6.2), Span(9.0, 9.3))
+    sample = Sample("smooth_turn_taking", (mhm, later), speech, 12.0, 1.0, 6.0)
+    assert corrected(sample) == {"tor": 0, "latency_s": None}
+    answer = tuple(TimedWord(w, 8 + n, 8.4 + n) for n, w in enumerate(("yes", "of", "course")))
+    speech = (Span(5.9, 6.2), Span(8.0, 10.4))
+    found = corrected(Sample("smooth_turn_taking", (mhm, *answer), speech, 12.0, 1.0, 6.0))
+    assert found == {"tor": 1, "latency_s": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("span", "tor"),
+    [
+        (Span(0.5, 1.5), 0),  # a greeting that reaches into his start
+        (Span(5.9, 8.0), 0),  # an answer a moment early
+        (Span(3.0, 5.0), 1),
+        (Span(4.5, 8.0), 1),  # begun well before his end
+    ],
+)
+def test_only_what_begins_within_the_users_speech_can_take_it_over(span, tor):
+    words = (TimedWord("a", span.start_s, span.end_s),)
+    found = corrected(Sample("backchannel", words, (span,), 10.0, 1.0, 6.0))
+    assert found["tor"] == tor

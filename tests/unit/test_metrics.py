@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from duplex.frames import FRAME_SAMPLES
 from duplex.metrics import (
@@ -342,3 +343,9 @@ def test_the_interval_of_a_mean_against_tables_of_students_t():
         assert low == pytest.approx(-quantile * spread / n**0.5, rel=1e-4) and high == -low
     assert mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
     assert mean_interval([1.0]) is None and mean_interval([]) is None
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(600, 1200), (4999, 5000), (0, 9000), (7, 7)])
+def test_bounds_of_many_trials_are_those_of_scipy(hits, trials):
+    found = stats.binomtest(hits, trials).proportion_ci(0.95, method="exact")
+    assert proportion_interval(hits, trials) == pytest.approx((found.low, found.high), abs=1e-9)

@@ -148,3 +148,9 @@ def test_holm_is_that_of_its_definition():
     for p in product((0.001, 0.02, 0.2), repeat=3):
         adjusted = holm(dict(enumerate(p)))  # pyright: ignore[reportArgumentType]
         assert all(adjusted[k] >= value for k, value in enumerate(p))  # pyright: ignore
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_gets_no_verdict(value):
+    with pytest.raises(ValueError, match="finite"):
+        finding([*pairs_of([0] * 8, [1] * 8), Pair(1, 1, value, 1)], "low")
