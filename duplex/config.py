@@ -176,6 +176,9 @@ class EvaluateSection(StageSection):
         pattern=r"^(|pocketsphinx|faster-whisper(:.+)?)$",
         description="pocketsphinx or faster-whisper:MODEL holds the audio against the text",
     )
+    dnsmos: bool = Field(
+        default=False, description="rate the agent's sound by DNSMOS: pip install speechmos"
+    )
     sockets: bool = Field(
         default=False,
         description="hold every conversation over a WebSocket, not the first alone",

@@ -192,7 +192,7 @@ def play_settings(
     return PlaySettings(
         seeds=tuple(range(section.seed, section.seed + section.seeds)),
         weak=section.prompts == "weak",
-        listener=Listener(section.vad, section.recogniser),
+        listener=Listener(section.vad, section.recogniser, dnsmos=section.dnsmos),
         sampling=section.sampling,
         tokenizer=tokenizer,
         prompt_audio=prompt_audio or {},

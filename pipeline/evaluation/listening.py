@@ -26,10 +26,17 @@ class Listener:
         recogniser: as for `--listen`: a name, and a model behind a colon; "" for none.
     """
 
-    def __init__(self, vad: VadName = "level", recogniser: str = "", language: str = "en"):
+    def __init__(
+        self,
+        vad: VadName = "level",
+        recogniser: str = "",
+        language: str = "en",
+        dnsmos: bool = False,
+    ):
         self._vad, self._language = vad, language
         self._name, _, model = recogniser.partition(":")
         self._model = model or None
+        self._rates = dnsmos
 
     def activity(self, samples: np.ndarray) -> np.ndarray:
         """Which frames of float32 [S] at 24 kHz hold speech: bool [T]."""
@@ -53,6 +60,18 @@ class Listener:
 
         return hear(words, agent, active, self._recogniser, self._language).error_rate
 
+    def rating(self, agent: np.ndarray) -> float | None:
+        """DNSMOS's overall rating of the agent's audio, 1 to 5; None where it is not asked for or
+        there is too little to rate.
+
+        Raises:
+            MissingInputError: the package is not installed.
+        """
+        if not self._rates:
+            return None
+        score = self._dnsmos.score(agent)
+        return None if score is None else score.overall
+
     def protocol(self) -> dict[str, str]:
         """What a report says of it."""
         said = {"speech_found_by": "level"}
@@ -62,7 +81,17 @@ class Listener:
             said = {"speech_found_by": revision()}
         if self._name:
             said["recogniser"] = self._recogniser.revision()
+        if self._rates:
+            from pipeline.engines import dnsmos
+
+            said["dnsmos"] = dnsmos.revision()
         return said
+
+    @cached_property
+    def _dnsmos(self) -> Any:
+        from pipeline.engines.dnsmos import Dnsmos
+
+        return Dnsmos()
 
     @cached_property
     def _silero(self) -> Any:

@@ -282,6 +282,12 @@ MEASURES = (
         "low",
     ),
     Measure(
+        "dnsmos", "Sound rated by DNSMOS", "1 to 5", "mean", lambda m: _some(m.rating),
+        "DNSMOS P.835, overall, of the agent's whole channel (Reddy et al. 2022), where it is "
+        "asked for (evaluate.dnsmos).",
+        "high",
+    ),
+    Measure(
         "loops", "Stuck in loops", "conversations", "rate",
         lambda m: [(int(bool(loops(m.conversation.transcript))), 1)] if m.num_words else [],
         "Conversations in which one to four words come three times in a row.",

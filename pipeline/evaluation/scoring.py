@@ -143,7 +143,7 @@ class Measured:
     """One item played to one model with one seed, with all that was found.
 
     prompt: the text that the model was prompted with; error_rate: of the agent's audio, recognised,
-    against its text; activity: bool [T], where the agent speaks.
+    against its text; rating: DNSMOS; activity: bool [T], where the agent speaks.
     """
 
     spoken: SpokenItem
@@ -163,6 +163,7 @@ class Measured:
     unspoken: float | None = None
     unwritten: float | None = None
     error_rate: float | None = None
+    rating: float | None = None
     activity: np.ndarray | None = None
 
     @property
@@ -221,6 +222,7 @@ class Measured:
             "unspoken_share": self.unspoken,
             "unwritten_share": self.unwritten,
             "word_error_rate": self.error_rate,
+            "dnsmos": self.rating,
             "clipped_share": self.sound.clipped_share if self.sound else None,
             "speech_dbfs": self.sound.speech_dbfs if self.sound else None,
         }
@@ -260,6 +262,7 @@ def measure(
         unspoken=unspoken_share(words, agent),
         unwritten=unwritten_share(words, agent),
         error_rate=listener.error_rate(words, conversation.agent, agent),
+        rating=listener.rating(conversation.agent),
         activity=agent,
     )
 

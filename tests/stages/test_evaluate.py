@@ -217,7 +217,8 @@ def test_a_silent_server_is_measured_as_silent(plan):
         "out_of_role": 0, "ungrounded": 0, "repeated_share": None, "interruptions": 0, "yields": 0,
         "backchannels": 0, "due": 0, "due_said": 0, "off_topic": 0, "made_up": 0,
         "compression_ratio": None, "loops": 0, "foreign_share": None, "unspoken_share": None,
-        "unwritten_share": None, "word_error_rate": None, "clipped_share": 0, "speech_dbfs": None,
+        "unwritten_share": None, "word_error_rate": None, "dnsmos": None, "clipped_share": 0,
+        "speech_dbfs": None,
     })  # fmt: skip
     assert (played.conversations[0].grade, played.conversations[0].silence) == ("poor", "silent")
 
