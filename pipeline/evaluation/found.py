@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from duplex.base import canonical_json
+from duplex.emotion_words import emotion_of
 from duplex.files import sha256_bytes
 from duplex.frames import FRAME_S
 from duplex.metrics import DEAD_AIR_S, HANGOVER_FRAMES, MIN_SPEECH_FRAMES, THRESHOLD_DBFS
@@ -176,7 +177,7 @@ def _changed(played: Sequence[Played]) -> dict[str, Any] | None:
         "conversations": len(pairs),
         "differ": sum(not same_answer(a.conversation, b.conversation) for a, b in pairs),
         "texts_differ": sum(a.conversation.text != b.conversation.text for a, b in pairs),
-        "attributable": first.repeats is True and last.repeats is True,
+        "attributable": all(model.repeats is True for model in played),
     }
 
 
@@ -197,7 +198,9 @@ def _conversation(measured: Measured) -> dict[str, Any]:
         "transcript": measured.conversation.transcript,
         "opening": measured.opening,
         "exchanges": [
-            exchange._asdict() | {"made_up": exchange.made_up, "faults": list(exchange.faults)}
+            exchange._asdict()
+            | {"made_up": exchange.made_up, "faults": list(exchange.faults)}
+            | {"emotion": _emotion(exchange.reply)}
             for exchange in measured.exchanges
         ],
         "grade": measured.grade,
@@ -207,6 +210,15 @@ def _conversation(measured: Measured) -> dict[str, Any]:
         "sums": {key: list(value) for key, value in sums_of(measured).items()},
         "faults": measured.num_faults,
         "audio": wav_name(measured),
+    }
+
+
+def _emotion(reply: str) -> dict[str, Any]:
+    found = emotion_of(reply)
+    return {
+        "emotion": found.emotion,
+        "intensity": round(found.intensity, 3),
+        "confidence": round(found.confidence, 3),
     }
 
 

@@ -225,6 +225,8 @@ class Measured:
             "dnsmos": self.rating,
             "clipped_share": self.sound.clipped_share if self.sound else None,
             "speech_dbfs": self.sound.speech_dbfs if self.sound else None,
+            "floor_dbfs": self.sound.floor_dbfs if self.sound else None,
+            "dc_offset": self.sound.dc_offset if self.sound else None,
         }
         return {k: round(v, 6) if isinstance(v, float) else v for k, v in found.items()}
 

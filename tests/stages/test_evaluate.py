@@ -218,7 +218,7 @@ def test_a_silent_server_is_measured_as_silent(plan):
         "backchannels": 0, "due": 0, "due_said": 0, "off_topic": 0, "made_up": 0,
         "compression_ratio": None, "loops": 0, "foreign_share": None, "unspoken_share": None,
         "unwritten_share": None, "word_error_rate": None, "dnsmos": None, "clipped_share": 0,
-        "speech_dbfs": None,
+        "speech_dbfs": None, "floor_dbfs": -120, "dc_offset": 0,
     })  # fmt: skip
     assert (played.conversations[0].grade, played.conversations[0].silence) == ("poor", "silent")
 
