@@ -60,7 +60,8 @@ def evaluate(
     options = EvaluateOptions(
         against=against, items=tuple(items or ()), out=out,
         seeds=seeds, weak=weak, real_time=real_time,
-        allow=tuple(filter(None, allow.split(","))), fail_on=tuple(fail_on or ()),
+        overrides=tuple(overrides or ()), fail_on=tuple(fail_on or ()),
+        allow=tuple(filter(None, allow.split(","))),
         grades=grades,
     )  # fmt: skip
     commands.evaluate(targets, options, runs, overrides or [], as_json=as_json)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,8 +37,25 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(source, [f"the file must be YAML: {_one_line(error)}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError(source, [f"the file must hold a mapping, found {type(raw).__name__}"])
+    return _built(source, raw, overrides or [])
+
+
+def section_of(stage: str, overrides: Sequence[str]) -> Any:
+    """A stage's section without a file: the defaults, and `stage.key=value` strings.
+
+    Raises:
+        ConfigError: with every fault found, also a key of another section.
+    """
+    strange = [one for one in overrides if not one.startswith(f"{stage}.")]
+    if strange:
+        faults = [f"--set {one}: must be a key of {stage}, as in {stage}.…=…" for one in strange]
+        raise ConfigError("the command line", faults)
+    return _built("the command line", {"name": stage}, overrides).section(stage)
+
+
+def _built(source: str, raw: dict[str, Any], overrides: Sequence[str]) -> Config:
     faults: list[str] = []
-    for override in overrides or []:
+    for override in overrides:
         _apply_override(raw, override, faults)
     raw = _expand_environment(raw, "", faults)
     _apply_profile(raw)

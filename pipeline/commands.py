@@ -268,7 +268,9 @@ def _evaluate_config(
         raise RequestError(
             "a config is evaluated --against base, found --against " + options.against
         )
-    plain = EvaluateOptions(against=options.against, fail_on=options.fail_on)
+    plain = EvaluateOptions(
+        against=options.against, fail_on=options.fail_on, overrides=options.overrides
+    )
     if options != plain:
         raise RequestError(
             "only --against base and --fail-on go with a config, whose evaluate section says the "

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from duplex import configfile
 from duplex.config import EvaluateSection
 from duplex.errors import RequestError
 from duplex.files import write_atomic
+from duplex.verdict import can_tell, least_items
 from pipeline.evaluate import play_settings, protocol_of, require_proofs, speak_items
 from pipeline.evaluation.verdicts import check_conditions, failures
 from pipeline.grades_command import grades_data
@@ -38,6 +40,7 @@ class EvaluateOptions:
     real_time: bool = False
     allow: tuple[str, ...] = ()
     fail_on: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     grades: Path | None = None
 
 
@@ -70,18 +73,16 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
         raise RequestError("--fail-on needs two models to compare, found one: give --against")
     people = grades_data(options.grades, options.items) if options.grades else None
     named = name_targets([*([options.against] if options.against else []), *targets])
-    section = EvaluateSection(
-        items=options.items or EvaluateSection().items,
-        seeds=options.seeds,
-        prompts="weak" if options.weak else "given",
-    )
+    section = section_of(options)
     urls = {label: target for label, target in named.items() if target.startswith(SCHEMES)}
     folders = {label: Path(target) for label, target in named.items() if label not in urls}
     if options.real_time and folders:
         listed = ", ".join(map(str, folders.values()))
         raise RequestError(f"--real-time is for servers, found the folder {listed}")
     spoken = speak_items(section)
-    settings = replace(play_settings(section, tokenizer=None), lockstep=not options.real_time)
+    own = None if urls else _tokenizer(next(iter(folders.values())))
+    settings = replace(play_settings(section, tokenizer=own), lockstep=not options.real_time)
+    machine = Machine(section.runtime.device, section.runtime.slots)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)  # stdout may have to be JSON
@@ -89,10 +90,10 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
     played: dict[str, Played] = {}
     for label, folder in folders.items():
         found, _ = play_checkpoints(
-            {label: folder}, spoken, settings, Machine(), say, tokenizer=_tokenizer(folder)
+            {label: folder}, spoken, settings, machine, say, tokenizer=_tokenizer(folder)
         )
         played[label] = found[0]
-    settings = replace(settings, at_a_time=Machine().slots)
+    settings = replace(settings, at_a_time=machine.slots)
     played |= {one.label: one for one in evaluate_urls(urls, spoken, settings, say)}
     ordered = [played[label] for label in named]
     about = {"name": " and ".join(named), "items": ", ".join(section.items)}
@@ -112,6 +113,23 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
         "verdicts": compared,
         "failed": failures(compared, options.fail_on),
     }
+
+
+def section_of(options: EvaluateOptions) -> EvaluateSection:
+    """The section that the options describe: `--set evaluate.KEY=VALUE`, then what has an option.
+
+    Raises:
+        ConfigError: an override that is none, or of another section.
+    """
+    section: EvaluateSection = configfile.section_of("evaluate", options.overrides)
+    changes: dict[str, Any] = {}
+    if options.items:
+        changes["items"] = options.items
+    if options.seeds != 1:
+        changes["seeds"] = options.seeds
+    if options.weak:
+        changes["prompts"] = "weak"
+    return section.model_copy(update=changes)
 
 
 def _clear(folder: Path) -> None:
@@ -167,7 +185,14 @@ def compare_reports(targets: Sequence[str], options: EvaluateOptions) -> dict[st
 
     if options.grades:
         raise RequestError("--grades is for servers and checkpoints; see `duplex grades`")
+    if options.out or options.overrides or options.items:
+        raise RequestError(
+            "reports are only compared: --out, --set and --items are for what is played. The table "
+            "is printed, and all of it with --json"
+        )
     paths = [*([options.against] if options.against else []), *targets]
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise RequestError(f"reports must be different ones, found one twice: {', '.join(paths)}")
     if len(paths) < 2:
         raise RequestError(
             "a report is compared with another one: give two, or one and --against; "
@@ -203,3 +228,10 @@ def show_verdicts(compared: Sequence[Mapping[str, Any]]) -> None:
                 str(row["n"]),
             )  # fmt: skip
         console.print(table)
+        told = [row for row in one["rows"] if row["word"] in colours]
+        able = sum(can_tell(row["differ"]) for row in one["rows"])
+        if not told:
+            console.print(
+                f"Nothing can be concluded; a verdict takes {least_items(max(1, able))} items at "
+                "least, all pointing one way."
+            )

@@ -124,6 +124,12 @@ def compare_reports(
         RequestError: protocols that differ otherwise; names all that does.
     """
     first_name, first = next(iter(reports.items()))
+    known = {"items", *OF_ITEMS, *(key for one in reports.values() for key in one.protocol)}
+    if unknown := sorted(set(allow) - known):
+        raise RequestError(
+            f"--allow must be of what reports can differ in ({', '.join(sorted(known))}), found "
+            f"{', '.join(unknown)}"
+        )
     shared = {item.item for item in first.items}
     for name, report in reports.items():
         found = {k: v for k, v in differences(first, report).items() if k not in allow}
@@ -135,6 +141,8 @@ def compare_reports(
                 f"this is what you compare: --allow {','.join(found)}"
             )
         shared &= {item.item for item in report.items}
+    if not shared:
+        raise RequestError("reports must have an item in common, found none")
     conversations = [
         {"item": one.item, "model": name, "sums": one.sums}
         for name, report in reports.items()

@@ -45,6 +45,10 @@ def _some(value: float | None) -> list[float]:
     return [] if value is None else [value]
 
 
+def _answered(measured: Measured) -> list[Exchange]:
+    return [exchange for exchange in measured.exchanges if exchange.delay_s is not None]
+
+
 def _of_kind(
     measured: Measured, kind: QuestionKind, is_hit: Callable[[Exchange], bool]
 ) -> list[tuple[int, int]]:
@@ -94,6 +98,13 @@ MEASURES = (
         lambda m: [(m.timing.responses, len(m.exchanges))],
         "The agent begins to speak after the turn's start, before the next turn, and still "
         "speaks after the turn's end.",
+        "high",
+    ),
+    Measure(
+        "answered_in_words", "Answers with words", "answered turns", "rate",
+        lambda m: [(sum(bool(e.num_words) for e in _answered(m)), len(_answered(m)))],
+        "Of the turns that speech answers, those in whose window the text stream has words too: "
+        "sound without words is noise.",
         "high",
     ),
     Measure(

@@ -121,7 +121,7 @@ def evaluate_urls(
     """
 
     async def play_all() -> list[Played]:
-        plays = [play(label, url, items, settings, report) for label, url in urls.items()]
+        plays = (play(label, url, items, settings, report) for label, url in urls.items())
         if at_once:
             return list(await asyncio.gather(*plays))
         return [await each for each in plays]

@@ -36,6 +36,7 @@ from pipeline.evaluation.scoring import Measured, timed_words
 
 TEMPLATES = Path(__file__).parent / "templates"
 AUDIO_BUDGET_BYTES = 7_000_000  # as base64: the page stays under 10 MB
+PERSONA_MEASURES = ("facts_said", "due_said", "hallucinated", "poor")
 GROUP_MEASURES = ("facts_said", "due_said", "hallucinated", "out_of_role", "perfect", "poor")
 NATS_DIGITS = 4
 CLIP_GROUPS = {
@@ -73,7 +74,8 @@ def page_files(
         likelihood=likelihood,
     )  # fmt: skip
     times = timings(played, started_s)
-    failed = [canonical_json(line) + "\n" for line in failures(data["conversations"])]
+    # The last model's first: it is the one to mend.
+    failed = [canonical_json(line) + "\n" for line in failures(data["conversations"][::-1])]
     return (
         {
             "report.json": _json(data),
@@ -125,6 +127,9 @@ def render(
             rows=[_row(row, labels) for row in data["summary"] if _counts(row)],
             empty=[row["label"] for row in data["summary"] if not _counts(row)],
             groups=_groups(data, labels),
+            persona=[
+                _row(row, labels) for row in data["summary"] if row["key"] in PERSONA_MEASURES
+            ],
             forced=_forced(data, labels),
             people=people,
             people_told=told(people) if people else [],

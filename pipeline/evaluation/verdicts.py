@@ -116,10 +116,10 @@ def _failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> 
     keys = [measure.key for measure in (*JUDGED, *LIKELIHOODS)]
     found = []
     for condition in fail_on:
-        named, _, key = condition.partition(":")
+        named, colon, key = condition.partition(":")
         negated = named not in words and named.startswith("not-")
         word = words.get(named.removeprefix("not-") if negated else named)
-        if word is None or (key and key not in keys):
+        if word is None or (colon and key not in keys):
             raise RequestError(
                 "--fail-on must be a verdict, of one measure if you name it: "
                 f"{', '.join(words)}, or not-… of these; for measures {', '.join(keys)}. "

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from duplex.cli import app
-from duplex.errors import RequestError
+from duplex.errors import ConfigError, RequestError
+from pipeline.evaluate_targets import EvaluateOptions, section_of
 from pipeline.evaluation.comparison import Report, compare_reports, differences, read_report
 from pipeline.evaluation.found import conversations_csv, failures, measures_csv, report_data
 from pipeline.evaluation.play import PlaySettings, evaluate_urls
@@ -241,3 +242,54 @@ def test_a_failure_is_exported_with_all_that_was_said_before_it():
     assert line["history"] == [{"role": "agent", "text": "Hi.", "faults": []}]
     assert line["system_prompt"].startswith("You are Ann, an angry customer.")
     assert conversation["grade"] == "poor"
+
+
+def test_set_holds_for_what_is_played_and_nothing_is_passed_over(reports, tmp_path):
+    options = EvaluateOptions(overrides=("evaluate.seconds=12", "evaluate.sampling.text_topk=3"))
+    section = section_of(options)
+    assert (section.seconds, section.sampling.text_topk, section.seeds) == (12, 3, 1)
+    assert section_of(EvaluateOptions(items=("a.yaml",), seeds=2, weak=True)).seeds == 2
+    for wrong in ("train.steps=3", "evaluate.secnds=3", "evaluate.seconds"):
+        with pytest.raises(ConfigError):
+            section_of(EvaluateOptions(overrides=(wrong,)))
+    folders = []
+    for number, path in enumerate(reports):
+        folders.append(tmp_path / f"day-{number}")
+        folders[-1].mkdir()
+        path.rename(folders[-1] / "report.json")
+    for more, said in (
+        (["--out", tmp_path / "x"], "only compared"),
+        (["--set", "evaluate.seconds=3"], "only compared"),
+        (["--allow", "promtp"], "found promtp"),
+        (["--fail-on", "regressed:"], "must be a verdict"),
+    ):
+        raised = run(*folders, *more).exception
+        assert isinstance(raised, RequestError) and said in str(raised), more
+    twice = run(folders[0], folders[0]).exception
+    assert isinstance(twice, RequestError) and "found one twice" in str(twice)
+    data = json.loads((folders[1] / "report.json").read_text())
+    for item in data["items"]:
+        item["item"] += "-other"
+    (folders[1] / "report.json").write_text(json.dumps(data))
+    apart = run(*folders, "--allow", "items").exception
+    assert isinstance(apart, RequestError) and "in common, found none" in str(apart)
+
+
+def test_the_table_says_when_nothing_can_be_concluded(played, tmp_path):
+    folders = []
+    for number, one in enumerate(played):
+        few = replace(one, conversations=one.conversations[:4])
+        folders.append(tmp_path / f"few-{number}")
+        folders[-1].mkdir()
+        write(folders[-1] / "report.json", report_data([few], about={}, protocol=PROTOCOL))
+    assert "Nothing can be concluded; a verdict takes 6 items" in run(*folders).output
+
+
+def test_sound_without_words_is_told_from_an_answer(played):
+    """A server that plays the user's sound back and writes nothing answers every turn."""
+    (row,) = [
+        row
+        for row in report_data([played[1]], about={}, protocol={})["summary"]
+        if row["key"] == "answered_in_words"
+    ]
+    assert row["by_model"]["answers"]["hits"] == 0 and row["by_model"]["answers"]["n"] == 24
