@@ -141,7 +141,8 @@ def compare_reports(
                 f"this is what you compare: --allow {','.join(found)}"
             )
         shared &= {item.item for item in report.items}
-    if not shared:
+    clips = _shared_clips(reports)
+    if not shared and not clips:
         raise RequestError("reports must have an item in common, found none")
     conversations = [
         {"item": one.item, "model": name, "sums": one.sums}
@@ -157,7 +158,7 @@ def compare_reports(
                 f"{_some(sorted(missing))}"
             )
     conversations.sort(key=lambda one: one["item"])
-    return verdicts(conversations, list(reports), _shared_clips(reports))
+    return verdicts(conversations, list(reports), clips)
 
 
 def _shared_clips(reports: Mapping[str, Report]) -> list[dict[str, Any]]:

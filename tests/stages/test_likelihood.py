@@ -304,8 +304,10 @@ def test_reports_are_compared_on_the_clips_that_both_have_scored(scored):
     rows = {row["key"]: row for row in one["rows"]}
     assert (rows["nll_words"]["n"], rows["base_nll_words"]["n"]) == (3, 16)
     assert rows["base_nll_words"]["word"] == "regressed"
-    old = Report.model_validate(
-        {"models": [{"label": "base"}], "protocol": {}, "items": [], "conversations": []}
-    )
+    talk = {"item": "one", "seed": 0, "model": "base", "sums": {"response_rate": [1, 2]}}
+    old = Report.model_validate({
+        "models": [{"label": "base"}], "protocol": {}, "items": [{"item": "one"}],
+        "conversations": [talk],
+    })  # fmt: skip
     (one,) = compare_reports({"one": old, "two": old})
     assert "nll_words" not in {row["key"] for row in one["rows"]}
