@@ -12,16 +12,12 @@ what `emotion_of` misses.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any, get_args
 
-from benchmarks.grounding import RESULTS, dialogues
+from benchmarks.grounding import show_or_write
 from duplex.base import Emotion
 from duplex.emotion_words import emotion_of
-from duplex.files import write_atomic, write_json
 from duplex.metrics import proportion_interval
 from duplex.records import Dialogue
 
@@ -31,16 +27,7 @@ SIDES = ("agent turns", "user turns", "agent, whole dialogues")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="docs/results/emotion_words.*")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        result = measure(dialogues(Path(name)))
-    page = describe(result)
-    print(page)
-    if arguments.write:
-        write_json(RESULTS / "emotion_words.json", result)
-        write_atomic(RESULTS / "emotion_words.md", page.encode())
+    show_or_write("emotion_words", __doc__ or "", measure, describe)
 
 
 def measure(conversations: list[Dialogue]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,26 @@ STRAY = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="docs/results/grounding.*")
+    show_or_write("grounding", __doc__ or "", measure, describe)
+
+
+def show_or_write(
+    name: str,
+    purpose: str,
+    measure: Callable[[list[Dialogue]], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure on the scripted dialogues, print the page; with --write docs/results/NAME.* too."""
+    parser = argparse.ArgumentParser(description=purpose.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"docs/results/{name}.*")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        result = measure(dialogues(Path(name)))
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(dialogues(Path(folder)))
     page = describe(result)
     print(page)
     if arguments.write:
-        write_json(RESULTS / "grounding.json", result)
-        write_atomic(RESULTS / "grounding.md", page.encode())
+        write_json(RESULTS / f"{name}.json", result)
+        write_atomic(RESULTS / f"{name}.md", page.encode())
 
 
 def dialogues(runs: Path) -> list[Dialogue]:

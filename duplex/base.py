@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -22,6 +23,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def rounded(values: Mapping[str, Any], digits: int = 6) -> dict[str, Any]:
+    """The floats among the values rounded, so that JSON repeats on machines that round otherwise
+    in the last bit."""
+    return {k: round(v, digits) if isinstance(v, float) else v for k, v in values.items()}
 
 
 class Frozen(BaseModel):

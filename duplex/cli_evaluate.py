@@ -64,7 +64,7 @@ def evaluate(
         allow=tuple(filter(None, allow.split(","))),
         grades=grades,
     )  # fmt: skip
-    commands.evaluate(targets, options, runs, overrides or [], as_json=as_json)
+    commands.evaluate(targets, options, runs, as_json=as_json)
 
 
 @evaluation.command()

@@ -56,8 +56,9 @@ def judge(
     """
     from pipeline import judge_command
 
-    judge_command.run(
-        folder, config=config, endpoint=endpoint, model=model, api_key_env=api_key_env,
-        price_in=price_in, price_out=price_out, budget_usd=budget_usd, rubric_file=rubric,
-        pairwise=pairwise, as_json=as_json,
+    options = judge_command.JudgeOptions(
+        config=config, endpoint=endpoint, model=model, api_key_env=api_key_env,
+        price_in=price_in, price_out=price_out, budget_usd=budget_usd, rubric=rubric,
+        pairwise=pairwise,
     )  # fmt: skip
+    judge_command.run(folder, options, as_json=as_json)

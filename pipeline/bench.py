@@ -11,14 +11,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from rich.console import Console
 
 from duplex.base import canonical_json
@@ -48,13 +46,12 @@ from pipeline.evaluation.bench_report import (
     notes_of,
     table_of,
 )
-from pipeline.evaluation.client import BusyError, Conversation, converse
-from pipeline.evaluation.play import BUSY_POLL_S, PlaySettings, describe
+from pipeline.evaluation.client import Conversation, converse_when_free
+from pipeline.evaluation.play import PlaySettings, describe, processor_of
 from pipeline.evaluation.scoring import PromptProof, prove_prompt
 from pipeline.serving import wire
 
 MAX_LEAD_IN_S = 60.0
-BUSY_TIMEOUT_S = 5.0  # a server takes a moment to free a slot
 
 
 @dataclass(frozen=True)
@@ -158,9 +155,7 @@ class _Player:
         info, tokenizer = asyncio.run(describe(self._url, PlaySettings(token=self._options.token)))
         digest = info.get("model_digest")
         self._model = digest if isinstance(digest, str) else None
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(tokenizer)
-        self._tokens = wire.prompt_tokens(processor, self._request.text_prompt)
+        self._tokens = wire.prompt_tokens(processor_of(tokenizer), self._request.text_prompt)
 
     def protocol(self) -> dict[str, Any]:
         request = self._request
@@ -178,25 +173,17 @@ class _Player:
         }
 
     def talk(self, user: np.ndarray) -> Conversation:
-        return asyncio.run(self._talk(user))
-
-    async def _talk(self, user: np.ndarray) -> Conversation:
-        deadline_s = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                return await converse(
-                    self._url,
-                    user,
-                    text_prompt=self._request.text_prompt,
-                    seed=self._request.seed or 0,
-                    sampling=self._request.sampling,
-                    lockstep=not self._options.real_time,
-                    token=self._options.token,
-                )
-            except BusyError:
-                if time.monotonic() > deadline_s:
-                    raise
-                await asyncio.sleep(BUSY_POLL_S)
+        return asyncio.run(
+            converse_when_free(
+                self._url,
+                user,
+                text_prompt=self._request.text_prompt,
+                seed=self._request.seed or 0,
+                sampling=self._request.sampling,
+                lockstep=not self._options.real_time,
+                token=self._options.token,
+            )
+        )
 
     def proof(self, conversation: Conversation) -> PromptProof:
         digest = wire.prompt_digest(self._tokens)

@@ -233,14 +233,12 @@ def probe(
         sys.exit(EXIT_WORK_FAILED)
 
 
-def evaluate(
-    targets: list[str], options: EvaluateOptions, runs: Path, overrides: list[str], *, as_json: bool
-) -> None:
+def evaluate(targets: list[str], options: EvaluateOptions, runs: Path, *, as_json: bool) -> None:
     """Exits with 1 where a verdict is one of `options.fail_on`."""
     from pipeline import evaluate_targets
 
     if len(targets) == 1 and targets[0].endswith((".yaml", ".yml")):
-        found = _evaluate_config(Path(targets[0]), options, runs, overrides, as_json=as_json)
+        found = _evaluate_config(Path(targets[0]), options, runs, as_json=as_json)
     elif all(evaluate_targets.is_report(target) for target in targets):
         found = evaluate_targets.compare_reports(targets, options)
         if not as_json:
@@ -259,7 +257,7 @@ def evaluate(
 
 
 def _evaluate_config(
-    path: Path, options: EvaluateOptions, runs: Path, overrides: list[str], *, as_json: bool
+    path: Path, options: EvaluateOptions, runs: Path, *, as_json: bool
 ) -> dict[str, Any]:
     """Stage 9 of a config; `verdicts` is None: what is shown is the run's."""
     from pipeline.evaluation.verdicts import check_conditions, failures
@@ -277,7 +275,8 @@ def _evaluate_config(
             "rest: --set evaluate.items=…, evaluate.seeds=…, evaluate.prompts=weak. "
             "`duplex grades` shows people's grades"
         )
-    check_conditions(options.fail_on)  # before hours of work
+    check_conditions(options.fail_on, num_models=2)  # before hours of work
+    overrides = list(options.overrides)
     config = load_config(path, overrides)
     run(
         config, path, runs, overrides, first="evaluate", last=None, only=None, skip="",

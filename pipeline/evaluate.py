@@ -1,6 +1,6 @@
 """Stage 9: what tuning changed. Base and merged model play the same conversations.
 
-Each item's prompt and the user's audio go to both servers with the same seed, in lock-step, so
+Each item's prompt and the user's audio go to both models with the same seed, in lock-step, so
 that a conversation comes back bit for bit on the same machine; of each model one is held over a
 WebSocket too. The prompt that each model was fed is compared with our own tokenization.
 Both are asked without talking too: how likely they find held-out clips and base clips.
@@ -52,8 +52,8 @@ class EvaluateStage(WholeStage):
     name = "evaluate"
     number = 9
     # 2: each slot draws by its own generator; 3: verdicts; 4: in batches, more measures;
-    # 5: clips scored teacher-forced, which enter the verdicts
-    version = 5
+    # 5: clips scored teacher-forced, which enter the verdicts; 6: each item draws by its own seed
+    version = 6
     reads = ("personas", "tensors", "train", "merge")
 
     def engine(self, config: Config) -> str:

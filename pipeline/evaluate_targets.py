@@ -68,9 +68,8 @@ def evaluate_to_folder(targets: Sequence[str], options: EvaluateOptions) -> dict
     from pipeline.evaluation.play import Played, evaluate_urls
     from pipeline.evaluation.report import page_files
 
-    check_conditions(options.fail_on)  # before anything is played
-    if options.fail_on and len(targets) + bool(options.against) < 2:
-        raise RequestError("--fail-on needs two models to compare, found one: give --against")
+    # Before anything is played.
+    check_conditions(options.fail_on, num_models=len(targets) + bool(options.against))
     people = grades_data(options.grades, options.items) if options.grades else None
     named = name_targets([*([options.against] if options.against else []), *targets])
     section = section_of(options)

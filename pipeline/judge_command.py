@@ -2,7 +2,7 @@
 
 judge/exchanges.jsonl   each request and reply: the cache, and what the budget is held to
 judge.json              protocol, counts, cost, scores with their quotes, verdicts
-judge.html              the same to read; its section is what a report may embed
+judge.html              the same to read
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,29 +45,32 @@ NAMED = Named(
 )  # fmt: skip
 
 
-def run(
-    folder: Path,
-    *,
-    config: Path | None,
-    endpoint: str | None,
-    model: str | None,
-    api_key_env: str | None,
-    price_in: float | None,
-    price_out: float | None,
-    budget_usd: float | None,
-    rubric_file: Path | None,
-    pairwise: bool,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Who is asked, at what price, by which rubric; what is None is the config's or the default."""
+
+    config: Path | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    budget_usd: float | None = None
+    rubric: Path | None = None
+    pairwise: bool = False
+
+
+def run(folder: Path, options: JudgeOptions, *, as_json: bool) -> None:
     """
     Raises:
         RequestError: no report, no model, no key, a budget without prices.
         BudgetError, TransientError: what was answered is kept, and no judge.json is written.
     """
-    section = settings(config, endpoint, model, api_key_env, price_in, price_out, budget_usd)
-    rubric, (conversations, models, report_sha256) = load_rubric(rubric_file), read_report(folder)
-    pairs = judged.matches(conversations, models) if pairwise else []
-    if pairwise and not pairs:
+    section = settings(options)
+    rubric = load_rubric(options.rubric)
+    conversations, models, report_sha256 = read_report(folder)
+    pairs = judged.matches(conversations, models) if options.pairwise else []
+    if options.pairwise and not pairs:
         raise RequestError(
             f"{folder} must hold two models' conversations on the same items for --pairwise, found "
             f"{', '.join(models) or 'none'}. Judge without it, or evaluate --against another model."
@@ -133,29 +136,22 @@ def read_report(folder: Path) -> tuple[dict[judged.Key, judge.Conversation], lis
     return judged.by_key(conversations), models, sha256_bytes(content)
 
 
-def settings(
-    config: Path | None,
-    endpoint: str | None,
-    model: str | None,
-    api_key_env: str | None,
-    price_in: float | None,
-    price_out: float | None,
-    budget_usd: float | None,
-) -> DialoguesSection:
+def settings(options: JudgeOptions) -> DialoguesSection:
     """Who is asked, at what price: the config's dialogues section, with what was given over it.
 
     Another endpoint or model than the config's has prices of its own.
     """
-    section = load_config(config).dialogues if config else DialoguesSection()
-    known = section.runtime.model_dump()
-    given = {"base_url": endpoint, "api_key": _key(api_key_env, known["api_key"])}
-    model = model or section.llm
+    section = load_config(options.config).dialogues if options.config else DialoguesSection()
+    known, endpoint = section.runtime.model_dump(), options.endpoint
+    given: dict[str, Any] = {"base_url": endpoint}
+    given["api_key"] = _key(options.api_key_env, known["api_key"])
+    model = options.model or section.llm
     if not model:
         raise RequestError("--model must name a model at the endpoint, found none")
     if (endpoint or known["base_url"]) != known["base_url"] or model != section.llm:
         given |= {"price_in": None, "price_out": None}
         known |= {"price_in": None, "price_out": None}
-    given |= {"price_in": price_in, "price_out": price_out, "budget_usd": budget_usd}
+    given |= {key: getattr(options, key) for key in ("price_in", "price_out", "budget_usd")}
     runtime = known | {k: v for k, v in given.items() if v is not None}
     if runtime["budget_usd"] is not None and None in (runtime["price_in"], runtime["price_out"]):
         raise RequestError(

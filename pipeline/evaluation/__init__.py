@@ -1,14 +1,13 @@
-"""Plays the same user audio to the base and the merged model, and measures what differs.
+"""Holds the same conversations with several models, and says which did better and how sure that is.
 
-items.py     what is asked: prompts and the user's side, spoken
-client.py    one conversation with a server, frame by frame
-play.py      all items to one server
-scoring.py   a conversation -> measures; measures of many -> a table
-audio.py     WAV to keep, Ogg/Opus to embed
-drawing.py   timelines and curves as SVG
-report.py    one page that holds it all
-rubric.py    what a judge model is asked
-judge.py     one question to it, and what is made of the answer
-judged.py    its answers -> scores, preferences, verdicts
-people.py    grades that people gave, beside ours
+asked        items (prompts, and the user's side spoken); rubric (of a judge model)
+held         client (one conversation over the wire), play (all items with one server), batch,
+             batch_worker and offline (with a checkpoint, without a server), checkpoints (both)
+heard        listening (where speech is, recogniser, DNSMOS), heard (audio against text)
+measured     scoring (what is found in one conversation), grounding, measures (rows over many),
+             likelihood and its worker (teacher-forced), people (grades that people gave)
+said         verdicts, comparison (reports of other days), judge and judged (a model's word)
+shown        found (report.json and tables), report, judge_page, drawing, audio, origins,
+             wandb_tables
+a benchmark  bench_folders, bench_report
 """

@@ -1,7 +1,8 @@
 """Plays the items to checkpoints: in batches without a server, and the first over a WebSocket.
 
-What is measured must be what is served: of each model one conversation is held over a real server
-too, which has as many slots as the batch, and has to come back bit for bit. With `sockets` all are.
+What is measured should be what is served: of each model one conversation is held over a real server
+too, which has as many slots as the batch, and the report says whether it came back bit for bit.
+With `sockets` all are held so.
 
 Cost, pocket model on two cores: see benchmarks/evaluate.py and docs/results/evaluate.md.
 """
@@ -24,7 +25,7 @@ from pipeline.serving.launch import running_server
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how models run; nothing of it is to change what they say."""
+    """Where and how models run; of it nothing but rounding is to change what they say."""
 
     device: str = "auto"
     slots: int = 16

@@ -29,6 +29,7 @@ from pipeline.serving import wire
 from pipeline.serving.wire import Kind
 
 CLOSE_TIMEOUT_S = 2.0  # for the close that follows an error message
+BUSY_POLL_S, BUSY_TIMEOUT_S = 0.1, 5.0
 SURPLUS_WAIT_S = 0.1  # for frames that nobody asked for
 _FRAME_BYTES = FRAME_SAMPLES * 2
 
@@ -127,6 +128,21 @@ async def converse(
         metadata=tuple(line.metadata),
         wall=Wall(ready_s, total_s, tuple(line.frame_s)),
     )
+
+
+async def converse_when_free(
+    url: str, user: np.ndarray, *, busy_timeout_s: float = BUSY_TIMEOUT_S, **options: Any
+) -> Conversation:
+    """`converse`, again and again for so long while all slots are taken: a server takes a moment
+    to free that of the conversation before."""
+    deadline_s = time.monotonic() + busy_timeout_s
+    while True:
+        try:
+            return await converse(url, user, **options)
+        except BusyError:
+            if time.monotonic() > deadline_s:
+                raise
+            await asyncio.sleep(BUSY_POLL_S)
 
 
 async def _lockstep(line: _Line, frames: list[bytes], timeout_s: float) -> None:

@@ -21,26 +21,29 @@ MAX_BYTES = 256 << 20
 OF_ITEMS = ("prompt", "first_speaker", "user", "user_audio", "frames", "judged_by")
 
 
+class _Read(BaseModel):
+    """What else stands there is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class _Item(BaseModel):
     model_config = ConfigDict(extra="allow")
     item: str
 
 
-class _Conversation(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class _Conversation(_Read):
     item: str
     seed: int
     model: str
     sums: dict[str, tuple[FiniteFloat, FiniteFloat]]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class _Model(_Read):
     label: str
 
 
-class _Clip(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class _Clip(_Read):
     group: str
     clip: str
     model: str
@@ -48,15 +51,13 @@ class _Clip(BaseModel):
     values: dict[str, FiniteFloat | None]
 
 
-class _Likelihood(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class _Likelihood(_Read):
     clips: list[_Clip]
 
 
-class Report(BaseModel):
+class Report(_Read):
     """What is read of a report.json."""
 
-    model_config = ConfigDict(extra="ignore")
     models: list[_Model] = Field(min_length=1)
     protocol: dict[str, Any]
     items: list[_Item]

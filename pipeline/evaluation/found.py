@@ -1,6 +1,7 @@
 """What an evaluation found, as data: the content of report.json and of the tables beside it.
 
-The same for the same models on one machine: no wall-clock time, no host, no path.
+The same for the same models on one machine: no wall-clock time, no host, and no path but the items
+files', as they were given.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from duplex.base import canonical_json
+from duplex.base import canonical_json, rounded
 from duplex.emotion_words import emotion_of
 from duplex.files import sha256_bytes
 from duplex.frames import FRAME_S
@@ -69,7 +70,7 @@ def report_data(
         "speech_min_frames": MIN_SPEECH_FRAMES,
         "dead_air_over_s": DEAD_AIR_S,
         "measures": MEASURES_VERSION,
-        "device": sorted({str(model.info.get("device")) for model in played}),
+        "device": sorted({str(model.info.get("device")).partition(":")[0] for model in played}),
     }
     items = items_played(played)
     content = canonical_json({"protocol": protocol, "items": items})
@@ -267,7 +268,7 @@ def timings(played: Sequence[Played], started_s: Mapping[str, float]) -> list[di
             "times_real_time": FRAME_S / float(np.mean(frame_s)) if len(frame_s) else None,
             "wall_s": model.wall_s,
         }
-        rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+        rows.append(rounded(row, 3))
     return rows
 
 

@@ -33,7 +33,8 @@ from pipeline.engines.llm.client import Client, Request
 from pipeline.engines.llm.exchanges import Reply
 from pipeline.engines.llm.replies import fault_of, read_object
 from pipeline.engines.writers import Fault
-from pipeline.evaluation.rubric import GRADES, LEAST, MOST, GradeName, Rubric
+from pipeline.evaluation.rubric import LEAST, MOST, Rubric
+from pipeline.serving.grades import GRADES, GradeName
 
 VERSION = 1  # raise it when this code asks or reads in another way
 ATTEMPTS = 3

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from duplex.base import rounded
 from duplex.errors import DataFileError
 from duplex.metrics import proportion_interval
 from duplex.verdict import Better, Pair, compare
@@ -23,7 +24,8 @@ from pipeline.engines.writers import Fault
 from pipeline.evaluation.judge import Conversation, Preference, Question, Scores
 from pipeline.evaluation.judge import absolute as ask_absolute
 from pipeline.evaluation.judge import pairwise as ask_pairwise
-from pipeline.evaluation.rubric import GRADES, MOST, Rubric
+from pipeline.evaluation.rubric import MOST, Rubric
+from pipeline.serving.grades import GRADES
 
 Key = tuple[str, int, str]  # item, seed, model
 Measures = dict[str, tuple[Sequence[Pair], Better]]  # "measure model" -> a pair for each item
@@ -305,4 +307,4 @@ def _rate(hits: int, trials: int) -> dict[str, Any]:
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+    return rounded(row)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from duplex.base import canonical_json
+from duplex.base import canonical_json, rounded
 from duplex.config import EvaluateSection
 from duplex.datafiles import find_path
 from duplex.errors import CorruptFileError, MissingInputError
@@ -208,7 +208,7 @@ def _pooled(values: Sequence[float]) -> dict[str, Any]:
         "low": low,
         "high": high,
     }
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in found.items()}
+    return rounded(found)
 
 
 def protocol_of_clips(section: EvaluateSection) -> dict[str, Any]:

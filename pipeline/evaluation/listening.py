@@ -8,6 +8,7 @@ silero   silero-vad: for real voices and noisy channels; a frame counts where a 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,8 @@ from duplex.metrics import speech_activity
 
 
 class Listener:
-    """Loads a model when it is first needed.
+    """Loads a model when it is first needed. Its models keep state while they work: threads take
+    turns.
 
     Args:
         recogniser: as for `--listen`: a name, and a model behind a colon; "" for none.
@@ -37,6 +39,7 @@ class Listener:
         self._name, _, model = recogniser.partition(":")
         self._model = model or None
         self._rates = dnsmos
+        self._turn = threading.RLock()
 
     def activity(self, samples: np.ndarray) -> np.ndarray:
         """Which frames of float32 [S] at 24 kHz hold speech: bool [T]."""
@@ -47,7 +50,9 @@ class Listener:
         from pipeline.engines.vad import VAD_RATE, speech_spans
 
         heard = soxr.resample(samples, SAMPLE_RATE, VAD_RATE).astype(np.float32)
-        return covered(speech_spans(heard, self._silero), frames_covering_samples(len(samples)))
+        with self._turn:
+            spans = speech_spans(heard, self._silero)
+        return covered(spans, frames_covering_samples(len(samples)))
 
     def error_rate(
         self, words: Sequence[tuple[int, str]], agent: np.ndarray, active: np.ndarray
@@ -58,7 +63,8 @@ class Listener:
             return None
         from pipeline.evaluation.heard import hear
 
-        return hear(words, agent, active, self._recogniser, self._language).error_rate
+        with self._turn:
+            return hear(words, agent, active, self._recogniser, self._language).error_rate
 
     def rating(self, agent: np.ndarray) -> float | None:
         """DNSMOS's overall rating of the agent's audio, 1 to 5; None where it is not asked for or
@@ -69,7 +75,8 @@ class Listener:
         """
         if not self._rates:
             return None
-        score = self._dnsmos.score(agent)
+        with self._turn:
+            score = self._dnsmos.score(agent)
         return None if score is None else score.overall
 
     def protocol(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from duplex.base import rounded
 from duplex.degeneration import compression_ratio, foreign_share, loops
 from duplex.emotion_words import emotion_of
 from duplex.frames import FRAME_S
@@ -318,13 +319,13 @@ MEASURES = (
     ),
     Measure(
         "clipped_share", "Clipped samples", "share", "mean",
-        lambda m: _some(m.sound.clipped_share if m.sound else None),
+        lambda m: [m.sound.clipped_share],
         "Samples of the agent in runs of three and more at full scale / samples.",
         "low",
     ),
     Measure(
         "speech_dbfs", "Loudness of speech", "dBFS", "mean",
-        lambda m: _some(m.sound.speech_dbfs if m.sound else None),
+        lambda m: _some(m.sound.speech_dbfs),
         "Mean level of the agent's speech frames; training data has -24.",
     ),
     Measure(
@@ -362,6 +363,10 @@ def summarize(conversations: Sequence[Measured], models: Sequence[str]) -> list[
     ]
 
 
+def _counted(values: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(hits for hits, _ in values), sum(trials for _, trials in values)
+
+
 def _p95(values: Sequence[float]) -> float:
     """The least value that 95 % are not over."""
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
@@ -369,7 +374,7 @@ def _p95(values: Sequence[float]) -> float:
 
 def _pool(kind: str, values: list[Any]) -> dict[str, Any]:
     if kind == "rate":
-        hits, trials = (sum(column) for column in zip(*values, strict=True)) if values else (0, 0)
+        hits, trials = _counted(values)
         low, high = proportion_interval(hits, trials) if trials else (None, None)
         found = {"value": hits / trials if trials else None, "n": trials, "hits": hits}
     else:
@@ -379,8 +384,7 @@ def _pool(kind: str, values: list[Any]) -> dict[str, Any]:
             value /= len(values)
         low, high = (min(values), max(values)) if values else (None, None)
         found = {"value": value, "n": len(values)}
-    found |= {"low": low, "high": high}
-    return {k: round(v, 6) if isinstance(v, float) else v for k, v in found.items()}
+    return rounded(found | {"low": low, "high": high})
 
 
 def sums_of(measured: Measured) -> dict[str, tuple[float, float]]:
@@ -389,8 +393,8 @@ def sums_of(measured: Measured) -> dict[str, tuple[float, float]]:
     for measure in MEASURES:
         values = measure.values(measured)
         if measure.kind == "rate":
-            hits = [hit for hit, _ in values], [trial for _, trial in values]
-            found[measure.key] = (float(sum(hits[0])), float(sum(hits[1])))
+            hits, trials = _counted(values)
+            found[measure.key] = (float(hits), float(trials))
         else:
             found[measure.key] = (math.fsum(values), float(len(values)))
     return found

@@ -22,13 +22,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from duplex.agreement import agreement
+from duplex.base import rounded
 from duplex.errors import MissingInputError
 from duplex.files import read_lines
 from duplex.metrics import proportion_interval
 from pipeline.evaluation.items import PlaceWords, UserTurn
-from pipeline.evaluation.rubric import GRADES
-from pipeline.evaluation.scoring import Exchange, GradeName, exchange_of, grade_of
-from pipeline.serving.grades import Grade, GradedWords
+from pipeline.evaluation.scoring import Exchange, exchange_of, grade_of
+from pipeline.serving.grades import GRADES, Grade, GradedWords, GradeName
 
 ANSWER_S = 2.4  # as `evaluate.answer_s`: a turn that ends later than that before the end
 FEW = 20  # conversations; that many that agree in all leave 83 to 100 % (exact bounds)
@@ -150,7 +150,7 @@ def beside_ours(
         else:
             pairs.append((own, grade.grade))
     found = asdict(agreement(pairs, GRADES))
-    row = {k: round(v, 6) if isinstance(v, float) else v for k, v in found.items()}
+    row = rounded(found)
     return row | {"without_ours": without, "few": found["n"] < FEW}
 
 

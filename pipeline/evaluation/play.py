@@ -22,24 +22,24 @@ import sentencepiece
 
 from duplex.config import SamplingSection
 from duplex.errors import ServerError
-from pipeline.evaluation.client import BusyError, Conversation, converse
+from pipeline.evaluation.client import BUSY_TIMEOUT_S, Conversation, converse_when_free
 from pipeline.evaluation.items import SpokenItem
 from pipeline.evaluation.listening import Listener
 from pipeline.evaluation.scoring import Measured, measure, prove_prompt
 from pipeline.serving import wire
 
-BUSY_POLL_S = 0.1
-
 
 @dataclass(frozen=True)
 class PlaySettings:
-    """How a conversation is held. `tokenizer`: SentencePiece model; None takes the server's,
-    and then a prompt's proof rests on the server's own tokenizer. `prompt_audio`: query keys by
-    item id, for the voice and the greeting that the server is to prompt with. `at_a_time`: most
-    conversations at once, as far as the server has slots. `again`: the first item is played twice,
-    to see whether it repeats. `bare`: the models
-    were trained without prompts, so none is sent. `weak`: items are prompted with their
-    `weak_prompt` where they have one."""
+    """How a conversation is held.
+
+    at_a_time: most conversations at once, as far as the server has slots. tokenizer: SentencePiece
+    model; None takes the server's, and then a prompt's proof rests on the server's own tokenizer.
+    prompt_audio: query keys by item id, for the voice and the greeting that the server is to prompt
+    with. again: the first item is played twice, to see whether it repeats. bare: the models were
+    trained without prompts, so none is sent. weak: items are prompted with their `weak_prompt`
+    where they have one.
+    """
 
     seeds: tuple[int, ...] = (0,)
     sampling: SamplingSection = field(default_factory=SamplingSection)
@@ -54,7 +54,7 @@ class PlaySettings:
     token: str | None = None
     ready_timeout_s: float = 120
     frame_timeout_s: float = 30
-    busy_timeout_s: float = 5
+    busy_timeout_s: float = BUSY_TIMEOUT_S
 
     def prompt_of(self, spoken: SpokenItem) -> str:
         item = spoken.item
@@ -178,13 +178,13 @@ def measured_call(
 ) -> Measured:
     """A conversation with its prompt's proof and all that is measured of it."""
     prompt = settings.prompt_of(taken.spoken)
-    tokens = wire.prompt_tokens(_processor(tokenizer), prompt)
+    tokens = wire.prompt_tokens(processor_of(tokenizer), prompt)
     proof = prove_prompt(conversation.prompt, wire.prompt_digest(tokens), len(tokens))
     return measure(taken.spoken, label, taken.seed, prompt, conversation, proof, settings.listener)
 
 
 @lru_cache(maxsize=4)
-def _processor(tokenizer: bytes) -> sentencepiece.SentencePieceProcessor:
+def processor_of(tokenizer: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(tokenizer)
     return processor
@@ -196,28 +196,21 @@ def same_answer(one: Conversation, other: Conversation) -> bool:
 
 async def _converse(url: str, taken: Taken, settings: PlaySettings) -> Conversation:
     spoken = taken.spoken
-    deadline_s = time.monotonic() + settings.busy_timeout_s
-    url = wire.chat_url(url, **settings.prompt_audio.get(spoken.item.id, {}))
-    while True:
-        try:
-            return await converse(
-                url,
-                spoken.samples,
-                text_prompt=settings.prompt_of(spoken),
-                seed=taken.draws,
-                sampling=settings.sampling,
-                lockstep=settings.lockstep,
-                token=settings.token,
-                ready_timeout_s=settings.ready_timeout_s,
-                frame_timeout_s=settings.frame_timeout_s,
-            )
-        except BusyError as error:
-            # A server takes a moment to free the slot of the conversation before.
-            if time.monotonic() > deadline_s:
-                raise ServerError(f"{spoken.item.id}: {error}") from None
-            await asyncio.sleep(BUSY_POLL_S)
-        except ServerError as error:
-            raise ServerError(f"{spoken.item.id}: {error}") from None
+    try:
+        return await converse_when_free(
+            wire.chat_url(url, **settings.prompt_audio.get(spoken.item.id, {})),
+            spoken.samples,
+            text_prompt=settings.prompt_of(spoken),
+            seed=taken.draws,
+            sampling=settings.sampling,
+            lockstep=settings.lockstep,
+            token=settings.token,
+            ready_timeout_s=settings.ready_timeout_s,
+            frame_timeout_s=settings.frame_timeout_s,
+            busy_timeout_s=settings.busy_timeout_s,
+        )
+    except ServerError as error:
+        raise ServerError(f"{spoken.item.id}: {error}") from None
 
 
 async def describe(url: str, settings: PlaySettings) -> tuple[dict[str, Any], bytes]:

@@ -86,7 +86,7 @@ def page_files(
         {
             "timings.json": _json({"models": times}),
             "report.html": render(data, played, times, origins, people).encode(),
-            "index.html": _environment()
+            "index.html": environment()
             .get_template("index.html.j2")
             .render(data=data, people=people)
             .encode(),
@@ -117,7 +117,7 @@ def render(
     labels = [model.label for model in played]
     asked = sum(can_tell(row["differ"]) for one in data["verdicts"] for row in one["rows"])
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             data=data,
@@ -152,7 +152,8 @@ def render(
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of this package's pages: everything is escaped, nothing may be undefined."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -249,7 +250,7 @@ def _timeline(side: Measured) -> Any:
     track = Track(
         agent=agent,
         user=user,
-        agent_speech=segments(speech_activity(agent) if side.activity is None else side.activity),
+        agent_speech=segments(side.activity),
         user_speech=segments(speech_activity(user)),
         turns=side.spoken.turns,
         words=timed_words(side.conversation.text),

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from duplex.base import Frozen, Slug, Text, canonical_json
 from duplex.datafiles import find_path, read_yaml, validate
+from pipeline.serving.grades import GRADES, GradeName
 
 RUBRIC = "data/judge/rubric.yaml"
 LEAST, MOST = 0, 5
-
-GradeName = Literal["perfect", "good", "poor"]
-GRADES: tuple[GradeName, ...] = get_args(GradeName)  # best first
 
 
 class Criterion(Frozen):

@@ -10,10 +10,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from duplex.base import rounded
 from duplex.degeneration import (
     Silence,
     compression_ratio,
@@ -39,8 +40,8 @@ from pipeline.evaluation.client import Conversation
 from pipeline.evaluation.grounding import invented
 from pipeline.evaluation.items import PlaceWords, QuestionKind, SpokenItem, UserTurn
 from pipeline.evaluation.listening import Listener
+from pipeline.serving.grades import GradeName
 
-GradeName = Literal["perfect", "good", "poor"]
 POOR_SHARE = 0.25  # of the replies, with something made up
 SILENT_SHARE = 0.5  # of the turns, without a word in return
 LEAST_DUE, LEAST_FACTS = 2, 3  # to tell that a prompt is ignored
@@ -156,15 +157,15 @@ class Measured:
     opening: str
     exchanges: tuple[Exchange, ...]
     facts: dict[str, bool]
-    interruptions: tuple[Interruption, ...] = ()
-    backchannels: int = 0
-    silence: Silence | None = None
-    sound: SoundQuality | None = None
-    unspoken: float | None = None
-    unwritten: float | None = None
-    error_rate: float | None = None
-    rating: float | None = None
-    activity: np.ndarray | None = None
+    interruptions: tuple[Interruption, ...]
+    backchannels: int
+    silence: Silence | None
+    sound: SoundQuality
+    unspoken: float | None
+    unwritten: float | None
+    error_rate: float | None
+    rating: float | None
+    activity: np.ndarray
 
     @property
     def name(self) -> str:
@@ -223,12 +224,12 @@ class Measured:
             "unwritten_share": self.unwritten,
             "word_error_rate": self.error_rate,
             "dnsmos": self.rating,
-            "clipped_share": self.sound.clipped_share if self.sound else None,
-            "speech_dbfs": self.sound.speech_dbfs if self.sound else None,
-            "floor_dbfs": self.sound.floor_dbfs if self.sound else None,
-            "dc_offset": self.sound.dc_offset if self.sound else None,
+            "clipped_share": self.sound.clipped_share,
+            "speech_dbfs": self.sound.speech_dbfs,
+            "floor_dbfs": self.sound.floor_dbfs,
+            "dc_offset": self.sound.dc_offset,
         }
-        return {k: round(v, 6) if isinstance(v, float) else v for k, v in found.items()}
+        return rounded(found)
 
 
 def measure(

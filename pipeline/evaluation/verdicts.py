@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
+from duplex.base import rounded
 from duplex.errors import RequestError
 from duplex.verdict import Better, Pair, Word, compare
 from pipeline.evaluation.likelihood import LIKELIHOODS, Likelihood, likelihood_sums
@@ -21,8 +22,6 @@ from pipeline.evaluation.measures import MEASURES, Measure
 # `p95` has no value of one item's.
 NOT_JUDGED = {"prompt_proven", "response_delay_p95_s"}
 JUDGED = tuple(measure for measure in MEASURES if measure.key not in NOT_JUDGED)
-
-Sums = Mapping[str, tuple[float, float]]
 
 
 def item_sums(conversations: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -79,16 +78,24 @@ def verdicts(
                     "unit": measure.unit,
                     "kind": "rate" if measure.kind == "rate" else "mean",
                     "better": measure.better,
-                    **{
-                        name: round(value, 6) if isinstance(value, float) else value
-                        for name, value in asdict(found[f"{label} {measure.key}"]).items()
-                    },
+                    **rounded(asdict(found[f"{label} {measure.key}"])),
                 }
                 for measure in measures
             ],
         }
         for label in labels[1:]
     ]
+
+
+def check_conditions(fail_on: Sequence[str], num_models: int) -> None:
+    """To be asked before anything is played.
+
+    Raises:
+        RequestError: a word or a measure that there is not; or too few models to compare.
+    """
+    failures([], fail_on)
+    if fail_on and num_models < 2:
+        raise RequestError("--fail-on needs two models to compare, found one: give --against")
 
 
 def failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> list[str]:
@@ -99,19 +106,8 @@ def failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> l
             `not-improved:facts_said`.
 
     Raises:
-        RequestError: a word or a measure that there is not; or nothing was compared.
+        RequestError: a word or a measure that there is not.
     """
-    if fail_on and not compared:
-        raise RequestError("--fail-on needs two models to compare, found one: give --against")
-    return _failures(compared, fail_on)
-
-
-def check_conditions(fail_on: Sequence[str]) -> None:
-    """Raises as `failures`, before anything is played."""
-    _failures([], fail_on)
-
-
-def _failures(compared: Sequence[Mapping[str, Any]], fail_on: Sequence[str]) -> list[str]:
     words = {word.replace(" ", "-"): word for word in get_args(Word)}
     keys = [measure.key for measure in (*JUDGED, *LIKELIHOODS)]
     found = []

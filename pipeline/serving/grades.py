@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ from duplex.errors import RequestError
 from duplex.files import append_line
 from pipeline.serving.bodies import Body, read_body
 
+GradeName = Literal["perfect", "good", "poor"]
+GRADES: tuple[GradeName, ...] = get_args(GradeName)  # best first
 MAX_FILE_BYTES = 64 << 20
 
 
@@ -48,7 +50,7 @@ class Grade(Body):
     the user's last sound to the answer, in the conversation's own time; waits_s: with what the
     server was behind."""
 
-    grade: Literal["perfect", "good", "poor"]
+    grade: GradeName
     note: str = Field(default="", max_length=2_000)
     persona: str = Field(default="", max_length=200)
     conversation: str = Field(default="", pattern=r"^[0-9a-z]*$", max_length=40)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from duplex.files import read_lines
-from pipeline.judge_command import run
+from pipeline.judge_command import JudgeOptions, run
 from tests.stages.llm_server import KEY, PRICE_IN, PRICE_OUT
 
 CRITERIA = ("character", "facts", "topic", "speech")
@@ -95,14 +96,13 @@ class Bench:
     def write(self, report):
         (self.folder / "report.json").write_text(json.dumps(report))
 
-    def judge(self, server, **given):
-        options = {
-            "config": None, "endpoint": server.base_url, "model": "tiny",
-            "api_key_env": "DUPLEX_TEST_JUDGE_KEY", "price_in": PRICE_IN, "price_out": PRICE_OUT,
-            "budget_usd": None, "rubric_file": None, "pairwise": False, "as_json": False,
-        }  # fmt: skip
+    def judge(self, server, *, as_json=False, **given):
+        options = JudgeOptions(
+            endpoint=server.base_url, model="tiny", api_key_env="DUPLEX_TEST_JUDGE_KEY",
+            price_in=PRICE_IN, price_out=PRICE_OUT,
+        )  # fmt: skip
         try:
-            run(self.folder, **options | given)
+            run(self.folder, replace(options, **given), as_json=as_json)
         finally:
             printed = self._capsys.readouterr()
             self.printed = printed.out + printed.err

@@ -72,6 +72,7 @@ class Plan:
     busy_for: int = 0
     watchful: bool = False
     device: str = "cpu"
+    slots: int = 1
     seen: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -89,7 +90,9 @@ class PlantedServer:
         return app
 
     async def _info(self, request: web.Request) -> web.Response:
-        return web.json_response({"name": "planted", "device": self.plan.device})
+        return web.json_response(
+            {"name": "planted", "device": self.plan.device, "slots": self.plan.slots}
+        )
 
     async def _give_tokenizer(self, request: web.Request) -> web.Response:
         return web.Response(body=self.plan.tokenizer)

@@ -171,12 +171,12 @@ def test_the_command_compares_and_fails_as_it_is_told(reports, tmp_path):
 @pytest.mark.parametrize("condition", ["worse", "regressed:speed", "not-"])
 def test_conditions_that_there_are_not_are_refused(condition):
     with pytest.raises(RequestError, match="--fail-on must be a verdict"):
-        check_conditions([condition])
+        check_conditions([condition], num_models=2)
 
 
 def test_a_condition_that_nothing_was_measured_for_does_not_pass(reports):
     with pytest.raises(RequestError, match="needs two models"):
-        failed([], ["regressed"])
+        check_conditions(["regressed"], num_models=1)
     compared = compare_reports({str(path): read_report(path) for path in reports})
     assert failed(compared, ["not-improved:base_nll_words"])  # there were no base clips
     assert failed(compared, ["not-measured:base_nll_words"])

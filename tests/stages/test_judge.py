@@ -18,7 +18,7 @@ from pipeline.evaluation.judge_page import page
 from pipeline.evaluation.play import PlaySettings, evaluate_urls
 from pipeline.evaluation.report import report_data
 from pipeline.evaluation.rubric import RUBRIC, load_rubric
-from pipeline.judge_command import read_report, settings
+from pipeline.judge_command import JudgeOptions, read_report, settings
 from pipeline.serving.grades import Grade
 from tests.stages.judge_helpers import (
     CRITERIA,
@@ -213,22 +213,22 @@ def test_the_key_is_in_no_file_and_in_no_message(bench, deed):
     for path in files:
         assert KEY.encode() not in path.read_bytes(), path
     with pytest.raises(RequestError) as named:
-        settings(None, None, "tiny", KEY, None, None, None)
+        settings(JudgeOptions(model="tiny", api_key_env=KEY))
     assert KEY not in str(named.value)
 
 
 def test_a_config_names_endpoint_key_and_prices(bench, monkeypatch):
     path = config_of(bench.folder, max_retries=5)
-    own = settings(path, None, None, None, None, None, None)
+    own = settings(JudgeOptions(path))
     assert own.llm == "of-config" and own.runtime.price_in == 7 and own.runtime.api_key == KEY
-    other = settings(path, None, "another", None, None, None, None)
+    other = settings(JudgeOptions(path, model="another"))
     assert other.llm == "another" and other.runtime.price_in is None
     assert other.runtime.max_retries == 5
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(RequestError, match="OPENAI_API_KEY"):
-        settings(None, None, "tiny", None, None, None, None)
+        settings(JudgeOptions(model="tiny"))
     with pytest.raises(RequestError, match="--model"):
-        settings(None, None, None, "DUPLEX_TEST_JUDGE_KEY", None, None, None)
+        settings(JudgeOptions(api_key_env="DUPLEX_TEST_JUDGE_KEY"))
 
 
 def test_an_endpoint_without_a_temperature_is_told_of_each_time(bench):

@@ -1,5 +1,6 @@
 """How an evaluation hears: planted engines behind it, and silero-vad on real speech."""
 
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,3 +52,28 @@ def test_silero_finds_speech_where_the_level_does_and_not_in_a_tone():
     assert level.shape == silero.shape and np.mean(level != silero) < 0.2
     assert not silero[:10].any() and not silero[-10:].any() and silero.sum() > 10
     assert covered([(0.0, 0.12), (0.2, 0.24)], 4).tolist() == [True, True, True, False]
+
+
+def test_conversations_that_end_together_are_heard_one_after_the_other():
+    """A recogniser keeps state while it works: two threads in it would mix two conversations."""
+    inside: list[int] = []
+
+    class Hears:
+        def transcribe(self, samples, language):
+            inside.append(1)
+            time.sleep(0.02)
+            assert len(inside) == 1
+            inside.clear()
+            return (Word(text="morning", start_s=0, end_s=1),)
+
+        def revision(self):
+            return "planted"
+
+    plan = Plan(echo=14, says={17: "morning"}, slots=3)
+    listener = Listener(recogniser="pocketsphinx")
+    listener.__dict__["_recogniser"] = Hears()
+    items = [spoken(item_id=f"item-{n}", user_turns=["What would you like"]) for n in range(6)]
+    settings = PlaySettings(tokenizer=plan.tokenizer, listener=listener, at_a_time=3)
+    with planted(plan) as url:
+        (played,) = evaluate_urls({"one": url}, items, settings, lambda line: None)
+    assert [one.metrics()["word_error_rate"] for one in played.conversations] == [0.0] * 6
