@@ -13,8 +13,9 @@ ARGUMENTS = (
     "--use-fake-ui-for-media-stream",
     "--use-fake-device-for-media-stream",
 )
-# A system package, which no `make setup` can install; where it is missing the run counts these tests
-# as skipped, and the page's server side is tested all the same (test_server*.py, test_people.py).
+# A system package, which no `make setup` can install; where it is missing the run counts these
+# tests as skipped, and the page's server side is tested all the same (test_server*.py,
+# test_people.py).
 IN_BROWSER = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM.exists(), reason="needs chromium-headless-shell"),
