@@ -248,6 +248,11 @@ class SpeechSection(StageSection):
     engines: dict[Language, EngineName] = Field(
         default={}, description="for some languages another engine"
     )
+    agent_voice: Literal["persona", "conversation"] = Field(
+        default="persona",
+        description="conversation: any persona's of the same side of the split, drawn for each "
+        "dialogue, as the predecessor had it",
+    )
     loudness_dbfs: float = Field(default=-24, ge=-60, le=0, description="RMS of each utterance")
     lead_in_s: float = Field(default=0.32, ge=0, le=30)
     tail_s: float = Field(default=0.48, ge=0, le=30)

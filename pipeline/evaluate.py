@@ -25,6 +25,7 @@ from duplex.files import read_lines, sha256_bytes
 from duplex.records import Score, TensorClip
 from duplex.sinks import FileWriter
 from duplex.stage import StageContext, WholeStage
+from duplex.store import StageFolder
 from pipeline.engines import espeak
 from pipeline.engines.checkpoint import model_identity
 from pipeline.evaluation.items import (
@@ -96,11 +97,11 @@ class EvaluateStage(WholeStage):
             "merged": context.inputs["merge"].artifact("weights").parent,
         }
         spoken = speak_items(section)
-        voices = files_of_run(context.inputs["tensors"])
-        prompt_audio = voices_of_items(spoken, context.records("personas", Persona), voices)
         tokenizer = base.files()["tokenizer"].read_bytes()
-        settings = play_settings(section, tokenizer, prompt_audio)
-        settings = replace(settings, bare=not config.tensors.prompt)
+        settings, voices = settings_of_run(
+            config, spoken, context.records("personas", Persona), context.inputs["tensors"],
+            tokenizer,
+        )  # fmt: skip
         runtime = section.runtime
         machine = Machine(runtime.device, runtime.slots, runtime.start_timeout_s, voices)
         played, started_s = play_checkpoints(
@@ -179,6 +180,21 @@ def voices_of_items(
         one.item.id: prompt_audio(of_type.get(one.item.persona_type, any_voice), voices)
         for one in spoken
     }
+
+
+def settings_of_run(
+    config: Config,
+    spoken: Sequence[SpokenItem],
+    personas: Iterable[Persona],
+    tensors: StageFolder,
+    tokenizer: bytes,
+) -> tuple[PlaySettings, dict[str, Path]]:
+    """How the models of a run are talked to, and the recordings that they are prompted with: as
+    its tensors were made."""
+    voices = files_of_run(tensors)
+    audio = voices_of_items(spoken, personas, voices)
+    settings = play_settings(config.evaluate, tokenizer, audio)
+    return replace(settings, bare=not config.tensors.prompt), voices
 
 
 def play_settings(

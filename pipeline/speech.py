@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,7 @@ class SpeechStage(MapStage):
     number = 4
     version = 2
     reads = ("dialogues", "voices")
+    set_only = frozenset({"agent_voice"})  # whose voice it is stands among a record's sources
 
     def __init__(self) -> None:
         self._speaker: Speaker | None = None
@@ -109,6 +110,8 @@ class SpeechStage(MapStage):
         tasks = []
         for dialogue in dialogues:
             agent = agents.get(dialogue.persona_id)
+            if agent and context.config.speech.agent_voice == "conversation":
+                agent = choose_voice(dialogue.id, fellows(agent, agents, dialogues, sides), seed)
             side = sides.get(dialogue.id, "train")
             language = agent.language if agent else "en"
             pool = pools.get((language, side)) or pools.get(("en", side), [])
@@ -117,7 +120,7 @@ class SpeechStage(MapStage):
                     f"the speech stage needs at least one voice with role user for {language}, "
                     f"found none in {context.inputs['voices'].path}. Raise voices.user_voices."
                 )
-            user = choose_user_voice(dialogue.id, pool, seed)
+            user = choose_voice(dialogue.id, pool, seed)
             sources = (dialogue.digest, digest(agent) if agent else "none", digest(user))
             if agent:
                 sources += unnamed_revision((agent, user), context.config)
@@ -308,8 +311,27 @@ def quality_of(spoken: Sequence[tuple[str, Utterance]]) -> SpeechQuality:
     )
 
 
-def choose_user_voice(dialogue_id: str, voices: list[Voice], run_seed: int) -> Voice:
-    """The user's voice of a dialogue, whatever the order of `voices`."""
+def fellows(
+    agent: Voice,
+    agents: Mapping[str | None, Voice],
+    dialogues: Sequence[Dialogue],
+    sides: Mapping[str, Split],
+) -> list[Voice]:
+    """The agents' voices of `agent`'s language whose personas are on its side of the split; of
+    all, where the split is not by persona."""
+    of_persona: dict[str, set[Split]] = defaultdict(set)
+    for dialogue in dialogues:
+        of_persona[dialogue.persona_id].add(sides.get(dialogue.id, "train"))
+    own = of_persona[agent.persona_id or ""]
+    return [
+        voice
+        for persona, voice in agents.items()
+        if voice.language == agent.language and of_persona[persona or ""] & own
+    ]
+
+
+def choose_voice(dialogue_id: str, voices: Sequence[Voice], run_seed: int) -> Voice:
+    """One of `voices` for a dialogue, whatever their order."""
 
     def score(voice: Voice) -> tuple[int, str]:
         return record_seed(run_seed, "speech", f"{dialogue_id}\x00{voice.id}"), voice.id

@@ -10,7 +10,7 @@ from duplex.errors import MissingInputError, RecordError
 from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
 from duplex.records import Speech, Turn, Voice
 from duplex.stage import BlobSink, StageContext, record_seed
-from pipeline.speech import SpeechStage, choose_user_voice, sound_of
+from pipeline.speech import SpeechStage, choose_voice, sound_of
 from tests.stages.spoken_helpers import (
     DIALOGUES,
     TURNS,
@@ -93,12 +93,12 @@ def test_another_user_voice_moves_only_the_dialogues_that_it_takes_over():
     ]
     moved = 0
     for index in range(400):
-        before = choose_user_voice(f"d-{index}", voices[:4], 42)
-        after = choose_user_voice(f"d-{index}", voices[::-1], 42)
+        before = choose_voice(f"d-{index}", voices[:4], 42)
+        after = choose_voice(f"d-{index}", voices[::-1], 42)
         assert after in (before, voices[4])
         moved += after != before
     assert 50 < moved < 110  # a fifth is 80
-    assert len({choose_user_voice(f"d-{i}", voices, 42).id for i in range(100)}) == 5
+    assert len({choose_voice(f"d-{i}", voices, 42).id for i in range(100)}) == 5
 
 
 def test_sources_are_the_dialogue_and_its_two_voices(spoken):

@@ -1,0 +1,179 @@
+"""Measure a claim and write its page.
+
+    python -m benchmarks.claims --list
+    python -m benchmarks.claims alignment            # runs the grid, writes docs/results/claims/
+    python -m benchmarks.claims alignment --page     # the page again, of the numbers that are there
+    python -m benchmarks.claims all                  # one after the other: hours
+    python -m benchmarks.claims index                # docs/results/claims/README.md
+
+A grid that was cut off goes on where it was: a cell is kept in --work by what it hangs on. Arms
+that claims share are run once. A cell of the demo's size takes two to three minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.claims.cells import run_cell
+from benchmarks.claims.page import describe
+from benchmarks.claims.plan import (
+    BASE,
+    Claim,
+    Common,
+    cells_of,
+    claim_names,
+    load_claim,
+    load_common,
+)
+from benchmarks.claims.plots import draw_curves, draw_measures
+from benchmarks.claims.tables import compared, mean_curves
+from duplex.configfile import load_config
+from duplex.datafiles import CHECKOUT
+from duplex.errors import DuplexError
+from duplex.files import write_atomic, write_json
+from duplex.frames import FRAME_S
+from training.device import cpu_name
+
+OUT = CHECKOUT / "docs" / "results" / "claims"
+WORK = CHECKOUT / "runs" / ".claims"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description="Claims.")
+    parser.add_argument("name", nargs="?", help=f"{', '.join(claim_names())}, all or index")
+    parser.add_argument("--list", action="store_true", help="claims and their cells")
+    parser.add_argument("--page", action="store_true", help="write the page again, run nothing")
+    parser.add_argument("--work", type=Path, default=WORK, help="where runs and cells are kept")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the pages go")
+    parser.add_argument("--lane", help="a run folder of its own, to measure beside another process")
+    parser.add_argument("--seeds", type=int, help="the first so many: a trial")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a trial")
+    options = parser.parse_args(arguments)
+    try:
+        if options.list or not options.name:
+            print("\n".join(_listed()))
+            return 0
+        if options.name == "index":
+            from benchmarks.claims.index import write_index
+
+            write_index(options.out)
+            return 0
+        trial = bool(options.seeds or options.set)
+        if trial and options.out == OUT:
+            parser.error("--seeds and --set make a trial: give --out another folder")
+        for name in claim_names() if options.name == "all" else [options.name]:
+            measure_claim(name, options)
+    except DuplexError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _listed() -> list[str]:
+    common = load_common()
+    return [
+        f"{name:14} {len(cells_of(load_claim(name), common)):3} cells  {load_claim(name).title}"
+        for name in claim_names()
+    ]
+
+
+def measure_claim(name: str, options: argparse.Namespace) -> None:
+    """Run what is missing of the grid; NAME.json, its figures and its page.
+
+    Raises:
+        DuplexError: as `run_cell`; the cells that are done are kept.
+    """
+    claim, common = load_claim(name), load_common()
+    path = options.out / f"{name}.json"
+    if not options.page:
+        if options.seeds:
+            common = common.model_copy(update={"seeds": common.seeds[: options.seeds]})
+        own = dict(one.split("=", 1) for one in options.set)
+        common = common.model_copy(
+            update={"set": common.set | {k: yaml.safe_load(v) for k, v in own.items()}}
+        )
+        lane = {"name": options.lane} if options.lane else {}
+        cells = run_grid(name, claim, common, lane, options.work)
+        result = result_of(claim, common, cells)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    result = json.loads(path.read_text())
+    write_atomic(options.out / f"{name}.svg", draw_measures(result["measures"], claim.reference))
+    if claim.curves:
+        figure = draw_curves(result["curves"], claim.expected, result["steps_per_epoch"])
+        write_atomic(options.out / f"{name}-curves.svg", figure)
+    write_atomic(options.out / f"{name}.md", describe(name, claim, result).encode())
+    print(f"{options.out / f'{name}.md'}", file=sys.stderr)
+
+
+def run_grid(
+    name: str, claim: Claim, common: Common, lane: dict[str, str], work: Path
+) -> list[dict[str, Any]]:
+    cells = cells_of(claim, common.model_copy(update={"set": common.set | lane}))
+    done = []
+    for number, cell in enumerate(cells, 1):
+        started_s = time.monotonic()
+        done.append(run_cell(cell, common, work, lambda line: None))
+        print(
+            f"{name}: cell {number} of {len(cells)}, {cell.arm}, seed {cell.seed}: "
+            f"{time.monotonic() - started_s:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    return done
+
+
+def result_of(claim: Claim, common: Common, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All that the page says, but for the claim's own words."""
+    first = next(cell for cell in cells_of(claim, common) if cell.arm == claim.reference)
+    config = load_config(CHECKOUT / common.config, list(first.overrides))
+    reference = [cell for cell in cells if cell["arm"] == claim.reference and cell["trained"]]
+    clips = reference[0]["clips"] if reference else 1
+    return {
+        "config": common.config,
+        "set": common.set | claim.set,
+        "seeds": list(common.seeds),
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+        "day": datetime.date.today().isoformat(),
+        "items": len({one["item"] for one in cells[0]["conversations"]}),
+        "seconds": config.evaluate.seconds,
+        "steps": config.train.steps,
+        "steps_per_epoch": clips / config.train.batch_size,
+        "arms": [_arm(arm, claim.arms[arm], cells) for arm in claim.arms],
+        "measures": compared(claim, cells),
+        "curves": {arm: mean_curves(cells, arm) for arm in claim.arms if arm != BASE}
+        if claim.curves
+        else {},
+    }
+
+
+def _arm(arm: str, overrides: dict[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    mine = [cell for cell in cells if cell["arm"] == arm]
+
+    def mean(key: str) -> float | None:
+        values = [cell[key] for cell in mine if cell.get(key) is not None]
+        return sum(values) / len(values) if values else None
+
+    frames = mean("frames")
+    return {
+        "arm": arm,
+        "overrides": overrides,
+        "clips": mean("clips"),
+        "minutes": frames * FRAME_S / 60 if frames else None,
+        "train_s": mean("train_s"),
+        "survived": mean("survived"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

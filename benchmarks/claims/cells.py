@@ -1,0 +1,127 @@
+"""A cell: an arm with a seed, run through the pipeline as a user would, and what came of it.
+
+The run goes up to `merge` (`base`: to `tensors`), stage by stage in the run folder of --work, so
+that arms share what they have in common and a grid that was cut off goes on. The conversations are
+held and scored by the functions of the evaluate stage, and kept as JSON under the key of all that
+they hang on; the merged weights are deleted then.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims.plan import BASE, Cell, Common
+from duplex.base import canonical_json
+from duplex.characters import Persona
+from duplex.config import Config
+from duplex.configfile import load_config
+from duplex.datafiles import CHECKOUT
+from duplex.files import read_lines, sha256_bytes, write_json
+from duplex.records import TensorClip
+from duplex.store import StageFolder
+from pipeline.engines.checkpoint import model_identity
+from pipeline.evaluate import EvaluateStage, require_proofs, settings_of_run, speak_items
+from pipeline.evaluation.found import report_data, training_curves
+from pipeline.evaluation.likelihood import teacher_force
+from pipeline.evaluation.measures import MEASURES_VERSION
+from pipeline.evaluation.offline import play_checkpoint
+from pipeline.merge import MergeStage
+from pipeline.run import STAGE_NAMES, Selection, plan, run
+from training.log import training_speed
+from training.servable import servable_checkpoint
+
+Report = Callable[[str], None]
+
+
+def run_cell(cell: Cell, common: Common, work: Path, report: Report) -> dict[str, Any]:
+    """What the cell gave, from `work` where it was made before of the same.
+
+    Returns:
+        `arm`, `seed`; `conversations` and `likelihood` as report.json has them, in part;
+        `trained` (ids of personas), `clips` and `frames` trained on; and of a trained arm `curves`
+        (`found.training_curves`), `train_s`, `frames_per_s` and `survived`, the share of the
+        update that the merge left.
+
+    Raises:
+        DuplexError: what a stage or an evaluation raises.
+    """
+    path = CHECKOUT / common.config
+    overrides = list(cell.overrides)
+    config = load_config(path, overrides)
+    trained = cell.arm != BASE
+
+    def run_up_to(last: Selection) -> None:
+        run(config, path, work, last, overrides=overrides, report=report)
+
+    run_up_to(Selection.of(last="tensors"))
+    folders = {step.stage.name: step.folder for step in plan(config, work)}
+    tensors, train = folders["tensors"], folders["train"]
+    assert tensors is not None and train is not None, "the inputs of train are there"
+    hangs_on = {
+        # Of the base nothing but the clips hangs on the run, and the prompts' voices.
+        "weights": [train.key, config.keyed("merge")] if trained else model_identity(config.model),
+        "tensors": tensors.digest,
+        "evaluate": config.keyed("evaluate") | {"files": EvaluateStage().files(config)},
+        "versions": [MergeStage.version, EvaluateStage.version, MEASURES_VERSION],
+    }
+    kept = work / "cells" / f"{sha256_bytes(canonical_json(hangs_on).encode())[:16]}.json"
+    if not kept.exists():
+        if trained:
+            run_up_to(Selection.of(last="merge"))
+        found = evaluate_cell(config, work, trained=trained, report=report)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, found)
+        merged = plan(config, work)[STAGE_NAMES.index("merge")].folder
+        if trained and merged is not None:
+            shutil.rmtree(merged.path)  # 56 MB of weights, which the adapter makes again
+    return json.loads(kept.read_text()) | {"arm": cell.arm, "seed": cell.seed}
+
+
+def evaluate_cell(config: Config, work: Path, *, trained: bool, report: Report) -> dict[str, Any]:
+    """Talk to one model, and score it teacher-forced, as the evaluate stage does with both."""
+    steps = plan(config, work)
+    folders = {step.stage.name: step.folder for step in steps if step.folder and step.done}
+    tensors, section = folders["tensors"], config.evaluate
+    base = servable_checkpoint(config.model, work, report)
+    label = "tuned" if trained else BASE
+    weights = folders["merge"].artifact("weights").parent if trained else base.folder
+    spoken = speak_items(section)
+    tokenizer = base.files()["tokenizer"].read_bytes()
+    personas = [one for one in folders["personas"].records() if isinstance(one, Persona)]
+    settings, voices = settings_of_run(config, spoken, personas, tensors, tokenizer)
+    played = play_checkpoint(
+        label, weights, spoken, settings, report,
+        tokenizer=tokenizer, device=section.runtime.device, voices=voices,
+        slots=section.runtime.slots,
+    )  # fmt: skip
+    require_proofs([played])
+    likelihood = teacher_force({label: weights}, tensors, section, config.seed, report)
+    data = report_data([played], about={}, protocol={}, likelihood=likelihood)
+    clips = [one for one in tensors.records() if isinstance(one, TensorClip)]
+    of_train = [one for one in clips if one.split == "train"]
+    kept = ("item", "seed", "persona", "grade", "sums", "transcript")
+    return {
+        "conversations": [{key: one[key] for key in kept} for one in data["conversations"]],
+        "likelihood": likelihood,
+        "trained": sorted({one.persona_id for one in of_train}) if trained else [],
+        "clips": len(of_train),
+        "frames": sum(one.num_frames for one in of_train),
+        **(_of_training(folders) if trained else {}),
+    }
+
+
+def _of_training(folders: Mapping[str, StageFolder]) -> dict[str, Any]:
+    train, certificate = folders["train"], folders["merge"].artifact("certificate")
+    manifest = train.manifest()
+    assert manifest is not None
+    timing = list(read_lines(train.path / "timing.jsonl"))
+    return {
+        "curves": training_curves(list(read_lines(train.artifact("metrics")))),
+        "train_s": manifest["provenance"]["seconds"],
+        "frames_per_s": training_speed(timing),
+        "survived": json.loads(certificate.read_text())["survived"]["total"],
+    }

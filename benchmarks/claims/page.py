@@ -1,0 +1,188 @@
+"""docs/results/claims/NAME.md, of NAME.json and the claim's file: no number is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.claims.plan import BASE, Claim
+from benchmarks.claims.plots import CURVES
+from benchmarks.claims.tables import DISAGREE, GROUPS, VERDICTS, shown
+
+
+def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
+    measures = result["measures"]
+    of_key = shown(measures, claim.key)
+    lines = [
+        f"# {claim.title}",
+        "",
+        f"**Claim.** {claim.claim}",
+        "",
+        f"**Question.** {claim.question}",
+        "",
+        f"**Result.** {sentence(claim, measures)}",
+        "",
+        f"**For a 7B run.** {claim.seven_b.shown if of_key else claim.seven_b.not_shown}",
+        "",
+        f"**What this does not say.** {claim.not_said}",
+        "",
+        f"![measures by arm]({name}.svg)",
+        "",
+        f"Small dots: seeds; diamonds: all of them; the line: the reference, `{claim.reference}`.",
+        "",
+        *_protocol(name, claim, result),
+        *_arms(claim, result),
+    ]
+    if claim.curves:
+        lines += _curves(name, claim, result)
+    for one in measures:
+        lines += _table(one, claim.reference)
+    return "\n".join(lines)
+
+
+def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
+    """What the key measure shows, arm by arm, and how many of the others show something."""
+    one = next(one for one in measures if one["key"] == claim.key and not one["group"])
+    rows = {row["arm"]: row for row in one["rows"]}
+    reference = rows.pop(claim.reference)
+    parts = [
+        f"`{arm}` {_value(one, row['value'])} ({row['word']})" for arm, row in rows.items()
+    ]  # fmt: skip
+    others = [
+        row
+        for other in measures
+        for row in other["rows"]
+        if row["arm"] != claim.reference and other is not one
+    ]
+    different = sum(row["word"] in VERDICTS for row in others)
+    apart = sum(row["word"] == DISAGREE for row in others)
+    more = f", {apart} more but for a seed that points the other way" if apart else ""
+    return (
+        f"{one['label']}: `{claim.reference}` {_value(one, reference['value'])}; "
+        f"{'; '.join(parts)}. Of the {len(others)} comparisons of other measures below, "
+        f"{different} show a difference{more}."
+    )
+
+
+def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
+    shared = ", ".join(f"`{key}: {value}`" for key, value in result["set"].items())
+    seeds = ", ".join(map(str, result["seeds"]))
+    return [
+        "## Protocol",
+        "",
+        f"`python -m benchmarks.claims {name}`: the config of `make demo` ({result['config']}) "
+        f"with {shared}. Each arm is run from the dialogues to the merged model with the seeds "
+        f"{seeds}, which change dialogues, speech, training and sampling. Every model holds "
+        f"{result['items']} conversations a seed, each of up to {result['seconds']:g} s, and is "
+        f"scored teacher-forced. {result['machine']}, {result['day']}.",
+        "",
+        "A difference is the mean over items, each pooled over the seeds, with the 95 % interval "
+        "of a bootstrap over items; p by sign changes, corrected over the whole page (Holm; "
+        "[evaluation](../../evaluation.md)). A verdict takes p ≤ .05 and all seeds pointing one "
+        f"way; where they do not, it says `{DISAGREE}`.",
+        "",
+    ]
+
+
+def _arms(claim: Claim, result: Mapping[str, Any]) -> list[str]:
+    survival = claim.survival
+    lines = [
+        "| arm | differs by | clips trained on | minutes | training, s "
+        + ("| update that the merge left |" if survival else "|"),
+        "| --- | --- | ---: | ---: | ---: " + ("| ---: |" if survival else "|"),
+    ]
+    for arm in result["arms"]:
+        overrides = ", ".join(f"{key}: {value}" for key, value in arm["overrides"].items())
+        trained = arm["arm"] != BASE
+        cells = [
+            f"`{arm['arm']}`",
+            overrides or ("no adapter" if not trained else "nothing"),
+            f"{arm['clips']:g}" if trained else "",
+            f"{arm['minutes']:.1f}" if trained else "",
+            f"{arm['train_s']:.0f}" if trained and arm["train_s"] else "",
+        ]
+        if survival:
+            cells.append(_survived(arm))
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _survived(arm: Mapping[str, Any]) -> str:
+    if arm.get("refused"):
+        return f"{100 * arm['survived']:.1f} %: refused" if arm["survived"] else "refused"
+    return f"{100 * arm['survived']:.1f} %" if arm["survived"] is not None else ""
+
+
+def _curves(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Losses",
+        "",
+        f"![losses of held-out clips by epoch]({name}-curves.svg)",
+        "",
+        "Means over the seeds, of held-out clips, at the first and the last step: `total` weighs "
+        "the terms as the arm does, so arms differ in it by the weight alone; the others are "
+        "plain nats.",
+        "",
+        f"| arm | {' | '.join(CURVES.values())} |",
+        f"| --- | {' | '.join('---:' for _ in CURVES)} |",
+    ]
+    for arm, curves in result["curves"].items():
+        cells = []
+        for key in CURVES:
+            points = curves.get(key, {}).get("valid", [])
+            cells.append(f"{points[0][1]:.2f} → {points[-1][1]:.2f}" if points else "")
+        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+    if claim.expected:
+        cells = [
+            " → ".join(f"{value:g}" for value in claim.expected.get(key, ())) for key in CURVES
+        ]
+        lines.append(f"| the seeds expected, by epoch | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _table(one: Mapping[str, Any], reference: str) -> list[str]:
+    group = f", {GROUPS[one['group']]}" if one["group"] else ""
+    better = {"high": "; more is better", "low": "; less is better"}.get(one["better"], "")
+    unit = f"share of {one['unit']}" if one["kind"] == "rate" else one["unit"]
+    lines = [
+        f"## {one['label']}{group}",
+        "",
+        f"In {unit}{better}.",
+        "",
+        f"| arm | by seed | all | n | against `{reference}` | 95 % | items | p | verdict |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | --- |",
+    ]
+    for row in one["rows"]:
+        cells = [
+            f"`{row['arm']}`",
+            " · ".join(_value(one, value) for value in row["by_seed"]),
+            _value(one, row["value"]),
+            f"{row['trials']:g}",
+        ]
+        if row["arm"] == reference:
+            cells += ["", "", "", "", "reference"]
+        elif row["word"] == "not measured":
+            cells += ["", "", "0", "", "not measured"]
+        else:
+            bounds = (
+                f"{_value(one, row['low'], '+')} to {_value(one, row['high'], '+')}"
+                if row["low"] is not None
+                else ""
+            )
+            cells += [
+                _value(one, row["difference"], "+"),
+                bounds,
+                str(row["n"]),
+                f"{row['p_holm']:.3f}",
+                f"**{row['word']}**" if row["word"] in VERDICTS else row["word"],
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _value(one: Mapping[str, Any], value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "–"
+    if one["kind"] == "rate":
+        return f"{100 * value:{sign}.1f} %"
+    return f"{value:{sign}.3g}" if abs(value) < 1000 else f"{value:{sign}.0f}"

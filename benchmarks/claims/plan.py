@@ -1,0 +1,144 @@
+"""configs/results/NAME.yaml: a claim as a grid of arms and seeds. Pure, but for reading files.
+
+    title        of the page
+    claim        what is claimed, and by whom
+    question     what is measured
+    set          overrides that hold for all arms, section.key: value
+    arms         name -> overrides of that arm; `base` is the model without an adapter
+    reference    the arm that all others are held against
+    key          the measure that answers the question
+    measures     all that are shown; corrected together
+    seven_b      what it means for a 7B run, by what the key measure shows: `shown`, `not_shown`
+    not_said     what the page cannot tell
+
+`common.yaml` holds what all claims share: the config, seeds, and overrides that fix the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from duplex.datafiles import CHECKOUT, read_yaml, validate
+from duplex.errors import RequestError
+from pipeline.evaluation.likelihood import LIKELIHOODS
+from pipeline.evaluation.measures import MEASURES
+
+FOLDER = CHECKOUT / "configs" / "results"
+COMMON = "common"
+BASE = "base"
+KNOWN = {measure.key: measure for measure in (*MEASURES, *LIKELIHOODS)}
+Overrides = dict[str, Any]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Common(_Model):
+    config: str
+    seeds: tuple[int, ...] = Field(min_length=1)
+    set: Overrides = {}
+
+
+class SevenB(_Model):
+    shown: str
+    not_shown: str
+
+
+class Claim(_Model):
+    title: str
+    claim: str
+    question: str
+    set: Overrides = {}
+    arms: dict[str, Overrides] = Field(min_length=2)
+    reference: str
+    key: str
+    measures: tuple[str, ...] = Field(min_length=1)
+    curves: bool = Field(default=False, description="losses of training, by step and by epoch")
+    expected: dict[str, tuple[float, ...]] = Field(
+        default={}, description="curve -> its losses as the seeds expected them"
+    )
+    survival: bool = Field(default=False, description="share of the update left by the merge")
+    groups: bool = Field(default=False, description="also by who was trained on")
+    order: str = Field(default="", description="what it would have one try on the 7B, and why")
+    seven_b: SevenB
+    not_said: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Claim:
+        if self.reference not in self.arms:
+            raise ValueError(f"reference must be one of the arms, found {self.reference}")
+        unknown = [key for key in (self.key, *self.measures) if key not in KNOWN]
+        if unknown:
+            raise ValueError(f"measures must be known ones, found {', '.join(unknown)}")
+        if self.key not in self.measures:
+            raise ValueError(f"key must be one of the measures, found {self.key}")
+        if self.arms.get(BASE):
+            raise ValueError("base is the model without an adapter: it takes no overrides")
+        return self
+
+
+class Cell(_Model):
+    """An arm with a seed: the overrides that its run takes, in order."""
+
+    arm: str
+    seed: int
+    overrides: tuple[str, ...]
+
+
+def claim_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != COMMON)
+
+
+def load_claim(name: str) -> Claim:
+    """
+    Raises:
+        RequestError: no such claim.
+        DataFileError: its file breaks the schema.
+    """
+    if name not in claim_names():
+        raise RequestError(f"a claim must be one of {', '.join(claim_names())}; found {name}")
+    path = FOLDER / f"{name}.yaml"
+    return validate(Claim, read_yaml(path), path)
+
+
+def load_common() -> Common:
+    path = FOLDER / f"{COMMON}.yaml"
+    return validate(Common, read_yaml(path), path)
+
+
+def cells_of(claim: Claim, common: Common) -> list[Cell]:
+    """Seed by seed, so that an unfinished grid has whole seeds. A later override wins."""
+    return [
+        Cell(
+            arm=arm,
+            seed=seed,
+            overrides=tuple(
+                f"{key}={as_yaml(value)}"
+                for key, value in _merged(
+                    common.set,
+                    claim.set,
+                    overrides,
+                    {"seed": seed, "evaluate.seed": seed},
+                ).items()
+            ),
+        )
+        for seed in common.seeds
+        for arm, overrides in claim.arms.items()
+    ]
+
+
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in parts:
+        found |= part
+    return found
+
+
+def as_yaml(value: Any) -> str:
+    """On one line, as `--set` takes it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n...")[0].strip()

@@ -1,0 +1,189 @@
+"""Cells -> what a claim's page says: each arm against the reference. Pure.
+
+A value is pooled: hits over trials, or a sum over its count. A difference is taken as in
+`duplex.verdict`: the mean over items, each item pooled over the seeds of both arms, so that items
+are what is drawn. Three trained models are no sample to speak of: a verdict stands only where all
+seeds point its way too, else the word is `seeds disagree`. All measures, groups and arms of a page
+are corrected together (Holm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.claims.plan import KNOWN, Claim
+from duplex.base import rounded
+from duplex.verdict import Finding, Pair, compare
+from pipeline.evaluation.likelihood import Likelihood
+
+DISAGREE = "seeds disagree"
+VERDICTS = ("improved", "regressed", "differs")
+Sums = dict[str, tuple[float, float]]  # item -> sum and count
+
+GROUPS = {
+    "": "all",
+    "seen": "personas that were trained on",
+    "unseen": "personas of the same data that were not",
+    "new": "customers that are in no data",
+}
+
+
+def group_of(conversation: Mapping[str, Any], trained: Iterable[str]) -> str:
+    if conversation["persona"] is None:
+        return "new"
+    return "seen" if conversation["persona"] in trained else "unseen"
+
+
+def sums_of_cell(
+    cell: Mapping[str, Any], key: str, group: str = "", trained: frozenset[str] = frozenset()
+) -> Sums:
+    """Item or clip -> sum and count of a measure in one cell."""
+    if isinstance(KNOWN[key], Likelihood):
+        return {
+            f"{one['group']} {one['clip']}": (one["values"][key], 1.0)
+            for one in cell["likelihood"]
+            if one["values"].get(key) is not None
+        }
+    return {
+        one["item"]: (one["sums"][key][0], one["sums"][key][1])
+        for one in cell["conversations"]
+        if group in ("", group_of(one, trained))
+    }
+
+
+def pooled(sums: Sums) -> float | None:
+    """Sum over count; of a likelihood: the mean of clips."""
+    count = sum(c for _, c in sums.values())
+    return sum(s for s, _ in sums.values()) / count if count else None
+
+
+def over_seeds(by_seed: Sequence[Sums]) -> Sums:
+    found: Sums = {}
+    for sums in by_seed:
+        for item, (total, count) in sums.items():
+            so_far = found.get(item, (0.0, 0.0))
+            found[item] = (so_far[0] + total, so_far[1] + count)
+    return found
+
+
+def compared(claim: Claim, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each measure (and group) its rows, one for each arm in the claim's order.
+
+    Args:
+        cells: of all arms, with the same seeds each; arms that could not be run may be missing.
+
+    Returns:
+        `key`, `group`, `label`, `unit`, `kind`, `better` and `rows`: `arm`, `value`, `by_seed`,
+        `trials`, and of all but the reference the fields of a `duplex.verdict.Finding`.
+    """
+    arms = [arm for arm in claim.arms if any(cell["arm"] == arm for cell in cells)]
+    groups = ["", *(GROUPS.keys() - {""} if claim.groups else ())]
+    groups.sort(key=list(GROUPS).index)
+    asked: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    for key in claim.measures:
+        measure = KNOWN[key]
+        for group in groups if not isinstance(measure, Likelihood) else [""]:
+            by_arm = {arm: _by_seed(cells, arm, key, group) for arm in arms}
+            first = over_seeds(by_arm[claim.reference])
+            rows = []
+            for arm in arms:
+                last = over_seeds(by_arm[arm])
+                rows.append(
+                    {
+                        "arm": arm,
+                        "value": pooled(last),
+                        "by_seed": [pooled(sums) for sums in by_arm[arm]],
+                        "trials": sum(count for _, count in last.values()),
+                    }
+                )
+                pairs = [Pair(*first[item], *last[item]) for item in first if item in last]
+                if arm != claim.reference:
+                    asked[f"{key}/{group}/{arm}"] = (pairs, measure.better)
+            found.append(
+                {
+                    "key": key,
+                    "group": group,
+                    "label": measure.label,
+                    "unit": measure.unit,
+                    "kind": "rate" if measure.kind == "rate" else "mean",
+                    "better": measure.better,
+                    "rows": rows,
+                }
+            )
+    verdicts = compare(asked)
+    for one in found:
+        reference = next(row for row in one["rows"] if row["arm"] == claim.reference)
+        for row in one["rows"]:
+            finding = verdicts.get(f"{one['key']}/{one['group']}/{row['arm']}")
+            if finding is not None:
+                row |= asdict(finding) | {"word": _word(finding, reference, row)}
+    return [_rounded(one) for one in found]
+
+
+def _rounded(one: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        rounded(row) | {"by_seed": [v if v is None else round(v, 6) for v in row["by_seed"]]}
+        for row in one["rows"]
+    ]
+    return one | {"rows": rows}
+
+
+def _by_seed(cells: Sequence[Mapping[str, Any]], arm: str, key: str, group: str) -> list[Sums]:
+    """Who was trained on is asked of the seed's trained cells: the base has none of its own."""
+    mine = sorted((cell for cell in cells if cell["arm"] == arm), key=lambda cell: cell["seed"])
+    return [
+        sums_of_cell(cell, key, group, trained_in(cells, cell["seed"]))
+        if group
+        else sums_of_cell(cell, key)
+        for cell in mine
+    ]
+
+
+def trained_in(cells: Sequence[Mapping[str, Any]], seed: int) -> frozenset[str]:
+    """Personas that some arm of that seed was trained on."""
+    return frozenset(
+        persona for cell in cells if cell["seed"] == seed for persona in cell["trained"]
+    )
+
+
+def _word(finding: Finding, reference: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    if finding.word not in VERDICTS:
+        return finding.word
+    assert finding.difference is not None
+    pairs = zip(reference["by_seed"], row["by_seed"], strict=True)
+    agree = all(
+        a is not None and b is not None and (b - a) * finding.difference > 0 for a, b in pairs
+    )
+    return finding.word if agree else DISAGREE
+
+
+def shown(measures: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Rows of a measure, over all items, whose verdict says that there is a difference."""
+    return [
+        row
+        for one in measures
+        if one["key"] == key and not one["group"]
+        for row in one["rows"]
+        if row.get("word") in VERDICTS
+    ]
+
+
+def mean_curves(cells: Sequence[Mapping[str, Any]], arm: str) -> dict[str, dict[str, list[Any]]]:
+    """Curve -> split -> [step, mean over seeds], at the steps that all seeds have."""
+    of_arm = [cell["curves"] for cell in cells if cell["arm"] == arm and cell.get("curves")]
+    found: dict[str, dict[str, list[Any]]] = {}
+    for name in of_arm[0] if of_arm else ():
+        for split in of_arm[0][name]:
+            by_step: dict[int, list[float]] = {}
+            for curves in of_arm:
+                for step, value in curves[name][split]:
+                    by_step.setdefault(int(step), []).append(value)
+            found.setdefault(name, {})[split] = [
+                [step, round(sum(values) / len(values), 6)]
+                for step, values in sorted(by_step.items())
+                if len(values) == len(of_arm)
+            ]
+    return found

@@ -1,0 +1,57 @@
+"""A claim measured for real at a small size: `python -m benchmarks.claims`, cut off and gone on."""
+
+import json
+
+import pytest
+
+from benchmarks.claims import __main__ as command
+from benchmarks.claims import cells, page, plan
+
+SMALL = {
+    "personas.only": "[angry-marcus, nervous-mei, friendly-june]",
+    "dialogues.per_persona": "1",
+    "dialogues.min_turns": "4",
+    "dialogues.max_turns": "4",
+    "tensors.valid_fraction": "0.34",
+    "train.steps": "2",
+    "train.batch_size": "1",
+    "train.crop_frames": "200",
+    "evaluate.items": "[data/prompts/seeds.yaml]",
+    "evaluate.seconds": "8",
+    "evaluate.base_clips": "null",
+    "evaluate.clips": "2",
+}
+
+
+@pytest.mark.slow
+def test_a_small_grid_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
+    arguments = ["prompt-loss", "--seeds", "1", "--work", str(tmp_path / "work")]
+    arguments += ["--out", str(tmp_path / "out")]
+    arguments += [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
+    evaluated = []
+    real = cells.evaluate_cell
+
+    def cut_off_at_the_second(config, work, **more):
+        evaluated.append(config.train.loss.prompt)
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return real(config, work, **more)
+
+    monkeypatch.setattr(cells, "evaluate_cell", cut_off_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(arguments)
+    assert not (tmp_path / "out" / "prompt-loss.json").exists()
+    assert command.main(arguments) == 0
+    assert evaluated == [False, True, True]  # the first cell was not evaluated again
+
+    result = json.loads((tmp_path / "out" / "prompt-loss.json").read_text())
+    claim = plan.load_claim("prompt-loss")
+    text = (tmp_path / "out" / "prompt-loss.md").read_text()
+    assert text == page.describe("prompt-loss", claim, result)
+    answered = next(one for one in result["measures"] if one["key"] == "response_rate")
+    assert {row["arm"] for row in answered["rows"]} == {"masked", "with-loss"}
+    assert all(row["trials"] > 0 for row in answered["rows"])
+    # Both are trained models, and not the same one.
+    nll = next(one for one in result["measures"] if one["key"] == "nll_words")
+    assert nll["rows"][0]["value"] != nll["rows"][1]["value"]
+    assert list((tmp_path / "work" / "pocket").glob("07-merge-*")) == []

@@ -1,0 +1,210 @@
+"""The claims' grids and tables: what is counted, and what takes to be called a difference."""
+
+import copy
+import json
+
+import pytest
+
+from benchmarks.claims import __main__ as command
+from benchmarks.claims import index, page, plan, tables
+from benchmarks.claims.plots import draw_curves, draw_measures
+from duplex.configfile import load_config
+from duplex.datafiles import CHECKOUT
+from duplex.errors import RequestError
+
+ITEMS = 8
+
+
+def claim_of(**more):
+    given = {
+        "title": "T", "claim": "C", "question": "Q", "reference": "old", "key": "facts_said",
+        "arms": {"old": {}, "new": {"train.steps": 3}}, "measures": ["facts_said", "nll_words"],
+        "seven_b": {"shown": "It does.", "not_shown": "It does not."}, "not_said": "Much.",
+    }  # fmt: skip
+    return plan.Claim.model_validate(given | more)
+
+
+def cell(arm, seed, hits, *, trials=4, trained=(), nll=2.0):
+    """Item i says hits[i] of `trials` facts; two clips."""
+    return {
+        "arm": arm,
+        "seed": seed,
+        "trained": list(trained),
+        "clips": 20,
+        "frames": 7500,
+        "conversations": [
+            {
+                "item": f"i{i}",
+                "persona": f"p{i}" if i % 2 else None,
+                "sums": {"facts_said": [h, trials], "words": [0, 0]},
+            }
+            for i, h in enumerate(hits)
+        ],
+        "likelihood": [
+            {"group": "held_out", "clip": f"c{i}", "values": {"nll_words": nll + i}}
+            for i in range(2)
+        ],
+    }
+
+
+def cells_with(new, seeds=(1, 2, 3)):
+    """`old` always says one fact; `new` what is given, by seed."""
+    return [
+        one
+        for seed, hits in zip(seeds, new, strict=True)
+        for one in (cell("old", seed, [1] * ITEMS), cell("new", seed, hits, trained=["p1"]))
+    ]
+
+
+def row_of(measures, key="facts_said", arm="new", group=""):
+    (one,) = [m for m in measures if (m["key"], m["group"]) == (key, group)]
+    return next(row for row in one["rows"] if row["arm"] == arm)
+
+
+def test_values_are_pooled_and_differences_are_over_items():
+    new = row_of(tables.compared(claim_of(), cells_with([[3] * ITEMS, [2] * ITEMS, [4] * ITEMS])))
+    assert new["by_seed"] == [0.75, 0.5, 1.0] and new["value"] == 0.75
+    assert new["trials"] == 3 * ITEMS * 4
+    assert new["difference"] == 0.5 and new["n"] == ITEMS
+    # All 8 items differ by the same: 2 of 2^8 sign changes are as far off.
+    assert new["p"] == pytest.approx(2 / 256, abs=1e-6)
+    assert new["word"] == "improved"
+
+
+def test_a_seed_that_points_the_other_way_takes_the_verdict():
+    away = cells_with([[4] * ITEMS, [4] * ITEMS, [0] * ITEMS])
+    found = row_of(tables.compared(claim_of(), away))
+    assert found["p_holm"] <= 0.05 and found["word"] == tables.DISAGREE
+    assert tables.shown([{"key": "facts_said", "group": "", "rows": [found]}], "facts_said") == []
+
+
+def test_measures_arms_and_groups_are_corrected_together():
+    new = [[3] * ITEMS] * 3
+    alone = row_of(tables.compared(claim_of(measures=["facts_said"]), cells_with(new)))
+    cells = cells_with(new) + [cell("third", seed, [3] * ITEMS) for seed in (1, 2, 3)]
+    arms = {"old": {}, "new": {}, "third": {}}
+    among = row_of(tables.compared(claim_of(measures=["facts_said"], arms=arms), cells))
+    assert among["p_holm"] == pytest.approx(2 * alone["p_holm"], abs=1e-5)
+
+
+def test_groups_are_by_what_any_arm_of_the_seed_was_trained_on():
+    found = tables.compared(claim_of(groups=True), cells_with([[3] * ITEMS] * 3))
+    assert row_of(found, group="seen")["trials"] == 3 * 4
+    assert row_of(found, group="unseen")["trials"] == 3 * 4 * 3
+    assert row_of(found, group="new", arm="old")["trials"] == 3 * 4 * 4
+    assert [one["group"] for one in found if one["key"] == "nll_words"] == [""]
+
+
+def test_what_was_not_said_is_not_measured():
+    claim = claim_of(measures=["facts_said", "words"])
+    found = row_of(tables.compared(claim, cells_with([[3] * ITEMS] * 3)), key="words")
+    assert found["value"] is None and found["word"] == "not measured"
+
+
+def test_clips_count_once_whatever_the_group():
+    cells = cells_with([[1] * ITEMS] * 3)
+    for one in cells:
+        one["likelihood"][0]["values"]["nll_words"] += one["arm"] == "new"
+    found = row_of(tables.compared(claim_of(), cells), key="nll_words")
+    assert found["value"] == 3.0 and found["difference"] == 0.5 and found["n"] == 2
+    assert found["word"] == "inconclusive"  # two clips can't tell
+
+
+def test_curves_are_means_over_seeds():
+    one, other = ({"arm": "a", "curves": {"loss": {"valid": [[0, v], [9, v]]}}} for v in (1.0, 2.0))
+    other["curves"]["loss"]["valid"].append([20, 5.0])  # a step that one seed alone has
+    assert tables.mean_curves([one, other], "a") == {"loss": {"valid": [[0, 1.5], [9, 1.5]]}}
+
+
+# -- the files
+
+
+def test_every_arm_of_every_claim_is_a_config():
+    common = plan.load_common().model_copy(update={"seeds": (42,)})
+    for name in plan.claim_names():
+        claim = plan.load_claim(name)
+        seen = set()
+        for one in plan.cells_of(claim, common):
+            config = load_config(CHECKOUT / common.config, list(one.overrides))
+            assert config.seed == config.evaluate.seed == one.seed
+            seen.add((one.arm == plan.BASE, config.model_dump_json()))
+        arms = len(claim.arms) * len(common.seeds)
+        assert len(seen) == arms, f"{name}: two arms are the same"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"reference": "none"}, "reference must be one of the arms"),
+        ({"key": "words"}, "key must be one of the measures"),
+        ({"measures": ["facts_said", "wit"]}, "found wit"),
+        ({"arms": {"old": {}, "base": {"seed": 1}}}, "takes no overrides"),
+        ({"colour": "red"}, "Extra inputs"),
+    ],
+)
+def test_a_claim_that_cannot_be_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        claim_of(**wrong)
+
+
+def test_an_unknown_claim_is_refused_with_those_there_are(capsys):
+    assert command.main(["nothing"]) == RequestError.exit_code
+    assert "alignment" in capsys.readouterr().err
+
+
+def test_a_trial_never_takes_a_page_s_place(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["alignment", "--seeds", "1"])
+    assert "--out" in capsys.readouterr().err
+
+
+# -- the pages
+
+WRITTEN = sorted(path.stem for path in command.OUT.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_page_is_of_the_figures_beside_it(name):
+    claim, result = plan.load_claim(name), json.loads((command.OUT / f"{name}.json").read_text())
+    assert (command.OUT / f"{name}.md").read_text() == page.describe(name, claim, result)
+    assert list(claim.arms) == [arm["arm"] for arm in result["arms"]]
+    assert (command.OUT / f"{name}.svg").exists()
+
+
+def test_the_index_is_of_the_figures_beside_it(tmp_path):
+    index.write_index(command.OUT if WRITTEN else tmp_path)
+    results = {name: json.loads((command.OUT / f"{name}.json").read_text()) for name in WRITTEN}
+    where = command.OUT if WRITTEN else tmp_path
+    assert (where / "README.md").read_text() == index.describe_index(results)
+
+
+def result_with(new):
+    claim = claim_of(curves=True, order="Try it", survival=True)
+    cells = cells_with(new)
+    for one in cells:
+        one["curves"] = {"loss": {"valid": [[0, 3.0], [40, 1.0]]}}
+    common = plan.load_common()
+    return claim, command.result_of(claim, common, cells)
+
+
+def test_the_page_says_what_the_key_measure_shows(tmp_path):
+    claim, result = result_with([[3] * ITEMS] * 3)
+    text = page.describe("x", claim, result)
+    assert "It does." in text and "It does not." not in text
+    assert "| `new` | 75.0 % · 75.0 % · 75.0 % | 75.0 % |" in text
+    assert "| `old` | 3.00 → 1.00 |" in text
+    claim, nothing = result_with([[1] * ITEMS] * 3)
+    assert "It does not." in page.describe("x", claim, nothing)
+    drawn = draw_measures(result["measures"], "old")
+    assert drawn == draw_measures(copy.deepcopy(result["measures"]), "old")
+    assert drawn != draw_measures(nothing["measures"], "old")
+    assert b"<svg" in draw_curves(result["curves"], {"loss": (9, 3)}, 5)
+
+
+def test_what_moved_most_is_tried_first(monkeypatch):
+    claim, much = result_with([[4] * ITEMS] * 3)
+    _, some = result_with([[2] * ITEMS] * 3)
+    _, none = result_with([[1] * ITEMS] * 3)
+    claims = dict.fromkeys("abc", claim)
+    found = index.ranked(claims, {"a": some, "b": none, "c": much})
+    assert found == [("c", 3.0), ("a", 1.0), ("b", 0.0)]
