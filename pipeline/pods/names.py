@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_EVERY = (r"manifest\.json", r"parts/part-\d{5}\.jsonl", r"index\.html")
+_EVERY = (r"manifest\.json", r"parts/part-[0-9]{5}\.jsonl", r"index\.html")
 _BY_STAGE = {
     "personas": (),
     "dialogues": (),
