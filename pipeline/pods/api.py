@@ -28,6 +28,7 @@ USER_AGENT = "duplex-workbench"
 MAX_REPLY_BYTES = 16 << 20
 TIMEOUT_S = 60.0
 ATTEMPTS = 5
+SHORTEST_SECRET = 6  # what is shorter is part of many words
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0
 
 _POD_ID = re.compile(r"[A-Za-z0-9]{1,64}")
@@ -97,7 +98,7 @@ class RunPod:
         timeout_s: float = TIMEOUT_S,
         attempts: int = ATTEMPTS,
     ):
-        self._secrets = [secret for secret in (key, *secrets) if secret]
+        self._secrets = [s for s in (key, *secrets) if len(s) >= SHORTEST_SECRET]
         self._clock, self._attempts = clock, attempts
         self._client = httpx.Client(
             base_url=base_url.rstrip("/") + "/",

@@ -139,10 +139,8 @@ class Book:
         self.change(lambda s: s.model_copy(update={"pods": (*s.pods, entry), "wanted": "up"}))
         return entry
 
-    def running(
-        self, name: str, pod_id: str, usd_h: float | None, start_s: float
-    ) -> PodState:
-        """It runs, since `start_s` if that was not known; `usd_h` is the API's price, if it said."""
+    def running(self, name: str, pod_id: str, usd_h: float | None, start_s: float) -> PodState:
+        """It runs, since `start_s` if that was not known. usd_h: the API's price, if it named one."""
 
         def changed(pod: PodEntry) -> PodEntry:
             price = pod.usd_h if usd_h is None else usd_h
@@ -193,7 +191,7 @@ class Book:
             return None
 
     def make_token(self) -> str:
-        """The token of this config's pods, made at the first call. Nobody else can read its file."""
+        """The token of this config's pods, made at the first call, in a file for its owner alone."""
         if held := self.token():
             return held
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import httpx
 
@@ -112,7 +112,8 @@ class PodClient:
             PodError: no answer, or not the bytes that were asked for.
         """
         end = min(offer.num_bytes, start + PIECE_BYTES) - 1
-        headers = {"Range": f"bytes={start}-{end}"}
+        # What is compressed on the way has other bytes than those that were asked for.
+        headers = {"Range": f"bytes={start}-{end}", "Accept-Encoding": "identity"}
         with self._ask(f"/files/{offer.name}", None, headers) as response:
             content = _bounded(response, end - start + 1)
             given = response.headers.get("Content-Range")
@@ -154,9 +155,7 @@ class PodClient:
                     )
                 yield response
         except httpx.HTTPError as error:
-            raise PodError(
-                f"the pod's {path} must answer, found {type(error).__name__}"
-            ) from None
+            raise PodError(f"the pod's {path} must answer, found {type(error).__name__}") from None
 
 
 def _bounded(response: httpx.Response, limit: int) -> bytes:
@@ -181,7 +180,7 @@ def read_status(value: object) -> PodStatus:
             stages.append((plain(name), str(row["state"]), plain(message)))
     spent, digest = value.get("spent_usd"), value.get("config_sha256")
     return PodStatus(
-        pipeline=state if state in get_args(PipelineState) else "unknown",
+        pipeline=cast(PipelineState, state) if state in get_args(PipelineState) else "unknown",
         stages=tuple(stages),
         config_sha256=digest if isinstance(digest, str) else None,
         message=plain(str(value.get("message") or "")[:500]),

@@ -18,7 +18,9 @@ MOUNT = "/workspace"
 RUNS_IN_POD = f"{MOUNT}/runs"
 START_COMMAND = ("/app/runpod/start.sh",)
 PREFIX = "duplex-"
-_NAME = re.compile(rf"{PREFIX}(?P<config>[a-z0-9][a-z0-9_.-]*)-(?P<job>[0-9a-f]{{8}})-(?P<n>[0-9]+)")
+_NAME = re.compile(
+    rf"{PREFIX}(?P<config>[a-z0-9][a-z0-9_.-]*)-(?P<job>[0-9a-f]{{8}})-(?P<n>[0-9]+)"
+)
 
 
 @dataclass(frozen=True)
