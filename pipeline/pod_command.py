@@ -214,8 +214,8 @@ def _sync_json(synced: Synced) -> dict[str, Any]:
 def _show_synced(session: Session, synced: Synced) -> None:
     folder = run_folder_of(session.config, session.runs)
     session.say(
-        f"{len(synced.fetched)} files fetched ({synced.num_bytes / 1e6:.1f} MB), {len(synced.kept)} were "
-        f"there, in {folder}"
+        f"{len(synced.fetched)} files fetched ({synced.num_bytes / 1e6:.1f} MB), "
+        f"{len(synced.kept)} were there, in {folder}"
     )
     if synced.left_alone:
         folders = sorted({name.partition("/")[0] for name in synced.left_alone})

@@ -1,4 +1,4 @@
-"""One command about the pods of one config: what is asked for, what is shown, what may still run."""
+"""One command about a config's pods: what is asked for, what is shown, what may still run."""
 
 from __future__ import annotations
 

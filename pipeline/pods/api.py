@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import httpx
@@ -37,6 +39,12 @@ _NO_CAPACITY = re.compile(
     r"|not enough free gpus|out of (?:stock|capacity)|no .{0,40}(?:capacity|available)",
     re.IGNORECASE,
 )
+
+
+@cache
+def tls() -> ssl.SSLContext:
+    """One for all connections: reading the certificates takes longer than a request."""
+    return httpx.create_ssl_context()
 
 
 class ApiTrouble(PodError):
@@ -104,6 +112,7 @@ class RunPod:
             base_url=base_url.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {key}", "User-Agent": USER_AGENT},
             timeout=timeout_s,
+            verify=tls(),
             follow_redirects=False,  # a redirect would carry the key elsewhere
         )
 

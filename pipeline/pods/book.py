@@ -112,8 +112,10 @@ class Book:
             ) from None
 
     def change(self, how: Callable[[PodState], PodState]) -> PodState:
-        state = how(self.read())
-        write_json(self._path, state.model_dump(mode="json"))
+        before = self.read()
+        state = how(before)
+        if state != before or not self.exists:
+            write_json(self._path, state.model_dump(mode="json"))
         return state
 
     def update(self, name: str, how: Callable[[PodEntry], PodEntry]) -> PodState:
@@ -140,7 +142,7 @@ class Book:
         return entry
 
     def running(self, name: str, pod_id: str, usd_h: float | None, start_s: float) -> PodState:
-        """It runs, since `start_s` if that was not known. usd_h: the API's price, if it named one."""
+        """It runs, since `start_s` if that was not known. usd_h: the API's, if it named one."""
 
         def changed(pod: PodEntry) -> PodEntry:
             price = pod.usd_h if usd_h is None else usd_h
@@ -191,7 +193,7 @@ class Book:
             return None
 
     def make_token(self) -> str:
-        """The token of this config's pods, made at the first call, in a file for its owner alone."""
+        """The token of this config's pods, made at the first call; its file is its owner's alone."""
         if held := self.token():
             return held
         self.folder.mkdir(parents=True, exist_ok=True)

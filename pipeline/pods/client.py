@@ -20,7 +20,7 @@ from typing import Any, cast, get_args
 import httpx
 
 from duplex.errors import PodError
-from pipeline.pods.api import USER_AGENT
+from pipeline.pods.api import USER_AGENT, tls
 from pipeline.pods.lifecycle import PipelineState
 from pipeline.pods.names import Offered, read_offers
 from pipeline.pods.request import AGENT_PORT, SERVE_PORT
@@ -63,8 +63,9 @@ class PodClient:
         self.server = template.format(pod=pod_id, port=SERVE_PORT).rstrip("/")
         self.agent = template.format(pod=pod_id, port=AGENT_PORT).rstrip("/")
         self._client = httpx.Client(
-            headers={"User-Agent": USER_AGENT}, timeout=timeout_s, follow_redirects=False
-        )
+            headers={"User-Agent": USER_AGENT}, timeout=timeout_s, verify=tls(),
+            follow_redirects=False,
+        )  # fmt: skip
 
     def close(self) -> None:
         self._client.close()

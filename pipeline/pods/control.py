@@ -176,7 +176,8 @@ class Control:
             if pod is None:
                 raise
             self._report(f"the API answered with an error, and made the pod: {pod.id}")
-        self.book.running(entry.name, pod.id, pod.usd_h, now)
+        since = plausible(pod.started_s, now, self._clock.now())
+        self.book.running(entry.name, pod.id, pod.usd_h, since or now)
         current = self.book.read().find(entry.name)
         assert current is not None
         source = "the API's price" if current.price_from == "api" else f"price {gpu.source}"
