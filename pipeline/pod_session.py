@@ -13,7 +13,7 @@ from duplex.config import Config
 from duplex.datafiles import CHECKOUT, find_path
 from duplex.errors import PodError, RequestError, StageFailedError
 from pipeline.pods.api import RunPod
-from pipeline.pods.bill import hours_left, spent_usd
+from pipeline.pods.bill import HOUR_S, hours_left, spent_usd
 from pipeline.pods.book import Book, PodEntry
 from pipeline.pods.client import PodClient
 from pipeline.pods.clock import Clock
@@ -253,8 +253,9 @@ class Session:
                 "name": pod.name, "id": pod.id, "gpu": pod.gpu, "usd_h": pod.usd_h,
                 "price_from": pod.price_from,
                 "state": "gone" if pod.gone else "running" if pod.runs else "stopped",
-                "hours": sum(span.seconds(now) for span in pod.spans) / 3600,
+                "hours": sum(span.seconds(now) for span in pod.spans) / HOUR_S,
                 "usd": spent_usd(pod.spans, now),
+                "unseen_usd": pod.unseen_s / HOUR_S * pod.usd_h,
             }
             for pod in state.pods
         ]  # fmt: skip
@@ -269,6 +270,8 @@ class Session:
                 self.say(
                     f"  {row['id']:<16} {row['gpu']:<24} {row['state']:<8} {row['hours']:7.2f} h "
                     f"at {row['usd_h']:.2f} USD/h ({row['price_from']}): {row['usd']:.2f} USD"
+                    + f", of which {row['unseen_usd']:.2f} unseen, and maybe less"
+                    * (row["unseen_usd"] >= 0.005)
                 )
         earlier = f" (and {bill['earlier_usd']:.2f} before)" if bill["earlier_usd"] else ""
         self.say(f"spent {bill['spent_usd']:.2f} USD, storage apart{earlier}")

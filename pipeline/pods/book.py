@@ -27,6 +27,7 @@ from pipeline.pods.bill import Span, closed, opened, spent_usd
 from pipeline.pods.request import pod_name
 
 FOLDER, STATE, TOKEN = ".pods", "state.json", "token"
+SEEN_EVERY_S = 60.0
 UNANSWERED_S = 900.0  # an unanswered create may still show up in the list so long
 
 
@@ -35,6 +36,8 @@ class PodEntry(Frozen):
 
     price_from: whose `usd_h` is, the table's until the API names its own.
     budget_usd, idle_minutes: the limits that it keeps by itself.
+    seen_s: when it was last seen to run. unseen_s: how much of what is billed nobody saw, since it
+        was gone when somebody looked again: the bill is at most that, and may be less.
     """
 
     name: str
@@ -46,6 +49,8 @@ class PodEntry(Frozen):
     idle_minutes: float = 0.0
     price_from: Literal["table", "api"] = "table"
     spans: tuple[Span, ...] = ()
+    seen_s: float = 0.0
+    unseen_s: Annotated[float, Field(ge=0)] = 0.0
     gone: bool = False
 
     @property
@@ -141,33 +146,42 @@ class Book:
         self.change(lambda s: s.model_copy(update={"pods": (*s.pods, entry), "wanted": "up"}))
         return entry
 
-    def running(self, name: str, pod_id: str, usd_h: float | None, start_s: float) -> PodState:
+    def running(
+        self, name: str, pod_id: str, usd_h: float | None, start_s: float, now_s: float
+    ) -> PodState:
         """It runs, since `start_s` if that was not known. usd_h: the API's, if it named one."""
 
         def changed(pod: PodEntry) -> PodEntry:
+            is_news = now_s - pod.seen_s >= SEEN_EVERY_S or not pod.runs
             price = pod.usd_h if usd_h is None else usd_h
             source = pod.price_from if usd_h is None else "api"
             spans = opened(pod.spans, start_s, price)
             return pod.model_copy(
                 update={"id": pod_id, "usd_h": price, "price_from": source, "spans": spans,
-                        "gone": False}
+                        "gone": False, "seen_s": now_s if is_news else pod.seen_s}
             )  # fmt: skip
 
         return self.update(name, changed)
 
-    def stopped(self, name: str, pod_id: str, end_s: float) -> PodState:
-        return self.update(
-            name,
-            lambda pod: pod.model_copy(
-                update={"id": pod_id, "spans": closed(pod.spans, end_s), "gone": False}
-            ),
-        )
+    def ended(
+        self,
+        name: str,
+        end_s: float,
+        *,
+        gone: bool,
+        pod_id: str | None = None,
+        unseen_s: float = 0.0,
+    ) -> PodState:
+        """It runs no more, since `end_s`; `gone`: it does not exist any more either."""
 
-    def gone(self, name: str, end_s: float) -> PodState:
-        return self.update(
-            name,
-            lambda pod: pod.model_copy(update={"spans": closed(pod.spans, end_s), "gone": True}),
-        )
+        def changed(pod: PodEntry) -> PodEntry:
+            spans = closed(pod.spans, end_s)
+            unseen = pod.unseen_s + (unseen_s if spans != pod.spans else 0.0)
+            return pod.model_copy(
+                update={"id": pod_id or pod.id, "spans": spans, "unseen_s": unseen, "gone": gone}
+            )
+
+        return self.update(name, changed)
 
     def want(self, wanted: Literal["up", "down"]) -> PodState:
         return self.change(lambda state: state.model_copy(update={"wanted": wanted}))
@@ -193,7 +207,7 @@ class Book:
             return None
 
     def make_token(self) -> str:
-        """The token of this config's pods, made at the first call; its file is its owner's alone."""
+        """The token of this config's pods, made at the first call; its file is for its owner."""
         if held := self.token():
             return held
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from duplex.errors import PodError
 from pipeline.pods.api import ApiTrouble, NoCapacity, NotThere, Pod, Refused, RunPod
-from pipeline.pods.bill import plausible
+from pipeline.pods.bill import HOUR_S, hours_left, plausible
 from pipeline.pods.book import UNANSWERED_S, Book, PodEntry, PodState
 from pipeline.pods.clock import Clock
 from pipeline.pods.gpus import GpuType
@@ -81,27 +81,42 @@ class Control:
         if pod.is_running:
             first = entry.asked_s if last is None else last.end_s or last.start_s
             since = plausible(pod.started_s, first, now)
-            self.book.running(entry.name, pod.id, pod.usd_h, since or first)
+            self.book.running(entry.name, pod.id, pod.usd_h, since or first, now)
             return
-        # Somebody else's clock says when it ended; ours says between which moments that must be.
-        first = entry.asked_s if last is None else last.start_s
-        ended = now if pod.changed_s is None else min(max(pod.changed_s, first), now)
-        if pod.status == "TERMINATED":
-            self.book.gone(entry.name, ended)
-        else:
-            self.book.stopped(entry.name, pod.id, ended)
+        ended, unseen_s = self._end_of(entry, pod.changed_s)
+        self.book.ended(
+            entry.name, ended, gone=pod.status == "TERMINATED", pod_id=pod.id, unseen_s=unseen_s
+        )
 
     def _note_absence(self, entry: PodEntry) -> None:
         """It is not in the list, which lags: a pod is gone when its own address says so."""
-        now = self._clock.now()
         if entry.id is None:
-            if now - entry.asked_s > UNANSWERED_S:
-                self.book.gone(entry.name, now)
+            if self._clock.now() - entry.asked_s > UNANSWERED_S:
+                self.book.ended(entry.name, entry.asked_s, gone=True)
             return
         try:
             self._note(entry, self._api.get(entry.id))
         except NotThere:
-            self.book.gone(entry.name, now)
+            self._gone(entry)
+
+    def _gone(self, entry: PodEntry) -> None:
+        ended, unseen_s = self._end_of(entry, None)
+        self.book.ended(entry.name, ended, gone=True, unseen_s=unseen_s)
+
+    def _end_of(self, entry: PodEntry, changed_s: float | None) -> tuple[float, float]:
+        """When a pod ended that no longer runs, and how much of that is a guess, in seconds.
+
+        The API's clock may differ from ours, which knows between which moments it must be. Where
+        the API does not say, it is taken to have run until now, or until its own budget.
+        """
+        now = self._clock.now()
+        first = entry.spans[-1].start_s if entry.spans else entry.asked_s
+        if changed_s is not None:
+            return min(max(changed_s, first), now), 0.0
+        seen = min(max(entry.seen_s, first), now)
+        left_h = hours_left(entry.budget_usd, self.book.read().spent_usd(seen), entry.usd_h)
+        ended = min(now, seen + left_h * HOUR_S)
+        return ended, ended - seen
 
     def _end_surplus(self, state: PodState) -> None:
         """A create that nobody answered, asked again, may have made two: one is enough."""
@@ -171,13 +186,13 @@ class Control:
         except ApiTrouble as trouble:
             pod = self._find(entry.name)
             if pod is None and isinstance(trouble, Refused):
-                self.book.gone(entry.name, now)
+                self.book.ended(entry.name, now, gone=True)
                 raise PodError(f"{trouble}. Nothing was rented.") from None
             if pod is None:
                 raise
             self._report(f"the API answered with an error, and made the pod: {pod.id}")
         since = plausible(pod.started_s, now, self._clock.now())
-        self.book.running(entry.name, pod.id, pod.usd_h, since or now)
+        self.book.running(entry.name, pod.id, pod.usd_h, since or now, now)
         current = self.book.read().find(entry.name)
         assert current is not None
         source = "the API's price" if current.price_from == "api" else f"price {gpu.source}"
@@ -203,16 +218,17 @@ class Control:
         try:
             self._renew_limits(entry, wish)
             # Paid from here on, for all that is known; the list says later since when it was.
-            self.book.running(entry.name, entry.id, None, self._clock.now())
+            now = self._clock.now()
+            self.book.running(entry.name, entry.id, None, now, now)
             self._api.start(entry.id)
         except NotThere:
-            self.book.gone(entry.name, self._clock.now())
+            self._gone_unstarted(entry)
             return True  # the next look finds none, and creates
         except ApiTrouble as trouble:
             try:
                 pod = self._api.get(entry.id)
             except NotThere:
-                self.book.gone(entry.name, self._clock.now())
+                self._gone_unstarted(entry)
                 return True
             current = self.book.read().find(entry.name)
             self._note(current or entry, pod)
@@ -222,6 +238,12 @@ class Control:
             return False
         self._report(f"started {entry.id}")
         return True
+
+    def _gone_unstarted(self, entry: PodEntry) -> None:
+        """It was not there to be started, so it has cost nothing since."""
+        spans = (self.book.read().find(entry.name) or entry).spans
+        start_s = spans[-1].start_s if spans else entry.asked_s
+        self.book.ended(entry.name, start_s, gone=True)
 
     def _renew_limits(self, entry: PodEntry, wish: Wish) -> None:
         """The limits that the pod keeps by itself are in its environment."""
@@ -254,7 +276,7 @@ class Control:
         assert entry.id is not None
         self._api.delete(entry.id)
         self._confirm_end(entry.id)
-        self.book.gone(entry.name, self._clock.now())
+        self.book.ended(entry.name, self._clock.now(), gone=True)
 
     def stop(self, entry: PodEntry) -> None:
         assert entry.id is not None
@@ -262,9 +284,9 @@ class Control:
             self._api.stop(entry.id)
             self._confirm_end(entry.id)
         except NotThere:
-            self.book.gone(entry.name, self._clock.now())
+            self._gone(entry)
         else:
-            self.book.stopped(entry.name, entry.id, self._clock.now())
+            self.book.ended(entry.name, self._clock.now(), gone=False)
 
     def _confirm_end(self, pod_id: str) -> None:
         """

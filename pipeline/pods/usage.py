@@ -60,17 +60,37 @@ def begun(usage: Usage, now_s: float, spent_before_usd: float) -> Usage:
     )
 
 
+def uncounted_s(before: Usage, begun_s: float, started_s: float) -> float:
+    """Seconds that were paid for before a watchdog could count them: an image is pulled, a
+    container starts, or dies and comes back.
+
+    Args:
+        before: as it was found. begun_s: from when on the watchdog has counted.
+        started_s: since when the pod runs, as the API says.
+    """
+    return max(0.0, begun_s - max(started_s, before.seen_s))
+
+
 def counted(usage: Usage, now_s: float, usd_h: float, *, active: bool) -> Usage:
     """`usage` with the time since it was last counted. A clock that was set back counts nothing."""
     passed_s = max(0.0, now_s - usage.seen_s)
+    idle_s = 0.0 if active else usage.idle_s + passed_s
+    return added(usage, passed_s, usd_h).model_copy(update={"idle_s": idle_s, "seen_s": now_s})
+
+
+def added(usage: Usage, seconds: float, usd_h: float) -> Usage:
     return usage.model_copy(
         update={
-            "spent_usd": usage.spent_usd + passed_s / HOUR_S * usd_h,
-            "seconds": usage.seconds + passed_s,
-            "idle_s": 0.0 if active else usage.idle_s + passed_s,
-            "seen_s": now_s,
+            "spent_usd": usage.spent_usd + seconds / HOUR_S * usd_h,
+            "seconds": usage.seconds + seconds,
         }
     )
+
+
+def repriced(usage: Usage, seconds: float, old_usd_h: float, new_usd_h: float) -> Usage:
+    """`usage` with `seconds` of it at another price."""
+    spent = usage.spent_usd + seconds / HOUR_S * (new_usd_h - old_usd_h)
+    return usage.model_copy(update={"spent_usd": max(0.0, spent)})
 
 
 def reached(usage: Usage, limits: Limits, tick_s: float) -> Limit | None:

@@ -21,23 +21,26 @@ import httpx
 import psutil
 
 from duplex.errors import EXIT_BAD_REQUEST, EXIT_DONE, DuplexError
-from pipeline.pods.api import NotThere, RunPod
+from pipeline.pods.api import NotThere, Pod, RunPod
 from pipeline.pods.clock import Clock, WallClock
 from pipeline.pods.inside import Inside, pipeline_runs
 from pipeline.pods.usage import (
     Limit,
     Limits,
     Usage,
+    added,
     begun,
     counted,
     reached,
     read_usage,
+    repriced,
+    uncounted_s,
     usage_path,
     write_usage,
 )
 
 TICK_S = 15.0
-PRICE_EVERY_S = 600.0
+ASK_EVERY_S, FIRST_ASK_S = 600.0, 60.0
 STOP_TRIES, STOP_WAIT_S = 10, 30.0
 METRIC = "duplex_slots_taken"
 
@@ -62,16 +65,26 @@ class Watchdog:
         self._is_active, self._shut_down = is_active, shut_down
         self._report = report
         self._path = usage_path(inside.runs, inside.job)
-        self._priced_s = -PRICE_EVERY_S
+        self._asked_s, self._is_known = -ASK_EVERY_S, False
         self.limits = Limits(
             budget_usd=inside.budget_usd, usd_h=inside.usd_h, idle_minutes=inside.idle_minutes
         )
 
     def watch(self) -> Limit:
         """Counts until a limit is reached, then ends the pod; returns which limit it was."""
-        usage = begun(read_usage(self._path), self._clock.now(), self._inside.spent_usd)
+        before = read_usage(self._path)
+        usage = begun(before, self._clock.now(), self._inside.spent_usd)
+        begun_s = usage.seen_s
         while True:
-            self._ask_price()
+            pod, table_usd_h = self._ask_api(), self.limits.usd_h
+            if pod is not None and pod.usd_h is not None:  # it takes the place of the table's
+                self.limits = self.limits.model_copy(update={"usd_h": pod.usd_h})
+            if pod is not None and not self._is_known:
+                self._is_known = True
+                # What was counted until now was counted at the table's price.
+                usage = repriced(usage, usage.seen_s - begun_s, table_usd_h, self.limits.usd_h)
+                missed_s = uncounted_s(before, begun_s, pod.started_s or begun_s)
+                usage = added(usage, missed_s, self.limits.usd_h)
             usage = counted(usage, self._clock.now(), self.limits.usd_h, active=self._active())
             limit = reached(usage, self.limits, TICK_S)
             self._keep(usage)
@@ -99,18 +112,17 @@ class Watchdog:
         except OSError as error:  # a full disk must not keep the pod alive
             self._report(f"{self._path} cannot be written: {error.strerror}")
 
-    def _ask_price(self) -> None:
-        """The API's price takes the place of the table's."""
-        if self._clock.now() - self._priced_s < PRICE_EVERY_S:
-            return
-        self._priced_s = self._clock.now()
+    def _ask_api(self) -> Pod | None:
+        """What the API says of this pod, now and then; sooner while it has never answered."""
+        every_s = ASK_EVERY_S if self._is_known else FIRST_ASK_S
+        if self._clock.now() - self._asked_s < every_s:
+            return None
+        self._asked_s = self._clock.now()
         try:
-            usd_h = self._api.get(self._inside.pod_id).usd_h
+            return self._api.get(self._inside.pod_id)
         except DuplexError as error:
             self._report(f"the price stays at {self.limits.usd_h:.2f} USD/h: {error}")
-            return
-        if usd_h is not None:
-            self.limits = self.limits.model_copy(update={"usd_h": usd_h})
+            return None
 
     def _end(self) -> None:
         for attempt in range(STOP_TRIES):

@@ -208,7 +208,9 @@ class FakeRunPod:
                 if not isinstance(body.get(name), kind):
                     return web.json_response({"error": f"{name}: wrong type"}, status=400)
             if body["gpuTypeIds"][0] in self.taken:
-                text = "There are no longer any instances available with the requested specifications."
+                text = (
+                    "There are no longer any instances available with the requested specifications."
+                )
                 return web.json_response({"error": text}, status=500)
             return web.json_response(self.describe(self._create(body)), status=201)
         if len(parts) == 1:
@@ -275,14 +277,20 @@ class FakeRunPod:
 
     async def _pass_on(self, request: web.Request, url: str) -> web.StreamResponse:
         headers = {
-            k: v for k, v in request.headers.items() if k in ("Authorization", "Range", "Accept-Encoding")
+            k: v
+            for k, v in request.headers.items()
+            if k in ("Authorization", "Range", "Accept-Encoding")
         }
         try:
             async with (
                 aiohttp.ClientSession(auto_decompress=False) as session,
                 session.get(url, headers=headers, params=request.query) as answer,
             ):
-                kept = {k: v for k, v in answer.headers.items() if k in ("Content-Range", "Content-Type")}
+                kept = {
+                    k: v
+                    for k, v in answer.headers.items()
+                    if k in ("Content-Range", "Content-Type")
+                }
                 return web.Response(status=answer.status, body=await answer.read(), headers=kept)
         except aiohttp.ClientError:
             return web.Response(status=502)
@@ -316,6 +324,7 @@ class FakeRunPod:
         self._thread_ready.set()
         self._loop.run_forever()
         self._loop.run_until_complete(runner.cleanup())
+        self._loop.run_until_complete(asyncio.sleep(0.05))  # what hangs is cancelled by now
         self._loop.close()
 
     async def _astray(self, _: web.Request) -> web.StreamResponse:

@@ -31,7 +31,9 @@ def test_up_rents_the_cheapest_that_fits_and_asks_as_the_api_wants_it(desk, caps
     said = capsys.readouterr().out
     assert "0.55 USD/h (the API's price)" in said  # 0.44 in the table
     assert desk.session().book.read().current.usd_h == 0.55
-    assert all(method != "ASTRAY" and "graphql" not in path for method, path, _ in desk.fake.requests)
+    assert all(
+        method != "ASTRAY" and "graphql" not in path for method, path, _ in desk.fake.requests
+    )
 
 
 def test_a_template_is_sent_without_an_image_since_it_would_win(desk):
