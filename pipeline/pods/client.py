@@ -54,14 +54,21 @@ class PodClient:
 
     Args:
         template: with `{pod}` and `{port}`.
+        agent: another place of the agent than the template's.
     """
 
     def __init__(
-        self, pod_id: str, token: str, *, template: str = URL_TEMPLATE, timeout_s: float = TIMEOUT_S
+        self,
+        pod_id: str,
+        token: str,
+        *,
+        template: str = URL_TEMPLATE,
+        agent: str | None = None,
+        timeout_s: float = TIMEOUT_S,
     ):
         self._token = token
         self.server = template.format(pod=pod_id, port=SERVE_PORT).rstrip("/")
-        self.agent = template.format(pod=pod_id, port=AGENT_PORT).rstrip("/")
+        self.agent = (agent or template.format(pod=pod_id, port=AGENT_PORT)).rstrip("/")
         self._client = httpx.Client(
             headers={"User-Agent": USER_AGENT}, timeout=timeout_s, verify=tls(),
             follow_redirects=False,
