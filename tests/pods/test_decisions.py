@@ -49,7 +49,7 @@ def test_cheapest_first_and_of_equal_price_the_larger():
 def test_what_does_not_fit_is_said_with_what_to_do():
     with pytest.raises(RequestError, match=r"must have 200\.0 GB.*the largest has 94 GB"):
         fitting(TABLE, 200)
-    with pytest.raises(RequestError, match="no more than 0.10 USD"):
+    with pytest.raises(RequestError, match=r"no more than 0\.10 USD"):
         fitting(TABLE, 10, max_usd_h=0.1)
     with pytest.raises(RequestError, match="found RTX 9999"):
         fitting(TABLE, 10, only=["RTX 9999"])
