@@ -96,6 +96,7 @@ class FakeRunPod:
         self.requests: list[tuple[str, str, Any]] = []
         self.events: list[tuple[float, Callable[[], None]]] = []
         self.list_lag_s = 0.0
+        self.price_lag_s = 0.0  # how long a new pod has no price
         self.keys: list[str | None] = []
         self.forward: dict[int, str] = {}
         self._number = 0
@@ -159,11 +160,13 @@ class FakeRunPod:
         start = pod.spans[-1][0]
         assert start is not None
         changed = datetime.fromtimestamp(pod.changed_s, UTC)
+        has_price = self.clock.now() - start >= self.price_lag_s
         return {
             "id": pod.id,
             "name": pod.body["name"],
             "desiredStatus": pod.status,
-            "costPerHr": f"{pod.usd_h:.2f}",  # a string, as the reference's example has it
+            # A string, as the reference's example has it.
+            "costPerHr": f"{pod.usd_h:.2f}" if has_price else None,
             "env": pod.body["env"],
             "lastStartedAt": datetime.fromtimestamp(start, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
             "lastStatusChange": changed.strftime("Exited by Runpod: %a %b %d %Y %H:%M:%S GMT+0000")

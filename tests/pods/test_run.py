@@ -34,7 +34,7 @@ def test_run_ends_with_a_page_for_each_item_and_the_model_ready(desk, capsys):
 @pytest.mark.parametrize("vanish", [False, True], ids=["exited", "gone"])
 def test_preemption_is_started_again_and_goes_on_where_it_was(desk, capsys, vanish):
     desk.fake.work_s = 3000
-    desk.fake.at(1200, lambda: desk.fake.preempt(vanish=vanish))
+    desk.fake.at(1207, lambda: desk.fake.preempt(vanish=vanish))  # between two looks
     began = desk.clock.now()
     desk.run(network_volume="vol1")
     # Two cold starts and the work once: nothing was done twice.

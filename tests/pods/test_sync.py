@@ -100,10 +100,11 @@ def placed(folder):
 
 
 def test_pieces_are_put_together_and_checked(tmp_path):
-    liar = Liar({ADAPTER: CONTENT, MANIFEST: b"{}"})
+    metrics = f"{TRAIN}/metrics.jsonl"
+    liar = Liar({MANIFEST: b"{}", metrics: b"{}\n", ADAPTER: CONTENT})
     synced = liar.sync(tmp_path)
     assert (tmp_path / ADAPTER).read_bytes() == CONTENT
-    assert synced.fetched == [ADAPTER, MANIFEST]  # the manifest last
+    assert synced.fetched == [ADAPTER, metrics, MANIFEST]  # the manifest last
     assert liar.ranges[:3] == [(0, 3999), (4000, 7999), (8000, 10039)]
 
 

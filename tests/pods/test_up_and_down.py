@@ -36,6 +36,14 @@ def test_up_rents_the_cheapest_that_fits_and_asks_as_the_api_wants_it(desk, caps
     )
 
 
+def test_a_price_that_comes_late_counts_from_the_start(desk, capsys):
+    desk.fake.price_lag_s = 60.0
+    desk.up()
+    said = capsys.readouterr().out
+    assert "0.44 USD/h (price predecessor's prices, undated)" in said  # until the API names its own
+    assert "at 0.55 USD/h (api)" in said
+
+
 def test_a_template_is_sent_without_an_image_since_it_would_win(desk):
     desk.up(template="tpl123")
     (body,) = desk.bodies()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from pipeline.pods import watchdog
 from pipeline.pods.api import RunPod
 from pipeline.pods.inside import Inside, is_work, pipeline_runs
 from pipeline.pods.usage import (
@@ -165,6 +166,28 @@ def test_what_cannot_be_seen_counts_as_work_and_the_budget_still_ends_it(desk):
 
     kennel = Kennel(desk, active=breaks, budget_usd=0.3, idle_minutes=1)
     assert kennel.watch() == "budget"
+
+
+def test_a_container_is_shut_down_where_runpod_says_that_it_is_one(monkeypatch):
+    signals, killed = [], []
+
+    class Process:
+        def __init__(self, pid):
+            self.pid = pid
+
+        def kill(self):
+            killed.append(self.pid)
+
+    monkeypatch.setattr(watchdog.os, "kill", lambda *given: signals.append(given))
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
+    processes = [Process(1), Process(7), Process(watchdog.os.getpid())]
+    monkeypatch.setattr(watchdog.psutil, "process_iter", lambda: processes)
+    monkeypatch.delenv("RUNPOD_POD_ID", raising=False)
+    watchdog.shut_container_down()
+    assert signals == killed == []
+    monkeypatch.setenv("RUNPOD_POD_ID", "pod0001x")
+    watchdog.shut_container_down()
+    assert signals == [(1, watchdog.signal.SIGTERM)] and killed == [7]
 
 
 @pytest.mark.parametrize(
