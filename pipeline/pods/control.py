@@ -184,9 +184,11 @@ class Control:
             if pod.name not in ("", entry.name):
                 raise ApiTrouble("the answer to a create must be about our pod, found another")
         except ApiTrouble as trouble:
-            pod = self._find(entry.name)
-            if pod is None and isinstance(trouble, Refused):
+            is_no = isinstance(trouble, NoCapacity | Refused)  # an answer, and not only an error
+            pod = self._find(entry.name, tries=1 if is_no else FIND_TRIES)
+            if pod is None and is_no:
                 self.book.ended(entry.name, now, gone=True)
+            if pod is None and isinstance(trouble, Refused):
                 raise PodError(f"{trouble}. Nothing was rented.") from None
             if pod is None:
                 raise
@@ -199,9 +201,9 @@ class Control:
         self._report(f"rented {current.id}: {gpu.id} at {current.usd_h:.2f} USD/h ({source})")
         return current
 
-    def _find(self, name: str) -> Pod | None:
+    def _find(self, name: str, tries: int) -> Pod | None:
         """A pod by its name, although nobody answered for it. The list lags: asks again."""
-        for attempt in range(FIND_TRIES):
+        for attempt in range(tries):
             if attempt:
                 self._clock.sleep(FIND_WAIT_S)
             try:
