@@ -69,12 +69,12 @@ def agent_process(config: Path, runs: Path, token: str = TOKEN, port: int | None
 
 
 @contextmanager
-def answering(status: int):
-    """A model server that answers everything with one status."""
+def answering(status: int, **by_path: int):
+    """A model server that answers everything with one status, but for some paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(status)
+            self.send_response(by_path.get(self.path.strip("/"), status))
             self.end_headers()
 
         def log_message(self, *_):
@@ -208,6 +208,17 @@ def test_ping_is_what_the_model_server_says(finished, answer, ping):
 
     with answering(answer) as port:
         assert asyncio.run(asked(port)) == ping
+
+
+@pytest.mark.parametrize(
+    ("ping", "ready", "expected"), [(200, 200, True), (200, 503, False), (204, 200, False)]
+)
+def test_ready_takes_both_of_the_servers_answers(ping, ready, expected):
+    with answering(404, ping=ping, ready=ready) as port:
+        client = PodClient("x", TOKEN, template=f"http://127.0.0.1:{port}/?{{pod}}{{port}}")
+        client.server = f"http://127.0.0.1:{port}"
+        assert client.server_is_ready() == expected
+        client.close()
 
 
 def test_a_large_file_comes_in_pieces_with_ranges(agent, monkeypatch):
