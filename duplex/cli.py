@@ -18,6 +18,7 @@ from duplex import (
     cli_data,
     cli_evaluate,
     cli_judge,
+    cli_pod,
     cli_serve,
     cli_train,
 )
@@ -282,6 +283,7 @@ app.add_typer(cli_evaluate.evaluation)
 app.add_typer(cli_judge.judging)  # judge
 app.add_typer(cli_serve.serving)  # serve and probe
 app.add_typer(cli_bench.benchmarks)  # bench
+app.add_typer(cli_pod.pod, name="pod")
 
 
 @app.callback(invoke_without_command=True)

@@ -258,7 +258,7 @@ def _device(config: Config) -> list[dict[str, str]]:
         return [_check("device", "ok", f"CPU, {threads} threads: enough for pocket")]
     if is_pocket:
         return [_check("device", "ok", f"CPU, {config.train.processes} processes for pocket")]
-    need = _describe_memory(estimate_memory(_lm_config(config), config.train))
+    need = _describe_memory(training_memory(config))
     text = f"no CUDA device: a 7B model does not train on a CPU; a GPU would hold {need}"
     return [_check("device", "fail", text)]
 
@@ -272,7 +272,7 @@ def _gpus(count: int, asked: int) -> dict[str, str]:
 
 def _memory(config: Config, name: str, held: float) -> dict[str, str]:
     """Whether a GPU of `held` bytes holds what each process trains with."""
-    memory = estimate_memory(_lm_config(config), config.train)
+    memory = training_memory(config)
     text = f"{name}, {held / GB:.0f} GB; training takes {_describe_memory(memory)}"
     if memory.total < held:
         return _check("device", "ok", text)
@@ -289,6 +289,11 @@ def _memory(config: Config, name: str, held: float) -> dict[str, str]:
     else:
         advice = "set train.quantize: nf4, or train.processes to the number of GPUs"
     return _check("device", "fail", f"{text}; the weights do not fit: {advice}")
+
+
+def training_memory(config: Config) -> MemoryEstimate:
+    """What each process of the config's training holds, computed."""
+    return estimate_memory(_lm_config(config), config.train)
 
 
 def _describe_memory(memory: MemoryEstimate) -> str:

@@ -195,6 +195,21 @@ def persona_urls(config: Config, runs: Path, base: str) -> list[tuple[str, str]]
     return urls
 
 
+def item_urls(config: Config, base: str) -> list[tuple[str, str]]:
+    """The page of each evaluation item: what the config's evaluation asks a model as.
+
+    Raises:
+        DataFileError: the files of `evaluate.items` cannot be read.
+    """
+    from pipeline.evaluation.items import load_all_items
+    from pipeline.serving.wire import page_url
+
+    if not config.tensors.prompt:
+        return [("without a prompt", f"{base}/")]
+    items = load_all_items(config.evaluate.items)
+    return [(item.id, page_url(base, item.text_prompt)) for item in items]
+
+
 def run_voices(config: Config, runs: Path) -> dict[str, Path]:
     from pipeline.serving.voices import files_of_run
 
