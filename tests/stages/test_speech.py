@@ -102,7 +102,7 @@ def test_another_user_voice_moves_only_the_dialogues_that_it_takes_over():
 
 
 def test_a_voice_for_each_conversation_is_one_of_the_same_side(spoken):
-    context, folder = spoken
+    context, _ = spoken
     config = context.config.model_copy(
         update={"speech": context.config.speech.model_copy(update={"agent_voice": "conversation"})}
     )
