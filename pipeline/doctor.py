@@ -23,12 +23,13 @@ from duplex.errors import DuplexError
 from duplex.streams import CODEBOOKS, KYUTAI_TOKENS
 from pipeline.dialogues import estimate_cost
 from pipeline.engines import pocket
-from pipeline.engines.checkpoint import model_identity
+from pipeline.engines.checkpoint import DEFAULT_NAMES, MODELS_FOLDER, model_identity
 from pipeline.engines.engines import engine_module, engines_by_language
 from pipeline.engines.listening import choose_recogniser, missing_recogniser
+from pipeline.engines.neural import cached
 from pipeline.engines.same_speaker import missing_same_speaker
 from pipeline.engines.speaker import somebody_listens
-from pipeline.run import STAGES
+from pipeline.run import STAGE_NAMES, STAGES, plan
 from training.estimate import MOSHI_7B, MemoryEstimate, estimate_memory, parameter_count
 
 GB = 1e9
@@ -42,21 +43,39 @@ LICENCES = {
 
 
 def examine(config: Config, runs_root: Path) -> list[dict[str, str]]:
-    """All checks, in the order of a person's questions."""
+    """All checks, in the order of a person's questions. What is only for work that this run
+    has behind it, or does not need, is not asked for."""
+    needed = needed_stages(config, runs_root)
+    speaks = bool({"voices", "speech"} & needed)
     return [
         _machine(),
         *_packages(config),
         *_data(config),
-        *_engines(config),
-        *_recogniser(config),
-        *_same_speaker(config),
+        *(_engines(config) if speaks else ()),
+        *(_recogniser(config) if speaks else ()),
+        *(_same_speaker(config) if speaks else ()),
         _model(config),
         *_codec(config),
-        *_secrets(config),
+        *_secrets(config, needed),
         *_device(config),
-        *_space(config, runs_root),
+        *_space(config, runs_root, needed),
         _estimate(config),
     ]
+
+
+def needed_stages(config: Config, runs_root: Path) -> frozenset[str]:
+    """Stages whose work is still to be done for the rest: not done, and the last of their line or
+    read by one of these. Before tensors that were imported, for one, nothing is needed."""
+    try:
+        done = {step.stage.name: step.done for step in plan(config, runs_root)}
+    except (DuplexError, OSError):  # `_data` says what is wrong
+        done = dict.fromkeys((stage.name for stage in STAGES), False)
+    needed: set[str] = set()
+    for stage in reversed(STAGES):
+        readers = {other.name for other in STAGES if stage.name in other.reads}
+        if not done[stage.name] and (not readers or readers & needed):
+            needed.add(stage.name)
+    return frozenset(needed)
 
 
 def _check(name: str, state: str, found: str) -> dict[str, str]:
@@ -225,7 +244,7 @@ def codec_check(weights: Path) -> dict[str, str]:
     )
 
 
-def _secrets(config: Config) -> list[dict[str, str]]:
+def _secrets(config: Config, needed: frozenset[str]) -> list[dict[str, str]]:
     checks = []
     if model_identity(config.model).startswith("hub:"):
         held = bool(os.environ.get("HF_TOKEN"))
@@ -234,7 +253,10 @@ def _secrets(config: Config) -> list[dict[str, str]]:
     if config.dialogues.writer != "scripted":
         held = bool(config.dialogues.runtime.api_key)
         text = "given" if held else "missing: set the variable that dialogues.runtime.api_key names"
-        checks.append(_check("LLM key", "ok" if held else "fail", text))
+        if not held and "dialogues" not in needed:
+            text = "missing, and not needed: what is made from dialogues is there"
+        state = "fail" if not held and "dialogues" in needed else "ok"
+        checks.append(_check("LLM key", state, text))
     if config.serve.runtime.host not in ("127.0.0.1", "localhost", "::1"):
         held = bool(config.serve.runtime.token)
         text = "given" if held else "missing: a server off loopback needs serve.runtime.token"
@@ -320,7 +342,10 @@ def _lm_config(config: Config) -> dict[str, Any]:
     return {**MOSHI_7B, "dep_q": dep_q, **named}
 
 
-def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
+def _space(
+    config: Config, runs_root: Path, needed: frozenset[str] = frozenset(STAGE_NAMES)
+) -> list[dict[str, str]]:
+    """Room for what is still to come: a base that is not here, its cut copy, the merge."""
     place = runs_root
     while not place.exists():
         place = place.parent
@@ -329,13 +354,22 @@ def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
     if config.model.base != "pocket":
         parameters = parameter_count(_lm_config(config))
         written = parameter_count({**_lm_config(config), "dep_q": CODEBOOKS})
-        need = parameters * 2 + written * (4 if config.merge.dtype == "float32" else 2) + 5 * GB
-        need += written * 2 if written != parameters else 0  # and the base as it is served
+        need += 4.5 * GB if needed else 0
+        need += 0 if _base_is_here(config) else parameters * 2
+        if "merge" in needed:
+            need += written * (4 if config.merge.dtype == "float32" else 2)
+        cut = any((runs_root / MODELS_FOLDER).glob("cut-*"))
+        need += written * 2 if written != parameters and not cut else 0  # the base as it is served
     state = "ok" if free > need else "fail"
     text = (
         f"{free / GB:.1f} GB free at {place.resolve()}, about {need / GB:.1f} GB needed (computed)"
     )
     return [_check("disk", state, text)]
+
+
+def _base_is_here(config: Config) -> bool:
+    base, revision = config.model.base, config.model.revision
+    return find_path(base).is_dir() or cached(base, DEFAULT_NAMES["moshi"], revision)
 
 
 def _estimate(config: Config) -> dict[str, str]:

@@ -142,16 +142,9 @@ await() {
 ping_pid=
 
 start_ping() {
-  [ -z "$ping_pid" ] || return 0
+  [ -z "$ping_pid" ] || ! kill -0 "$ping_pid" 2>/dev/null || return 0
   "${bound[@]}" "$python" -I "$app/runpod/ping.py" --host "$host" --port "$port" &
   ping_pid=$!
-}
-
-stop_ping() {
-  [ -n "$ping_pid" ] || return 0
-  kill "$ping_pid" 2>/dev/null || true
-  wait "$ping_pid" || true
-  ping_pid=
 }
 
 [ -x "$python" ] || fail "$python must be an interpreter with this project, found nothing there;" \
@@ -222,7 +215,9 @@ await "${duplex[@]}" run "${arguments[@]}" "${chosen[@]}" || code=$?
 failures=0
 pause_s="$first_pause_s"
 while true; do
-  stop_ping
+  start_ping
+  # The server sends it away when it takes the port itself.
+  export DUPLEX_PLACEHOLDER_PID=$ping_pid
   started_s=$SECONDS
   code=0
   await "${duplex[@]}" serve "${arguments[@]}" --host "$host" --port "$port" || code=$?
@@ -235,6 +230,7 @@ while true; do
   failures=$((failures + 1))
   [ "$failures" -lt "$tries" ] || fail "the server ended $failures times in a row, the last time" \
     "with exit code $code after $lived_s s; given up. Its messages are above"
+  unset DUPLEX_PLACEHOLDER_PID
   start_ping
   say "the server ended with exit code $code after $lived_s s; again in $pause_s s" \
     "(failure $failures of $tries)"
