@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from pipeline.engines.listening import choose_recogniser, missing_recogniser
 from pipeline.engines.neural import cached
 from pipeline.engines.same_speaker import missing_same_speaker
 from pipeline.engines.speaker import somebody_listens
-from pipeline.run import STAGE_NAMES, STAGES, plan
+from pipeline.needs import needed_stages
+from pipeline.run import STAGE_NAMES, STAGES
 from training.estimate import MOSHI_7B, MemoryEstimate, estimate_memory, parameter_count
 
 GB = 1e9
+TURN_S = 3.5
 REQUIRED = ("torch", "moshi", "peft", "accelerate", "safetensors", "aiohttp", "sphn", "soundfile")
 HUB_DEP_Q = {"nvidia/personaplex-7b-v1": 16}
 LICENCES = {
@@ -61,21 +64,6 @@ def examine(config: Config, runs_root: Path) -> list[dict[str, str]]:
         *_space(config, runs_root, needed),
         _estimate(config),
     ]
-
-
-def needed_stages(config: Config, runs_root: Path) -> frozenset[str]:
-    """Stages whose work is still to be done for the rest: not done, and the last of their line or
-    read by one of these. Before tensors that were imported, for one, nothing is needed."""
-    try:
-        done = {step.stage.name: step.done for step in plan(config, runs_root)}
-    except (DuplexError, OSError):  # `_data` says what is wrong
-        done = dict.fromkeys((stage.name for stage in STAGES), False)
-    needed: set[str] = set()
-    for stage in reversed(STAGES):
-        readers = {other.name for other in STAGES if stage.name in other.reads}
-        if not done[stage.name] and (not readers or readers & needed):
-            needed.add(stage.name)
-    return frozenset(needed)
 
 
 def _check(name: str, state: str, found: str) -> dict[str, str]:
@@ -280,7 +268,7 @@ def _device(config: Config) -> list[dict[str, str]]:
         return [_check("device", "ok", f"CPU, {threads} threads: enough for pocket")]
     if is_pocket:
         return [_check("device", "ok", f"CPU, {config.train.processes} processes for pocket")]
-    need = _describe_memory(estimate_memory(_lm_config(config), config.train))
+    need = _describe_memory(estimate_memory(model_sizes(config), config.train))
     text = f"no CUDA device: a 7B model does not train on a CPU; a GPU would hold {need}"
     return [_check("device", "fail", text)]
 
@@ -294,7 +282,7 @@ def _gpus(count: int, asked: int) -> dict[str, str]:
 
 def _memory(config: Config, name: str, held: float) -> dict[str, str]:
     """Whether a GPU of `held` bytes holds what each process trains with."""
-    memory = estimate_memory(_lm_config(config), config.train)
+    memory = estimate_memory(model_sizes(config), config.train)
     text = f"{name}, {held / GB:.0f} GB; training takes {_describe_memory(memory)}"
     if memory.total < held:
         return _check("device", "ok", text)
@@ -326,7 +314,7 @@ def _describe_memory(memory: MemoryEstimate) -> str:
     return f"about {memory.total / GB:.1f} GB a process ({listing}; computed, never measured)"
 
 
-def _lm_config(config: Config) -> dict[str, Any]:
+def model_sizes(config: Config) -> dict[str, Any]:
     """The model's sizes: of its config.json where it is here, else of the 7B model it names."""
     if config.model.base == "pocket":
         return pocket.LM_CONFIG
@@ -352,8 +340,8 @@ def _space(
     free = shutil.disk_usage(place).free
     need = 0.5 * GB
     if config.model.base != "pocket":
-        parameters = parameter_count(_lm_config(config))
-        written = parameter_count({**_lm_config(config), "dep_q": CODEBOOKS})
+        parameters = parameter_count(model_sizes(config))
+        written = parameter_count({**model_sizes(config), "dep_q": CODEBOOKS})
         need += 4.5 * GB if needed else 0
         need += 0 if _base_is_here(config) else parameters * 2
         if "merge" in needed:
@@ -372,15 +360,20 @@ def _base_is_here(config: Config) -> bool:
     return find_path(base).is_dir() or cached(base, DEFAULT_NAMES["moshi"], revision)
 
 
+def set_size(config: Config, keys: Iterable[str]) -> tuple[int, int, float]:
+    """Personas, dialogues and minutes of speech of a config; `keys` as of the personas' files."""
+    personas = sum(key.startswith("Persona:") for key in keys)
+    dialogues = personas * config.dialogues.per_persona
+    turns = (config.dialogues.min_turns + config.dialogues.max_turns) / 2
+    return personas, dialogues, dialogues * turns * TURN_S / 60
+
+
 def _estimate(config: Config) -> dict[str, str]:
     try:
         keys = STAGES[0].files(config)
     except DuplexError:
         return _check("estimate", "warn", "not possible before the data files are valid")
-    personas = sum(key.startswith("Persona:") for key in keys)
-    dialogues = personas * config.dialogues.per_persona
-    turns = (config.dialogues.min_turns + config.dialogues.max_turns) / 2
-    minutes = dialogues * turns * 3.5 / 60
+    personas, dialogues, minutes = set_size(config, keys)
     try:
         cost = estimate_cost(config)
     except DuplexError as error:
@@ -390,5 +383,5 @@ def _estimate(config: Config) -> dict[str, str]:
         "estimate",
         "ok",
         f"{personas} personas, {dialogues} dialogues, about {minutes:.0f} minutes of speech "
-        f"(computed at 3.5 s a turn); paid calls: {paid}",
+        f"(computed at {TURN_S} s a turn); paid calls: {paid}",
     )
