@@ -1,12 +1,12 @@
 """What the coffee set takes on one rented GPU: batch, memory, time, cost. Computed, nothing is run.
 
     python -m benchmarks.pod_costs            # prints the table
-    python -m benchmarks.pod_costs --write    # into runpod/README.md and docs/results/pod_costs.json
+    python -m benchmarks.pod_costs --write    # to runpod/README.md, docs/results/pod_costs.json
 
     memory    training.estimate.estimate_memory, which `duplex doctor` shows
     settings  the first of `SETTINGS` whose memory, with MARGIN and CONTEXT_GB, the GPU holds
-    speed     data/gpu_speed.yaml: measured where somebody has, else moshi-finetune's published speed
-              scaled by the chips' bf16 peaks; settings that compute again are not counted
+    speed     data/gpu_speed.yaml: measured where somebody has, else moshi-finetune's published
+              speed scaled by the chips' bf16 peaks; settings that compute again are not counted
     training  steps x batch_size x frames of a clip / speed
     whole     start, speech at real time, training. Not in it: dialogues (an endpoint writes them),
               encoding, merging, evaluation, which nobody has timed on a GPU
@@ -59,9 +59,9 @@ class Gpu(Frozen):
 
     name: Text = Field(validation_alias=AliasChoices("name", "id"))
     memory_gb: Annotated[float, Field(gt=0)]
-    usd_per_hour: Annotated[float, Field(gt=0, validation_alias=AliasChoices("usd_per_hour", "usd_h"))]  # fmt: skip
+    usd_per_hour: float = Field(gt=0, validation_alias=AliasChoices("usd_per_hour", "usd_h"))
     source: Text
-    as_of: datetime.date | None = Field(default=None, validation_alias=AliasChoices("as_of", "date"))  # fmt: skip
+    as_of: datetime.date | None = Field(None, validation_alias=AliasChoices("as_of", "date"))
 
 
 class Gpus(Frozen):
@@ -196,8 +196,8 @@ def rows(config_path: Path = CONFIG) -> list[Row]:
 
 def table(found: list[Row], config: Config) -> str:
     lines = [
-        "| GPU (USD an hour, as of) | clips at once | training, GB | frames/s | training, min | USD "
-        "| whole, h | USD | talk at once | give `DUPLEX_SET` |",
+        "| GPU (USD an hour, as of) | clips at once | training, GB | frames/s | training, min "
+        "| USD | whole, h | USD | talk at once | give `DUPLEX_SET` |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in found:
@@ -218,8 +218,8 @@ def table(found: list[Row], config: Config) -> str:
         [
             *lines,
             "",
-            f"c computed, m measured. {dialogues} dialogues, {speech_minutes(config):.0f} minutes of "
-            f"speech at {TURN_S} s a turn (c), {config.train.steps} steps of "
+            f"c computed, m measured. {dialogues} dialogues, {speech_minutes(config):.0f} minutes "
+            f"of speech at {TURN_S} s a turn (c), {config.train.steps} steps of "
             f"{config.train.batch_size} clips of {clip_frames(config):.0f} frames (c). Whole: "
             f"{START_MIN} minutes of start, speech at real time, training; encoding, merging and "
             "evaluation are not in it. Formulas and sources: `benchmarks/pod_costs.py`, "

@@ -12,10 +12,10 @@ the file. Ends with its input alone: signals that stop the others leave it to th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
@@ -95,10 +95,8 @@ def _pass_on(line: bytes, hidden: list[bytes], log: Log) -> None:
         line = line.replace(secret, "…".encode())
     if line:
         log.write(line)
-    try:
+    with contextlib.suppress(OSError):  # nobody listens any more: the file goes on
         os.write(1, line)
-    except OSError:
-        pass  # nobody listens any more: the file goes on
 
 
 if __name__ == "__main__":
