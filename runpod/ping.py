@@ -1,7 +1,9 @@
 """What answers on the server's port until the server does: /ping with 204, all else with 503.
 
-    python -I runpod/ping.py [--host 0.0.0.0] [--port 8998]
-    python -I runpod/ping.py --check [--port 8998]      exit 0 when something answers /ping
+    python -I runpod/ping.py [--host 0.0.0.0] [--port PORT]
+    python -I runpod/ping.py --check [--port PORT]      exit 0 when something answers /ping
+
+PORT: DUPLEX_PORT, else 8998.
 
 Whoever starts a pod has no other sign that it lives: RunPod's API has no field for it, and its
 load balancer takes 204 for "starting" and 200 for "ready". Standard library only, so that it is
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -85,7 +88,7 @@ def check(port: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--host", default="0.0.0.0")
-    parser.add_argument("--port", type=int, default=8998)
+    parser.add_argument("--port", type=int, default=int(os.environ.get("DUPLEX_PORT") or 8998))
     parser.add_argument("--check", action="store_true", help="ask /ping instead of answering it")
     options = parser.parse_args()
     if options.check:

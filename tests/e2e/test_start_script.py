@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -84,6 +85,13 @@ class Pod:
             seen += [answer] if answer != (seen[-1] if seen else "nothing yet") else []
             time.sleep(0.05)
         return seen
+
+    def wait_to_be_in(self, stage):
+        """Until this start has begun a stage, or done it; at once for None."""
+        before = len(self.output()) if stage else 0
+        while stage and not re.search(rf"^\d {stage}: ", self.output()[before:], re.MULTILINE):
+            assert self.process.poll() is None, self.output()
+            time.sleep(0.1)
 
     def kill(self):
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -258,15 +266,16 @@ def test_killed_again_and_again_as_a_fresh_user_it_ends_served_with_equal_digest
         **libraries(root),
     )  # fmt: skip
     pod.environment = {k: v for k, v in pod.environment.items() if not k.startswith("PYTEST_")}
-    moments = [draw.uniform(0.1, 30) for _ in range(6)]
+    seconds = {row["name"]: row["seconds"] for row in finished.status()}
     with ended(pod):
-        for number, moment in enumerate(moments):
+        for stage in (None, "dialogues", "speech", "tensors", "train", "serve", "evaluate"):
             pod.start()
-            time.sleep(moment)
+            pod.wait_to_be_in(stage)
+            time.sleep(draw.uniform(0, seconds[stage] if stage else 10))
             assert pod.process.poll() is None, pod.output()
-            if number == 3:
-                code, seconds = pod.stop()
-                assert code == 0 and seconds < 10, f"{seconds:.1f} s\n{pod.output()}"
+            if stage == "tensors":
+                code, took_s = pod.stop()
+                assert code == 0 and took_s < 10, f"{took_s:.1f} s\n{pod.output()}"
             else:
                 pod.kill()
         pod.start()
