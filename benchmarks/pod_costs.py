@@ -30,6 +30,7 @@ from duplex.config import Config
 from duplex.config_train import TrainSection
 from duplex.configfile import load_config
 from duplex.datafiles import CHECKOUT, find_path, load_personas, read_yaml, validate
+from duplex.errors import DataFileError
 from duplex.frames import FRAME_RATE
 from duplex.streams import CODEBOOKS
 from pipeline.doctor import GB, TURN_S, model_sizes, set_size
@@ -129,9 +130,12 @@ def personas_keys(config: Config) -> list[str]:
 def frames_per_s(name: str, speeds: Speeds) -> Figure:
     """
     Raises:
-        KeyError: no peak is known of the GPU, or of the reference.
+        DataFileError: no peak is known of the GPU, or of the reference.
     """
     by_name = {speed.name: speed for speed in speeds.gpus}
+    for needed in (name, speeds.reference.name):
+        if needed not in by_name:
+            raise DataFileError(f"{SPEED}: must have the bf16 peak of {needed}, found none.")
     own, reference = by_name[name], speeds.reference
     if own.measured_frames_per_s is not None:
         return Figure(own.measured_frames_per_s, "m")
@@ -166,13 +170,12 @@ def rows(config_path: Path = CONFIG) -> list[Row]:
     ]
     speeds: Speeds = validate(Speeds, read_yaml(SPEED), SPEED)
     gpus: Gpus = validate(Gpus, read_yaml(GPUS), GPUS)
-    known = {speed.name for speed in speeds.gpus}
     frames = config.train.steps * config.train.batch_size * clip_frames(config)
     other_h = (START_MIN + speech_minutes(config)) / 60
     found = []
     for gpu in gpus.gpus:
         fitting = fitting_settings(sizes, ways, gpu.memory_gb)
-        if fitting is None or gpu.name not in known:
+        if fitting is None:
             found.append(Row(gpu, None))
             continue
         settings, section, need_gb = fitting

@@ -18,6 +18,7 @@
 #                              first pause (2), doubled up to 60; after so long it counts as well (600)
 #   DUPLEX_USER     whom to become when started as root (default: duplex; empty: stay root)
 #   DUPLEX_PYTHON   interpreter               (default: .venv/bin/python of this checkout)
+#   DUPLEX_LOG      everything that is printed, rotated (default: pod.log in the run root)
 #   HF_HOME         downloaded models         (default: huggingface, beside the run root)
 set +x # no trace that shows a token, however this was started
 set -euo pipefail
@@ -33,9 +34,12 @@ tries="${DUPLEX_SERVE_TRIES:-5}"
 first_pause_s="${DUPLEX_SERVE_PAUSE_S:-2}"
 stable_s="${DUPLEX_SERVE_STABLE_S:-600}"
 user="${DUPLEX_USER-duplex}"
-log="$runs/.logs/pod.log"
+log="${DUPLEX_LOG:-$runs/pod.log}"
 grace_s=8 # a pod that is taken back has ten seconds
 
+# What the programs beside the pipeline read (pipeline/pods).
+export DUPLEX_CONFIG="$config" DUPLEX_RUNS="$runs" DUPLEX_LOG="$log"
+export DUPLEX_HOST="$host" DUPLEX_PORT="$port" DUPLEX_AGENT_PORT="$agent_port"
 export HF_HOME="${HF_HOME:-$(dirname "$runs")/huggingface}"
 PATH="$(dirname "$python"):$PATH"
 export PATH
@@ -191,13 +195,12 @@ cd "$app"
 
 # -- the life of a pod
 
-if [ -f "$app/pipeline/pods/agent.py" ]; then
-  "${bound[@]}" "$python" -m pipeline.pods.agent \
-    --runs "$runs" --config "$config" --port "$agent_port" --log "$log" &
-fi
-if [ -f "$app/pipeline/pods/watchdog.py" ]; then
-  "${bound[@]}" "$python" -m pipeline.pods.watchdog &
-fi
+# Agent and watchdog, where this checkout has them; their settings are in the environment.
+for program in agent watchdog; do
+  if [ -f "$app/pipeline/pods/$program.py" ]; then
+    "${bound[@]}" "$app/runpod/keep.sh" "$python" -m "pipeline.pods.$program" &
+  fi
+done
 
 code=0
 await "${duplex[@]}" doctor "${arguments[@]}" || code=$?

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
+import typer
 import yaml
 from typer.main import get_command
 
@@ -21,6 +21,7 @@ from duplex.errors import ConfigError
 from tests.e2e.conftest import ROOT, environment
 
 README = (ROOT / "runpod" / "README.md").read_text()
+UsageError = typer.BadParameter.__base__  # of the click that Typer brings with it
 ELSEWHERE = {"docker", "curl", "sed", "printf", "rsync"}
 
 
@@ -36,14 +37,14 @@ OURS = [line for line in [*HERE, *ON_A_POD] if line.startswith("duplex ")]
 
 
 def parsed(line):
-    """The innermost click context of a `duplex …` line.
+    """The innermost context of a `duplex …` line.
 
     Raises:
-        click.UsageError: no such command, option or number of arguments.
+        UsageError: no such command, option or number of arguments.
     """
     group = get_command(app)
     context = group.make_context("duplex", shlex.split(line)[1:])
-    while isinstance(context.command, click.Group):
+    while hasattr(context.command, "resolve_command"):
         rest = [*context._protected_args, *context.args]
         name, command, rest = context.command.resolve_command(context, rest)
         context = command.make_context(name, rest, parent=context)
@@ -81,7 +82,7 @@ def test_a_command_parses_and_its_config_takes_its_settings(line):
      "duplex import", "duplex clean configs/coffee.yaml extra"],
 )  # fmt: skip
 def test_a_wrong_command_would_be_found(line):
-    with pytest.raises(click.UsageError):
+    with pytest.raises(UsageError):
         parsed(line)
 
 

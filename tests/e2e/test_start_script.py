@@ -166,7 +166,7 @@ def test_a_run_that_is_done_is_served_again_when_it_dies_and_stops_on_sigterm(wo
         assert code == 0 and seconds < 10, pod.output()
     assert "the server ended with exit code 137" in pod.output()
     assert pod.output().rstrip().endswith("stopped")
-    log = workplace.runs / ".logs" / "pod.log"
+    log = workplace.runs / "pod.log"
     assert log.read_text().rstrip().endswith("stopped")
     for text in (pod.output(), log.read_text()):
         assert TOKEN not in text and HUB_TOKEN not in text

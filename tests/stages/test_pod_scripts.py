@@ -194,3 +194,31 @@ def test_it_outlives_the_signals_that_stop_the_others(tmp_path):
     process.stdin.flush()
     assert process.stdout.read() == b"last words\n"
     assert process.wait(5) == 0
+
+
+# -- what is kept running
+
+KEEP = ROOT / "runpod" / "keep.sh"
+
+
+def kept(tmp_path, *command):
+    return subprocess.Popen(
+        [str(KEEP), *command], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"DUPLEX_KEEP_PAUSE_S": "0"},
+    )  # fmt: skip
+
+
+def test_a_program_that_ends_is_started_again_until_it_says_2(tmp_path):
+    script = "echo x >>runs; case $(wc -l <runs) in 1) exit 1;; 2) exit 0;; *) exit 2;; esac"
+    process = kept(tmp_path, "sh", "-c", script)
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 2 and (tmp_path / "runs").read_text() == "x\n" * 3
+    assert printed.count("again in 0 s") == 2 and "not started again" in printed
+
+
+def test_sigterm_ends_the_program_and_its_keeper(tmp_path):
+    process = kept(tmp_path, "sh", "-c", 'trap "echo ended; exit 1" TERM; echo up; sleep 60 & wait')
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.wait(10) == 0
+    assert process.stdout.readline() == "ended\n"

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import pod_costs
 from benchmarks.pod_costs import CONFIG, README, RESULT, Figure, GpuSpeed, Reference, Speeds
 from duplex.configfile import load_config
+from duplex.errors import DataFileError
 from pipeline.doctor import model_sizes
 from training.estimate import MOSHI_7B, estimate_memory
 
@@ -66,6 +67,8 @@ def test_speed_is_scaled_by_peak_unless_somebody_measured_it():
     )
     assert pod_costs.frames_per_s("small", speeds) == Figure(250, "c")
     assert pod_costs.frames_per_s("known", speeds) == Figure(777, "m")
+    with pytest.raises(DataFileError, match="bf16 peak of other"):
+        pod_costs.frames_per_s("other", speeds)
 
 
 def test_a_slot_takes_its_keys_and_values():
