@@ -268,7 +268,7 @@ def _device(config: Config) -> list[dict[str, str]]:
         return [_check("device", "ok", f"CPU, {threads} threads: enough for pocket")]
     if is_pocket:
         return [_check("device", "ok", f"CPU, {config.train.processes} processes for pocket")]
-    need = _describe_memory(estimate_memory(model_sizes(config), config.train))
+    need = _describe_memory(estimate_memory(_lm_config(config), config.train))
     text = f"no CUDA device: a 7B model does not train on a CPU; a GPU would hold {need}"
     return [_check("device", "fail", text)]
 
@@ -282,7 +282,7 @@ def _gpus(count: int, asked: int) -> dict[str, str]:
 
 def _memory(config: Config, name: str, held: float) -> dict[str, str]:
     """Whether a GPU of `held` bytes holds what each process trains with."""
-    memory = estimate_memory(model_sizes(config), config.train)
+    memory = estimate_memory(_lm_config(config), config.train)
     text = f"{name}, {held / GB:.0f} GB; training takes {_describe_memory(memory)}"
     if memory.total < held:
         return _check("device", "ok", text)
@@ -314,7 +314,7 @@ def _describe_memory(memory: MemoryEstimate) -> str:
     return f"about {memory.total / GB:.1f} GB a process ({listing}; computed, never measured)"
 
 
-def model_sizes(config: Config) -> dict[str, Any]:
+def _lm_config(config: Config) -> dict[str, Any]:
     """The model's sizes: of its config.json where it is here, else of the 7B model it names."""
     if config.model.base == "pocket":
         return pocket.LM_CONFIG
@@ -340,8 +340,8 @@ def _space(
     free = shutil.disk_usage(place).free
     need = 0.5 * GB
     if config.model.base != "pocket":
-        parameters = parameter_count(model_sizes(config))
-        written = parameter_count({**model_sizes(config), "dep_q": CODEBOOKS})
+        parameters = parameter_count(_lm_config(config))
+        written = parameter_count({**_lm_config(config), "dep_q": CODEBOOKS})
         need += 4.5 * GB if needed else 0
         need += 0 if _base_is_here(config) else parameters * 2
         if "merge" in needed:
@@ -358,6 +358,11 @@ def _space(
 def _base_is_here(config: Config) -> bool:
     base, revision = config.model.base, config.model.revision
     return find_path(base).is_dir() or cached(base, DEFAULT_NAMES["moshi"], revision)
+
+
+def model_sizes(config: Config) -> dict[str, Any]:
+    """The sizes that `training.estimate` counts by."""
+    return _lm_config(config)
 
 
 def set_size(config: Config, keys: Iterable[str]) -> tuple[int, int, float]:

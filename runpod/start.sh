@@ -37,6 +37,10 @@ user="${DUPLEX_USER-duplex}"
 log="${DUPLEX_LOG:-$runs/pod.log}"
 grace_s=8 # a pod that is taken back has ten seconds
 
+case "$runs" in /*) ;; *) runs="$PWD/$runs" ;; esac
+case "$log" in /*) ;; *) log="$PWD/$log" ;; esac
+if [ -f "$config" ]; then config="$(cd "$(dirname "$config")" && pwd)/$(basename "$config")"; fi
+
 # What the programs beside the pipeline read (pipeline/pods).
 export DUPLEX_CONFIG="$config" DUPLEX_RUNS="$runs" DUPLEX_LOG="$log"
 export DUPLEX_HOST="$host" DUPLEX_PORT="$port" DUPLEX_AGENT_PORT="$agent_port"

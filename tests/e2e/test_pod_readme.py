@@ -188,6 +188,7 @@ def test_dialogues_that_exist(pod):
     assert "not needed" in " ".join(doctor.stdout.split()), doctor.stdout
 
 
+@pytest.mark.slow  # six commands; conversion by itself: tests/stages/test_convert.py
 def test_tensors_that_exist(pod):
     """Way A with `.pt` files of the predecessor's form: converted, imported, planned from there."""
     made = said(pod, "duplex convert tensors configs/coffee.yaml /workspace/pt_files --to coffee "

@@ -53,11 +53,11 @@ class Pod:
         self.script = app / "runpod" / "start.sh"
         self.process = None
 
-    def start(self, *arguments):
+    def start(self, *arguments, cwd="/"):
         with self.out.open("ab") as log:
             self.process = subprocess.Popen(
                 [str(self.script), *arguments], env=self.environment, stdout=log,
-                stderr=subprocess.STDOUT, cwd="/", start_new_session=True,
+                stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True,
             )  # fmt: skip
         return self
 
@@ -179,8 +179,8 @@ def fresh(tmp_path):
     return start_here(make_workplace(tmp_path / "fresh"))
 
 
-def refused(pod, *arguments, within_s=60):
-    with ended(pod.start(*arguments)):
+def refused(pod, *arguments, within_s=60, cwd="/"):
+    with ended(pod.start(*arguments, cwd=cwd)):
         code = pod.process.wait(within_s)
     return code, pod.output()
 
@@ -209,6 +209,31 @@ def test_what_the_doctor_finds_ends_the_start_before_anything_is_made(fresh, tmp
     code, output = refused(pod)
     assert code == 1 and "no CUDA device" in output and "what must be mended first" in output
     assert not (fresh.runs / "coffee").exists()
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(fresh):
+    """It waits for its stage, which stops at a whole record; without that both would just die."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "duplex.cli", "run", "small.yaml"], cwd=fresh.folder,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("2 dialogues: running"):
+            break
+    time.sleep(0.3)
+    process.terminate()
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1 and "Aborted" in errors and "Traceback" not in errors
+    assert not is_locked(fresh.run_folder)
+    assert fresh.run("--to", "dialogues").returncode == 0
+
+
+def test_places_are_meant_from_where_it_is_started(fresh, tmp_path):
+    """As the README's line for a laptop has them; the script itself works in its own folder."""
+    pod = Pod(fresh, tmp_path / "out", DUPLEX_CONFIG="small.yaml", DUPLEX_RUNS="runs")
+    code, output = refused(pod, "sh", "-c", 'echo "$DUPLEX_CONFIG $DUPLEX_RUNS"', cwd=fresh.folder)
+    assert code == 0 and output.split() == [str(fresh.config), str(fresh.runs)]
 
 
 def test_a_request_that_is_wrong_is_not_tried_again(fresh, tmp_path):

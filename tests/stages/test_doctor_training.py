@@ -23,7 +23,7 @@ def config(base=MOSHIKO, merge=None, **train):
 
 
 def memory_of(config):
-    return estimate_memory(doctor.model_sizes(config), config.train)
+    return estimate_memory(doctor._lm_config(config), config.train)
 
 
 def test_what_fits_and_what_would_help():
@@ -53,14 +53,14 @@ def test_each_process_needs_a_gpu(monkeypatch, asked, state):
 
 
 def test_sizes_come_from_the_model_that_is_named(tiny_checkpoint, tmp_path):
-    assert doctor.model_sizes(config())["dep_q"] == 8
-    assert doctor.model_sizes(config(PERSONAPLEX))["dep_q"] == 16
-    tiny = doctor.model_sizes(config(str(tiny_checkpoint)))
+    assert doctor._lm_config(config())["dep_q"] == 8
+    assert doctor._lm_config(config(PERSONAPLEX))["dep_q"] == 16
+    tiny = doctor._lm_config(config(str(tiny_checkpoint)))
     assert tiny["dim"] == 64 and parameter_count(tiny) < 1e6
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "personaplex"}))
-    assert doctor.model_sizes(config(str(tmp_path)))["dep_q"] == 16
+    assert doctor._lm_config(config(str(tmp_path)))["dep_q"] == 16
     (tmp_path / "config.json").write_text("{")
-    assert doctor.model_sizes(config(str(tmp_path)))["dim"] == 4096
+    assert doctor._lm_config(config(str(tmp_path)))["dim"] == 4096
     assert memory_of(config("pocket")).total < 2e9
 
 
