@@ -6,6 +6,7 @@ imported inside it, so that `--help` and a run with nothing to do stay quick.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -306,6 +307,7 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
 
 def main() -> None:
     """Entry point of the `duplex` script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         app()
     except DuplexError as error:

@@ -16,6 +16,7 @@ from duplex.config import Config, ModelSection
 from duplex.configfile import load_config
 from duplex.errors import MissingInputError, RequestError, ServerError
 from pipeline.run import plan, run_folder_of
+from pipeline.serving import placeholder
 
 GRADES, LINKS = "grades.jsonl", "links.jsonl"
 MAX_PORT = 65_535
@@ -68,7 +69,8 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
     for friend in options.friends:
         require_origin(friend)
     served = served_model(target, config, options, runs)
-    require_free_port(host, port)
+    if not placeholder.is_held():
+        require_free_port(host, port)
     if options.engine == "moshi":
         from pipeline.serving.stock import serve_stock
 
