@@ -111,7 +111,8 @@ def measure_claim(name: str, options: argparse.Namespace) -> None:
     result = json.loads(path.read_text())
     write_atomic(options.out / f"{name}.svg", draw_measures(result["measures"], claim.reference))
     if claim.curves:
-        figure = draw_curves(result["curves"], claim.expected, result["steps_per_epoch"])
+        curves = {arm: result["curves"][arm] for arm in claim.arms if arm in result["curves"]}
+        figure = draw_curves(curves, claim.expected, result["steps_per_epoch"])
         write_atomic(options.out / f"{name}-curves.svg", figure)
     write_atomic(options.out / f"{name}.md", describe(name, claim, result).encode())
     print(f"{options.out / f'{name}.md'}", file=sys.stderr)
@@ -138,8 +139,9 @@ def result_of(claim: Claim, common: Common, cells: Sequence[dict[str, Any]]) -> 
     """All that the page says, but for the claim's own words."""
     first = next(cell for cell in cells_of(claim, common) if cell.arm == claim.reference)
     config = load_config(CHECKOUT / common.config, list(first.overrides))
-    reference = [cell for cell in cells if cell["arm"] == claim.reference and cell["trained"]]
-    clips = reference[0]["clips"] if reference else 1
+    clips = max(
+        (cell["clips"] for cell in cells if cell["trained"]), default=config.train.batch_size
+    )
     return {
         "config": common.config,
         "set": common.set | claim.set,

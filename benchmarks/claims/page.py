@@ -24,6 +24,7 @@ def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
         "",
         f"**For a 7B run.** {claim.seven_b.shown if of_key else claim.seven_b.not_shown}",
         "",
+        *([f"**Why.** {claim.why}", ""] if claim.why else []),
         f"**What this does not say.** {claim.not_said}",
         "",
         f"![measures by arm]({name}.svg)",
@@ -46,8 +47,8 @@ def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
     rows = {row["arm"]: row for row in one["rows"]}
     reference = rows.pop(claim.reference)
     parts = [
-        f"`{arm}` {_value(one, row['value'])} ({row['word']})" for arm, row in rows.items()
-    ]  # fmt: skip
+        f"`{arm}` {_value(one, row['value'])} ({_change(one, row)})" for arm, row in rows.items()
+    ]
     others = [
         (other, row)
         for other in measures
@@ -68,6 +69,12 @@ def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
         f"{'; '.join(parts)}. Of the {len(others)} other comparisons below, {len(different)} show "
         f"a difference{more}{listed}."
     )
+
+
+def _change(one: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    if row["word"] not in VERDICTS:
+        return row["word"]
+    return f"{row['word']}, {_value(one, row['difference'], '+')}"
 
 
 def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
@@ -132,7 +139,10 @@ def _curves(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         f"| arm | {' | '.join(CURVES.values())} |",
         f"| --- | {' | '.join('---:' for _ in CURVES)} |",
     ]
-    for arm, curves in result["curves"].items():
+    for arm in claim.arms:
+        curves = result["curves"].get(arm, {})
+        if not curves:
+            continue
         cells = []
         for key in CURVES:
             points = curves.get(key, {}).get("valid", [])

@@ -9,6 +9,7 @@
     key          the measure that answers the question
     measures     all that are shown; corrected together
     seven_b      what it means for a 7B run, by what the key measure shows: `shown`, `not_shown`
+    why          what was looked at to explain the result
     not_said     what the page cannot tell
 
 `common.yaml` holds what all claims share: the config, seeds, and overrides that fix the budget.
@@ -66,6 +67,7 @@ class Claim(_Model):
     groups: bool = Field(default=False, description="also by who was trained on")
     order: str = Field(default="", description="what it would have one try on the 7B, and why")
     seven_b: SevenB
+    why: str = Field(default="", description="what was looked at to explain it")
     not_said: str
 
     @model_validator(mode="after")

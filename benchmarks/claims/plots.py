@@ -61,6 +61,9 @@ def draw_curves(
             axis.set_title(f"{title}, held-out clips", fontsize=9)
             axis.set_xlabel("epoch")
             axis.set_yscale("log")
+            for each in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                each(lambda value, _: f"{value:.3g}")
+            axis.tick_params(labelsize=7, which="both")
         axes[-1].legend(fontsize=7)
         return _svg(figure)
 
