@@ -22,6 +22,7 @@ from duplex.errors import (
 from pipeline import run as pipeline_run
 from pipeline.evaluate_targets import EvaluateOptions
 from pipeline.run import STAGE_NAMES, Selection, plan, planned_cost, run_folder_of
+from pipeline.runners import check_runner
 from pipeline.serve_command import persona_urls
 
 STATE_COLOURS = {
@@ -49,8 +50,7 @@ def run(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    if runner != "local":
-        raise RequestError(f"--runner must be local, found {runner}")
+    check_runner(runner)
     skipped = tuple(name.strip() for name in skip.split(",") if name.strip())
     selection = Selection.of(first, last, only, skipped)
     if dry_run:
@@ -64,7 +64,7 @@ def run(
 
     pipeline_run.run(
         config, config_path, runs, selection,
-        overrides=overrides, retry_rejected=retry_rejected, report=report,
+        overrides=overrides, retry_rejected=retry_rejected, runner=runner, report=report,
     )  # fmt: skip
     if as_json:
         status(config, runs, as_json=True)
