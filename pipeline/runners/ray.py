@@ -295,7 +295,8 @@ class Crew:
             self._hands.remove(hand)
             ray.kill(hand.actor)  # out of reach is not dead yet
             if hand.ready:
-                yield from self._mourn(hand, _cause_of(error))
+                taken_away = bool(getattr(error, "preempted", False))
+                yield from self._mourn(hand, _cause_of(error), taken_away)
             else:
                 self._count_failed_start(_cause_of(error))
             return
@@ -308,10 +309,11 @@ class Crew:
         self._check_blobs(answer)
         yield answer
 
-    def _mourn(self, hand: Hand, cause: str) -> Iterator[Outcome]:
+    def _mourn(self, hand: Hand, cause: str, taken_away: bool) -> Iterator[Outcome]:
         task, *behind = hand.sent.values()
         self._again.extend([*behind, *hand.block])
-        self._taken_along[task.id] += 1
+        if not taken_away:  # a node that goes is no record's fault
+            self._taken_along[task.id] += 1
         number, limit = self._taken_along[task.id], self._settings.max_deaths
         self._report(f"{self._name}: a worker died at {task.id} ({number} of {limit}): {cause}")
         if number < limit:
@@ -354,15 +356,16 @@ class Crew:
 
 
 def _cause_of(error: Exception) -> str:
-    """Why a worker died, in a line of Ray's many."""
+    """Why a worker died, in a line in place of Ray's many."""
     text = str(error)
-    if "memory" in text.lower() and ("OOM" in text or "out of memory" in text.lower()):
-        return "out of memory"
-    for line in text.splitlines():
-        for mark in ("Worker exit detail:", "died because", "death_cause"):
-            if mark in line:
-                return " ".join(line.partition(mark)[2].split())[:200]
-    return _first(error)
+    if isinstance(error, ray_errors.OutOfMemoryError) or "running low on memory" in text:
+        return "Ray ended it, since its node was short of memory"
+    if getattr(error, "preempted", False):
+        return "its node was taken away"
+    if "unexpectedly exits" in text:
+        return "its process ended without a word: out of memory, killed, or a crash"
+    _, found, detail = text.partition("is dead because")
+    return " ".join(detail.split())[:200] if found else _first(error)
 
 
 def _first(error: Exception) -> str:

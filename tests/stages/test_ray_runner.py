@@ -68,7 +68,7 @@ def test_a_record_that_kills_its_workers_is_rejected_and_no_other(
     assert fault["error"] == "RecordError" and fault["message"].startswith(f"{most} workers died")
     assert manifest["provenance"]["runner"]["deaths"] == most
     assert lines(tmp_path / "processed").count("r-00") == most
-    assert f"a worker died at r-00 (1 of {most})" in capsys.readouterr().out
+    assert f"a worker died at r-00 (1 of {most}): its process ended" in capsys.readouterr().out
 
 
 def test_a_worker_that_dies_once_changes_no_digest(tmp_path, ray_runner):
