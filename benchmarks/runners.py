@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -216,19 +217,20 @@ def dialogue(index: int) -> Dialogue:
 
 
 def command(config: Path, name: str, shown: str) -> dict[str, float]:
-    """`duplex NAME` on a config, which must show `shown`: seconds, and its largest memory."""
+    """`duplex NAME` on a config, which must show `shown`: its seconds, and its largest memory."""
     more = ["--to", "tensors"] if name == "run" else ["--json"]
-    started = time.monotonic()
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", COMMAND, name, str(config), "--runs", str(config.parent / "runs"),
          *more],
         cwd=CHECKOUT, capture_output=True, text=True,
     )  # fmt: skip
-    wall_s = time.monotonic() - started
+    wall_s, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert result.returncode == 0 and shown in result.stdout, result.stdout + result.stderr
     assert "running" not in result.stdout, result.stdout
     peak_mb = int(result.stderr.rpartition("peak kB")[2]) / 1024
-    return {"wall_s": round(wall_s, 2), "peak_mb": round(peak_mb, 1)}
+    return {"wall_s": round(wall_s, 2), "cpu_s": round(cpu_s, 2), "peak_mb": round(peak_mb, 1)}
 
 
 # -- the page
@@ -257,12 +259,13 @@ is up, which took {found["ray_start_s"]:.1f} s. Each stage starts workers of its
 include that.
 
 `duplex run` with nothing to do, three stages of {found["finished"]:,} finished records each: \
-{run["wall_s"]:.1f} s, {run["peak_mb"]:.0f} MB. The limit is {limits["run_s"]["limit"]:g} s: \
+{run["wall_s"]:.1f} s ({run["cpu_s"]:.1f} s of CPU time), {run["peak_mb"]:.0f} MB. The limit is {limits["run_s"]["limit"]:g} s: \
 {"kept" if limits["run_s"]["kept"] else "PASSED"}.
 
 `duplex status` where a stage has {found["many"]:,} records: complete, {done["wall_s"]:.1f} s and \
 {done["peak_mb"]:.0f} MB; under way, its ledger of {found["ledger_mb"]:,} MB counted, \
-{counted["wall_s"]:.1f} s and {counted["peak_mb"]:.0f} MB. The limit is \
+{counted["wall_s"]:.1f} s ({counted["cpu_s"]:.1f} s of CPU time) and \
+{counted["peak_mb"]:.0f} MB. The limit is \
 {limits["status_mb"]["limit"]:g} MB: {"kept" if limits["status_mb"]["kept"] else "PASSED"}.
 """
 
