@@ -259,8 +259,8 @@ is up, which took {found["ray_start_s"]:.1f} s. Each stage starts workers of its
 include that.
 
 `duplex run` with nothing to do, three stages of {found["finished"]:,} finished records each: \
-{run["wall_s"]:.1f} s ({run["cpu_s"]:.1f} s of CPU time), {run["peak_mb"]:.0f} MB. The limit is {limits["run_s"]["limit"]:g} s: \
-{"kept" if limits["run_s"]["kept"] else "PASSED"}.
+{run["wall_s"]:.1f} s ({run["cpu_s"]:.1f} s of CPU time), {run["peak_mb"]:.0f} MB. The limit is \
+{limits["run_s"]["limit"]:g} s: {"kept" if limits["run_s"]["kept"] else "PASSED"}.
 
 `duplex status` where a stage has {found["many"]:,} records: complete, {done["wall_s"]:.1f} s and \
 {done["peak_mb"]:.0f} MB; under way, its ledger of {found["ledger_mb"]:,} MB counted, \

@@ -211,10 +211,13 @@ class RunnerRuntime(Section):
     )
     gpu_share: float = Field(default=1, gt=0, le=1, description="of a GPU, for a worker with one")
     max_deaths: int = Field(
-        default=3, ge=1, le=100, description="workers that one record may take with it"
+        default=3, ge=1, le=100, description="workers that one record, made alone, may take with it"
     )
     start_timeout_s: float = Field(
         default=600, gt=0, description="longest wait for the first worker, its setup included"
+    )
+    storage: str | None = Field(
+        default=None, description="s3://bucket/prefix, say, where nodes share no file system"
     )
 
 

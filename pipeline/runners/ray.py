@@ -9,13 +9,12 @@ of a local run.
     driver      tasks ── at most workers x in_flight sent and not answered ──► worker: setup
                 ledger ◄── lines, blob names, or why it is rejected ────────── process, process …
 
-A record whose worker dies is made again by another one; one that takes `max_deaths` workers with
-it is rejected. The record at work is blamed, which is the oldest of those that a worker holds;
-those behind it are not.
+What a worker held when it died is made again by others, one record at a time from then on. One
+that so takes `max_deaths` workers with it is rejected; no other is blamed.
 
-Every node must see the run root and the checkout at the driver's paths: a shared file system, or
-an image with the checkout and a shared run root. What is wrong with a node is said when its first
-worker starts: a run folder that it does not see, or engines of another revision than the driver's.
+Every node must have the checkout at the driver's path, and see the run root there: a shared file
+system. Without one, `runner.runtime.storage` is where blobs and inputs travel (`storage.py`).
+What is wrong with a node is said when its first worker starts (`worker.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from duplex.config import Config, RunnerRuntime
+from duplex.config import RunnerRuntime
 from duplex.datafiles import CHECKOUT
 from duplex.errors import DuplexError, RecordError, StageFailedError
 from duplex.stage import MapStage, StageContext, Task
@@ -44,7 +43,9 @@ from pipeline.runners.placing import (
     why_at_the_driver,
     without_secrets,
 )
-from pipeline.runners.work import Outcome, outcomes, work_off
+from pipeline.runners.storage import Storage, lend, name_of
+from pipeline.runners.work import Outcome, outcomes
+from pipeline.runners.worker import Worker, revision_of
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported
 import ray
@@ -61,57 +62,6 @@ DEAD = (
 )  # fmt: skip
 
 
-# -- in a worker
-
-
-class Worker:
-    """One actor: a stage, set up once."""
-
-    def begin(
-        self, stage_type: type[MapStage], context: StageContext, folder: StageFolder, made_by: str
-    ) -> DuplexError | None:
-        """Set the stage up; returns what makes this node unfit. `made_by`: as `revision_of`."""
-        node = ray.util.get_node_ip_address()
-        if not folder.path.is_dir():
-            return StageFailedError(
-                f"{stage_type.name}: every node must see {folder.path}, {node} does not. Put the "
-                "run root on a file system that all nodes share, at the same path"
-            )
-        self._stage, self._context, self._folder = stage_type(), context, folder
-        try:
-            here = revision_of(self._stage, context.config)
-            if here != made_by:
-                return StageFailedError(
-                    f"{stage_type.name}: every node must make records as the driver does, by "
-                    f"{made_by}; {node} would by {here}. Install the same packages there, from "
-                    "the same checkout"
-                )
-            self._stage.setup(context)
-        except DuplexError as error:
-            return error
-        return None
-
-    def work(self, task: Task) -> Outcome | DuplexError:
-        try:
-            return work_off(self._stage, self._context, self._folder, task)
-        except DuplexError as error:  # as a value: Ray would put its traceback into the message
-            return error
-
-    def close(self) -> None:
-        self._stage.close()
-
-
-def revision_of(stage: MapStage, config: Config) -> str:
-    return f"version {stage.version}, {stage.engine(config) or 'no engine'}"
-
-
-def _say_nothing(_: str) -> None:
-    pass
-
-
-# -- at the driver
-
-
 @dataclass
 class Hand:
     """A worker as the driver knows it. `sent`: answer -> task, oldest first."""
@@ -119,6 +69,7 @@ class Hand:
     actor: Any
     started: Any  # the answer of `begin`
     ready: bool = False
+    holds_suspect: bool = False
     sent: dict[Any, Task] = field(default_factory=dict)
     block: deque[Task] = field(default_factory=deque)  # what is left of a batch that it has begun
 
@@ -149,6 +100,8 @@ class RayRunner:
         stage.prepare(context)
         folder.path.mkdir(parents=True, exist_ok=True)
         settings = context.config.runner.runtime
+        if settings.storage is not None:
+            lend(context, settings.storage)
         with connected(settings):
             cluster = ray.cluster_resources()
             options = options_of(stage, context.config, cluster)
@@ -217,10 +170,14 @@ class Crew:
         self._count, self._due = count, num_tasks
         self._settings = context.config.runner.runtime
         spread = replace(context, config=without_secrets(context.config), report=_say_nothing)
-        self._brief = (type(stage), spread, folder, revision_of(stage, context.config))
+        stored = self._settings.storage is not None
+        lent = {name: name_of(one) for name, one in context.inputs.items()} if stored else {}
+        self._storage = Storage(self._settings.storage) if self._settings.storage else None
+        self._brief = (type(stage), spread, folder, revision_of(stage, context.config), lent)
         self._options = options | {"max_restarts": 0, "max_task_retries": 0}
         self._hands: list[Hand] = []
-        self._again: deque[Task] = deque()  # of workers that died
+        self._again: deque[Task] = deque()  # of workers that died or were taken away
+        self._suspects: deque[Task] = deque()  # any of them may have taken its worker along
         self._taken_along: Counter[str] = Counter()  # by task: the workers that died of it
         self._failed_starts = 0  # in a row
         self.deaths = 0
@@ -257,6 +214,14 @@ class Crew:
         self._hands.append(Hand(actor, actor.begin.remote(*self._brief)))
 
     def _next_for(self, hand: Hand, blocks: Iterator[deque[Task]]) -> Task | None:
+        """None: there is nothing for it now. A suspect goes to a worker that holds nothing else,
+        and stays alone there."""
+        if self._suspects and not hand.sent:
+            hand.holds_suspect = True
+            return self._suspects.popleft()
+        if hand.holds_suspect and hand.sent:
+            return None
+        hand.holds_suspect = False
         if not hand.block and self._again:
             return self._again.popleft()
         if not hand.block:
@@ -306,24 +271,31 @@ class Crew:
             hand.ready, self._failed_starts = True, 0
             return
         del hand.sent[next(iter(hand.sent))]
-        self._check_blobs(answer)
+        self._see_blobs(answer)
         yield answer
 
     def _mourn(self, hand: Hand, cause: str, taken_away: bool) -> Iterator[Outcome]:
-        task, *behind = hand.sent.values()
-        self._again.extend([*behind, *hand.block])
-        if not taken_away:  # a node that goes is no record's fault
-            self._taken_along[task.id] += 1
+        """What a dead worker held is made again. Which of several took it along cannot be known:
+        an answer may have been lost with it. So each is suspected, and is made alone."""
+        held = list(hand.sent.values())
+        self._again.extend(hand.block)
+        if taken_away or len(held) != 1:
+            names = ", ".join(task.id for task in held) or "nothing"
+            self._report(f"{self._name}: a worker died that held {names}: {cause}")
+            (self._again if taken_away else self._suspects).extend(held)
+            return
+        (task,) = held
+        self._taken_along[task.id] += 1
         number, limit = self._taken_along[task.id], self._settings.max_deaths
         self._report(f"{self._name}: a worker died at {task.id} ({number} of {limit}): {cause}")
         if number < limit:
-            self._again.append(task)
+            self._suspects.append(task)
             return
         yield Outcome(
             task.id,
             error=RecordError(
-                f"{number} workers died while they made it, the last one: {cause}. Other records "
-                "are made; try this one by itself on a machine with more memory"
+                f"{number} workers died while they made it and nothing else, the last one: "
+                f"{cause}. Others are made; try this one by itself where there is more memory"
             ),
         )
 
@@ -338,12 +310,17 @@ class Crew:
             )
         self._count = len(self._hands)  # go on with those that there are
 
-    def _check_blobs(self, outcome: Outcome) -> None:
-        """
+    def _see_blobs(self, outcome: Outcome) -> None:
+        """What a worker wrote is here, before the ledger names it.
+
         Raises:
-            StageFailedError: what a worker wrote is not to be seen here.
+            StageFailedError: it is not to be seen here.
+            CorruptFileError: the storage gives something else.
         """
         for name in outcome.blobs:
+            if self._storage is not None:
+                self._storage.get_blob(name, self._folder.path / "blobs")
+                continue
             path = self._folder.path / "blobs" / name
             deadline = time.monotonic() + SEEN_WITHIN_S
             while not path.exists():
@@ -371,3 +348,7 @@ def _cause_of(error: Exception) -> str:
 def _first(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return " ".join((lines[0] if lines else type(error).__name__).split())[:200]
+
+
+def _say_nothing(_: str) -> None:
+    pass

@@ -41,17 +41,26 @@ def kill_a_worker_at_work(process):
     pytest.fail("no worker was ever seen at work")
 
 
+def start(workplace, cluster, *options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "duplex.cli", "run", "small.yaml", "--to", "tensors",
+         "--runner", "ray", "--workers", "2", *options],
+        cwd=workplace.folder, env=environment() | {"RAY_ADDRESS": cluster},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+    )  # fmt: skip
+
+
+def digests(workplace, names=DATA_STAGES):
+    found = workplace.digests()
+    return {name: found[name] for name in names}
+
+
 @pytest.mark.slow  # 45 s; the runner by itself is in tests/stages/test_ray_runner.py
 @pytest.mark.timeout(600)
 def test_a_run_on_a_cluster_that_loses_a_worker_has_the_local_digests(finished, cluster, tmp_path):
     workplace = make_workplace(tmp_path / "there")
     finished.lend_models(workplace.runs)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "duplex.cli", "run", "small.yaml", "--to", "tensors",
-         "--runner", "ray", "--workers", "2"],
-        cwd=workplace.folder, env=environment() | {"RAY_ADDRESS": cluster},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
-    )  # fmt: skip
+    process = start(workplace, cluster)
     assert process.stdout is not None
     seen = ""
     for line in process.stdout:
@@ -59,10 +68,23 @@ def test_a_run_on_a_cluster_that_loses_a_worker_has_the_local_digests(finished, 
         if line.startswith("5 tensors: running"):
             kill_a_worker_at_work(process)
     assert process.wait() == 0, seen
-    found, wanted = workplace.manifests(), finished.digests()
-    assert {name: found[name]["digest"] for name in DATA_STAGES} == {
-        name: wanted[name] for name in DATA_STAGES
-    }
-    assert found["tensors"]["provenance"]["runner"]["deaths"] == 1
-    assert found["speech"]["provenance"]["runner"]["workers"] == 2
-    assert "at_the_driver" in found["dialogues"]["provenance"]["runner"]
+    assert digests(workplace) == digests(finished)
+    provenance = {name: m["provenance"]["runner"] for name, m in workplace.manifests().items()}
+    assert provenance["tensors"]["deaths"] == 1
+    assert provenance["speech"]["workers"] == 2
+    assert "at_the_driver" in provenance["dialogues"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_whose_workers_share_no_files_has_the_local_digests(finished, cluster, tmp_path):
+    workplace = make_workplace(tmp_path / "there")
+    finished.lend_models(workplace.runs)
+    url = f"file://{tmp_path / 'store'}"
+    process = start(workplace, cluster, "--set", f"runner.runtime.storage={url}")
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert digests(workplace) == digests(finished)
+    stored = {path.name for path in (tmp_path / "store" / "blobs").iterdir()}
+    # voices are lent, speech and tensors are made there
+    assert stored == {path.name for path in workplace.run_folder.glob("0[345]-*/blobs/*")}
