@@ -10,7 +10,8 @@ All in one run, on one machine:
 - `duplex run` with nothing to do, where each of three stages has 20 000 finished records;
 - `duplex status` where a stage has 200 000: complete, and under way, when its ledger is counted.
 
-Both limits are checked: it exits with 1 where one is passed.
+Commands are run several times and the quickest counts, since others use the machine; its load is
+noted. Both limits are checked: it exits with 1 where one is exceeded.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ SLOW_RECORDS, SLOW_S = 200, 0.02
 WORKERS = 2
 FINISHED, MANY = 20_000, 200_000
 LIMIT_S, LIMIT_MB = 5.0, 300.0
+TRIES = 5
 GAP = GapRange(low=1, high=3)
 # The highest resident memory of a process since it was loaded. Not `ru_maxrss`, which begins with
 # that of the process that started it.
@@ -96,6 +98,7 @@ def main() -> None:
 
 
 def measure(root: Path) -> dict[str, Any]:
+    load = os.getloadavg()[0]
     stages = ("dialogues", "speech", "tensors")
     runs = many(root / "finished", FINISHED, stages, under_way=False)
     nothing_to_do = command(runs, "run", f"5 tensors: done ({FINISHED} records")
@@ -109,9 +112,10 @@ def measure(root: Path) -> dict[str, Any]:
     from training.device import cpu_name  # imports torch, which Ray's part should not meet
 
     return {
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": round(load, 1)},
         "ray_start_s": round(ray_start_s, 2),
         "workers": WORKERS,
+        "tries": TRIES,
         "records": RECORDS,
         "slow_records": SLOW_RECORDS,
         "slow_ms": 1000 * SLOW_S,
@@ -217,6 +221,13 @@ def dialogue(index: int) -> Dialogue:
 
 
 def command(config: Path, name: str, shown: str) -> dict[str, float]:
+    """The quickest of `TRIES` calls of `command_once`, with the largest memory of all."""
+    tries = [command_once(config, name, shown) for _ in range(TRIES)]
+    best = min(tries, key=lambda one: one["wall_s"])
+    return best | {"peak_mb": max(one["peak_mb"] for one in tries)}
+
+
+def command_once(config: Path, name: str, shown: str) -> dict[str, float]:
     """`duplex NAME` on a config, which must show `shown`: its seconds, and its largest memory."""
     more = ["--to", "tensors"] if name == "run" else ["--json"]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
@@ -247,7 +258,8 @@ def page(found: dict[str, Any]) -> str:
     return f"""# What runners and run folders cost
 
 `python -m benchmarks.runners --write` on {found["machine"]["cpu"]}, {found["machine"]["cores"]} \
-cores that others used too. Seconds of the whole stage, from its tasks to its manifest.
+cores that others used too (load {found["machine"]["load"]:g} at the start). Seconds of the whole \
+stage, from its tasks to its manifest; of a command, the quickest of {found["tries"]}.
 
 | runner | {found["records"]} trivial records | ms a record | \
 {found["slow_records"]} records that wait {found["slow_ms"]:g} ms |
@@ -260,13 +272,13 @@ include that.
 
 `duplex run` with nothing to do, three stages of {found["finished"]:,} finished records each: \
 {run["wall_s"]:.1f} s ({run["cpu_s"]:.1f} s of CPU time), {run["peak_mb"]:.0f} MB. The limit is \
-{limits["run_s"]["limit"]:g} s: {"kept" if limits["run_s"]["kept"] else "PASSED"}.
+{limits["run_s"]["limit"]:g} s: {"kept" if limits["run_s"]["kept"] else "EXCEEDED"}.
 
 `duplex status` where a stage has {found["many"]:,} records: complete, {done["wall_s"]:.1f} s and \
 {done["peak_mb"]:.0f} MB; under way, its ledger of {found["ledger_mb"]:,} MB counted, \
 {counted["wall_s"]:.1f} s ({counted["cpu_s"]:.1f} s of CPU time) and \
 {counted["peak_mb"]:.0f} MB. The limit is \
-{limits["status_mb"]["limit"]:g} MB: {"kept" if limits["status_mb"]["kept"] else "PASSED"}.
+{limits["status_mb"]["limit"]:g} MB: {"kept" if limits["status_mb"]["kept"] else "EXCEEDED"}.
 """
 
 

@@ -11,6 +11,7 @@ digests and are checked at each end, so a store can be slow or damaged, not wron
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -62,14 +63,11 @@ class Storage:
             raise self._failed(f"written ({name})", error) from None
 
     def get(self, name: str, path: Path) -> None:
-        try:
-            with atomic_path(path) as temporary:
-                self._files.get_file(f"{self._root}/{name}", str(temporary))
-        except Exception as error:  # noqa: BLE001
-            raise self._failed(f"read ({name})", error) from None
+        with atomic_path(path) as temporary:
+            self._read(name, temporary)
 
     def get_blob(self, name: str, folder: Path) -> Path:
-        """A blob into a folder of blobs, checked against its name.
+        """A blob into a folder of blobs; it gets its name there once it was found to be right.
 
         Raises:
             CorruptFileError: the store holds something else under that name.
@@ -77,14 +75,22 @@ class Storage:
         path = folder / name
         if path.exists():
             return path
-        self.get(f"blobs/{name}", path)
-        if sha256_file(path) != name.partition(".")[0]:
-            path.unlink()
-            raise CorruptFileError(
-                f"{self._name}/blobs/{name}: must hold what its name says, found something else. "
-                "Remove it there and run again"
-            )
+        with atomic_path(path) as temporary:
+            self._read(f"blobs/{name}", temporary)
+            if sha256_file(temporary) != name.partition(".")[0]:
+                raise CorruptFileError(
+                    f"{self._name}/blobs/{name}: must hold what its name says, found something "
+                    "else. Remove it there and run again"
+                )
         return path
+
+    def _read(self, name: str, path: Path) -> None:
+        try:
+            self._files.get_file(f"{self._root}/{name}", str(path))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # this machine's disk
+            raise self._failed(f"read ({name})", error) from None
 
     def _failed(self, what: str, error: Exception) -> StageFailedError:
         return StageFailedError(
