@@ -17,13 +17,13 @@ Every figure has a mark: m measured with this project, c computed from the sourc
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
 from duplex.base import Frozen, Text
 from duplex.config import Config
@@ -34,6 +34,7 @@ from duplex.errors import DataFileError
 from duplex.frames import FRAME_RATE
 from duplex.streams import CODEBOOKS
 from pipeline.doctor import GB, TURN_S, model_sizes, set_size
+from pipeline.pods.gpus import GpuType, load_gpus
 from training.estimate import estimate_memory, parameter_count
 
 CONFIG = CHECKOUT / "configs" / "coffee.yaml"
@@ -55,20 +56,6 @@ SETTINGS: tuple[dict[str, str], ...] = (
 )
 
 
-class Gpu(Frozen):
-    """memory_gb and usd_per_hour of one; as_of: when the price was read."""
-
-    name: Text = Field(validation_alias=AliasChoices("name", "id"))
-    memory_gb: Annotated[float, Field(gt=0)]
-    usd_per_hour: float = Field(gt=0, validation_alias=AliasChoices("usd_per_hour", "usd_h"))
-    source: Text
-    as_of: datetime.date | None = Field(None, validation_alias=AliasChoices("as_of", "date"))
-
-
-class Gpus(Frozen):
-    gpus: Annotated[tuple[Gpu, ...], Field(min_length=1)]
-
-
 class GpuSpeed(Frozen):
     name: Text
     bf16_tflops: Annotated[float, Field(gt=0)]
@@ -87,6 +74,11 @@ class Speeds(Frozen):
     gpus: tuple[GpuSpeed, ...]
 
 
+@cache
+def load_speeds() -> Speeds:
+    return validate(Speeds, read_yaml(SPEED), SPEED)
+
+
 class Figure(NamedTuple):
     value: float
     mark: Literal["m", "c"] = "c"
@@ -96,7 +88,7 @@ class Figure(NamedTuple):
 class Row:
     """One GPU. `settings`: what to give `duplex run` with --set; None: the set does not fit."""
 
-    gpu: Gpu
+    gpu: GpuType
     settings: dict[str, str] | None
     clips: Figure | None = None
     memory_gb: Figure | None = None
@@ -168,18 +160,17 @@ def rows(config_path: Path = CONFIG) -> list[Row]:
         (settings, load_config(config_path, [f"{k}={v}" for k, v in settings.items()]).train)
         for settings in SETTINGS
     ]
-    speeds: Speeds = validate(Speeds, read_yaml(SPEED), SPEED)
-    gpus: Gpus = validate(Gpus, read_yaml(GPUS), GPUS)
+    speeds = load_speeds()
     frames = config.train.steps * config.train.batch_size * clip_frames(config)
     other_h = (START_MIN + speech_minutes(config)) / 60
     found = []
-    for gpu in gpus.gpus:
+    for gpu in load_gpus(GPUS):
         fitting = fitting_settings(sizes, ways, gpu.memory_gb)
         if fitting is None:
             found.append(Row(gpu, None))
             continue
         settings, section, need_gb = fitting
-        speed = frames_per_s(gpu.name, speeds)
+        speed = frames_per_s(gpu.id, speeds)
         train_h = frames / speed.value / 3600
         found.append(
             Row(
@@ -188,9 +179,9 @@ def rows(config_path: Path = CONFIG) -> list[Row]:
                 memory_gb=Figure(need_gb),
                 frames_per_s=speed,
                 train_min=Figure(60 * train_h, speed.mark),
-                train_usd=Figure(train_h * gpu.usd_per_hour, speed.mark),
+                train_usd=Figure(train_h * gpu.usd_h, speed.mark),
                 whole_h=Figure(train_h + other_h),
-                whole_usd=Figure((train_h + other_h) * gpu.usd_per_hour),
+                whole_usd=Figure((train_h + other_h) * gpu.usd_h),
                 slots=Figure(serving_slots(sizes, gpu.memory_gb)),
             )
         )  # fmt: skip
@@ -205,7 +196,7 @@ def table(found: list[Row], config: Config) -> str:
     ]
     for row in found:
         gpu = row.gpu
-        name = f"{gpu.name} ({gpu.usd_per_hour:.2f}, {gpu.as_of or 'undated'})"
+        name = f"{gpu.id} ({gpu.usd_h:.2f}, {gpu.date or 'undated'})"
         if row.settings is None:
             lines.append(f"| {name} | does not fit |  |  |  |  |  |  |  |  |")
             continue
@@ -244,8 +235,8 @@ def as_json(found: list[Row]) -> str:
     def one(row: Row) -> dict[str, Any]:
         named = {name: getattr(row, name) for name in figures}
         return {
-            "gpu": row.gpu.name,
-            "usd_per_hour": row.gpu.usd_per_hour,
+            "gpu": row.gpu.id,
+            "usd_per_hour": row.gpu.usd_h,
             "settings": row.settings,
             **{
                 name: {"value": round(figure.value, 3), "kind": kinds[figure.mark]}

@@ -49,7 +49,7 @@ def run(
     last: Annotated[str | None, typer.Option("--to", help="Last stage to run.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Run this stage by itself.")] = None,
     skip: Annotated[str, typer.Option("--skip", help="Stages to leave out, as in a,b.")] = "",
-    runner: Annotated[str, typer.Option("--runner", help="local.")] = "local",
+    runner: Annotated[str, typer.Option("--runner", help="local or ray.")] = "local",
     workers: Annotated[
         int | None, typer.Option(help="Processes for stages that can use several.")
     ] = None,
@@ -297,8 +297,8 @@ def version(
 
 
 def _worker_overrides(workers: int | None) -> list[str]:
-    stages = ("speech", "tensors")
-    return [] if workers is None else [f"{stage}.runtime.workers={workers}" for stage in stages]
+    sections = ("speech", "tensors", "runner")
+    return [] if workers is None else [f"{name}.runtime.workers={workers}" for name in sections]
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:

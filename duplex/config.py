@@ -199,6 +199,34 @@ class EvaluateSection(StageSection):
     runtime: EvaluateRuntime = EvaluateRuntime()
 
 
+class RunnerRuntime(Section):
+    address: str | None = Field(
+        default=None, description="of a Ray cluster; None: RAY_ADDRESS, the one here, or a new one"
+    )
+    workers: int | None = Field(
+        default=None, ge=1, le=10_000, description="of a stage; None: as many as the cluster holds"
+    )
+    in_flight: int = Field(
+        default=2, ge=1, le=64, description="records sent to a worker and not yet come back, each"
+    )
+    gpu_share: float = Field(default=1, gt=0, le=1, description="of a GPU, for a worker with one")
+    max_deaths: int = Field(
+        default=3, ge=1, le=100, description="workers that one record, made alone, may take with it"
+    )
+    start_timeout_s: float = Field(
+        default=600, gt=0, description="longest wait for the first worker, its setup included"
+    )
+    storage: str | None = Field(
+        default=None, description="s3://bucket/prefix, say, where nodes share no file system"
+    )
+
+
+class RunnerSection(Section):
+    """Where the records of a stage are made, with `--runner ray`. It enters no key."""
+
+    runtime: RunnerRuntime = RunnerRuntime()
+
+
 class Config(Section):
     name: Name
     seed: int = Field(default=42, ge=0)
@@ -213,6 +241,7 @@ class Config(Section):
     merge: MergeSection = MergeSection()
     serve: ServeSection = ServeSection()
     evaluate: EvaluateSection = EvaluateSection()
+    runner: RunnerSection = RunnerSection()
 
     def section(self, stage: str) -> StageSection:
         return getattr(self, stage)

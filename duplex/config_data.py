@@ -13,6 +13,8 @@ EngineName = Literal[
     "espeak", "openai-speech", "chatterbox", "moshi-tts", "csm", "pocket-tts", "dia"
 ]
 
+Addresses = Annotated[tuple[str, ...], Field(min_length=1)]
+
 
 class PersonasSection(StageSection):
     domain: str = Field(default="data/domains/coffee-shop.yaml", description="the place, the roles")
@@ -26,7 +28,9 @@ class PersonasSection(StageSection):
 
 class DialoguesRuntime(Runtime):
     api_key: str | None = Field(default=None, repr=False, description="write ${OPENAI_API_KEY}")
-    base_url: str | None = Field(default=None, description="where the model is served")
+    base_url: str | Addresses | None = Field(
+        default=None, description="where the model is served; several share the requests"
+    )
     timeout_s: float = Field(default=120, gt=0, description="longest silence of the endpoint")
     deadline_s: float = Field(default=600, gt=0, description="longest reply, however it trickles")
     concurrency: int = Field(default=8, ge=1, le=256, description="requests in flight at most")
@@ -44,6 +48,13 @@ class DialoguesRuntime(Runtime):
         default=8, ge=0, le=100, description="of one request that was turned away or cut off"
     )
     max_wait_s: float = Field(default=120, gt=0, description="longest pause before a retry")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Of the endpoint; empty where it is OpenAI's own."""
+        if self.base_url is None or isinstance(self.base_url, str):
+            return (self.base_url,) if self.base_url else ()
+        return self.base_url
 
 
 class DialogueChecks(Section):

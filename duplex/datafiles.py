@@ -5,9 +5,11 @@ All faults of a folder are reported at once, each with its file.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,13 +63,19 @@ def load_domain(path: Path) -> Domain:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file, or a DataFileError that names it."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise DataFileError(f"{path}: the file must exist, found nothing there.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataFileError(
             f"{path}: must be YAML in UTF-8: {' '.join(str(error).split())}"
         ) from None
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Any:
+    """Once for each content: planning reads all files of data/ again for each stage."""
+    return yaml.safe_load(text)
 
 
 def describe_faults(error: ValidationError) -> str:

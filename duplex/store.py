@@ -45,6 +45,8 @@ LEDGER, REJECTED, MANIFEST, FAILURE = (
 KEY_DIGITS = 8
 RECORDS_PER_PART = 10_000
 HASHED_BYTES = 1 << 30
+LAST_KEYS = re.compile(rb'"seconds":[-+.0-9e]+,"task":("(?:[^"\\]|\\.)*")\}\n?\Z')
+LONGEST_END = 1024
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,11 @@ class StageFolder:
             entries[entry.task_id] = entry
         return entries
 
+    def num_finished(self) -> int:
+        """How many tasks the ledger holds. Its records stay unread: they may be gigabytes."""
+        path = self.path / LEDGER
+        return len(set(_task_ids(path))) if path.exists() else 0
+
     def rejected(self) -> dict[str, dict[str, Any]]:
         """Rejected tasks by id; the last line of an id counts."""
         lines = (line for line in read_lines(self.path / REJECTED) if "task" in line)
@@ -302,6 +309,17 @@ class StageFolder:
             return str(json.loads(path.read_text())["message"]) if path.exists() else None
         except (OSError, ValueError, KeyError):
             return "failed, and its note of why cannot be read"
+
+
+def _task_ids(ledger: Path) -> Iterator[str]:
+    """Of all whole lines. `finish_task` sorts its keys, so that `task` is the last one."""
+    with ledger.open("rb") as file:
+        for line in file:
+            found = LAST_KEYS.search(line, max(0, len(line) - LONGEST_END))
+            try:
+                yield json.loads(found[1]) if found else json.loads(line)["task"]
+            except (ValueError, KeyError, TypeError):  # torn by a kill
+                continue
 
 
 def stage_digest(ordered: list[str], files: list[dict[str, Any]], counts: Mapping[str, int]) -> str:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +20,12 @@ from duplex.errors import (
     StageFailedError,
 )
 from pipeline import run as pipeline_run
-from pipeline.evaluate_targets import EvaluateOptions
 from pipeline.run import STAGE_NAMES, Selection, plan, planned_cost, run_folder_of
+from pipeline.runners import check_runner
 from pipeline.serve_command import persona_urls
+
+if TYPE_CHECKING:
+    from pipeline.evaluate_targets import EvaluateOptions
 
 STATE_COLOURS = {
     "done": "green", "stale": "yellow", "running": "cyan", "failed": "red", "missing": "dim",
@@ -49,8 +52,7 @@ def run(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    if runner != "local":
-        raise RequestError(f"--runner must be local, found {runner}")
+    check_runner(runner)
     skipped = tuple(name.strip() for name in skip.split(",") if name.strip())
     selection = Selection.of(first, last, only, skipped)
     if dry_run:
@@ -64,7 +66,7 @@ def run(
 
     pipeline_run.run(
         config, config_path, runs, selection,
-        overrides=overrides, retry_rejected=retry_rejected, report=report,
+        overrides=overrides, retry_rejected=retry_rejected, runner=runner, report=report,
     )  # fmt: skip
     if as_json:
         status(config, runs, as_json=True)
@@ -260,6 +262,7 @@ def _evaluate_config(
     path: Path, options: EvaluateOptions, runs: Path, *, as_json: bool
 ) -> dict[str, Any]:
     """Stage 9 of a config; `verdicts` is None: what is shown is the run's."""
+    from pipeline.evaluate_targets import EvaluateOptions
     from pipeline.evaluation.verdicts import check_conditions, failures
 
     if options.against not in (None, "base"):

@@ -24,6 +24,7 @@ from pipeline.run import (
     plan,
     run_folder_of,
 )
+from pipeline.runners import RUNNERS, runner_named
 from pipeline.runners.local import describe_os_error, execute
 
 
@@ -34,6 +35,7 @@ def main(name: str, arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="run root")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--retry-rejected", action="store_true")
+    parser.add_argument("--runner", choices=RUNNERS, default="local")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     folder: StageFolder | None = None
@@ -51,7 +53,11 @@ def main(name: str, arguments: list[str] | None = None) -> int:
                 return EXIT_DONE
             if name == "merge" or (name == "train" and config.train.quantize == "none"):
                 keep_out_bitsandbytes()
-            execute(step.stage, context, folder, retry_rejected=options.retry_rejected)
+            runner = runner_named(options.runner)
+            execute(
+                step.stage, context, folder,
+                retry_rejected=options.retry_rejected, runner=runner,
+            )  # fmt: skip
     except DuplexError as error:
         return _fail(folder, str(error), error.exit_code)
     except OSError as error:

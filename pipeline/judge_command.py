@@ -90,7 +90,10 @@ def run(folder: Path, options: JudgeOptions, *, as_json: bool) -> None:
                 "rubric": {"version": rubric.version, "sha256": rubric.digest},
                 "wording_sha256": judge.wording(rubric),
                 "model": section.llm,
-                "endpoint": urlsplit(section.runtime.base_url or DEFAULT_BASE_URL).hostname,
+                "endpoint": ", ".join(
+                    str(urlsplit(address).hostname)
+                    for address in section.runtime.addresses or (DEFAULT_BASE_URL,)
+                ),
                 "endpoint_takes": client.dialects.get(section.llm or "")
                 or _known_dialect(folder, section.llm),
                 "temperature": 0,

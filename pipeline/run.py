@@ -173,9 +173,13 @@ def run(
     *,
     overrides: list[str],
     retry_rejected: bool = False,
+    runner: str = "local",
     report: Callable[[str], None] = print,
 ) -> list[Step]:
     """Run the selected stages that have work; returns the plan as it stands at the end.
+
+    Args:
+        runner: who makes the records of map stages, one of `pipeline.runners.RUNNERS`.
 
     Raises:
         MissingInputError: a stage that was left out is needed and not complete.
@@ -197,7 +201,9 @@ def run(
             context_for(step, steps, config, runs_root)
             started = time.monotonic()
             report(f"{step.stage.number} {name}: running …")
-            code = _start_stage(step, config_path, runs_root, overrides, retry_rejected, lock)
+            options = ["--retry-rejected"] if retry_rejected else []
+            options += ["--runner", runner] if runner != "local" else []
+            code = _start_stage(step, config_path, runs_root, overrides, options, lock)
             step = plan(config, runs_root)[STAGE_NAMES.index(name)]
             if code == EXIT_BAD_REQUEST:
                 raise RequestError(f"{name}: the request was wrong; see its message above.")
@@ -256,13 +262,13 @@ def _start_stage(
     config_path: Path,
     runs_root: Path,
     overrides: list[str],
-    retry_rejected: bool,
+    options: list[str],
     lock: RunLock,
 ) -> int:
     command = [sys.executable, "-m", f"pipeline.{step.stage.name}", str(config_path.resolve())]
     command += ["--runs", str(runs_root.resolve())]
     command += [part for override in overrides for part in ("--set", override)]
-    command += ["--retry-rejected"] if retry_rejected else []
+    command += options
     environment = os.environ | {LOCK_FD_VARIABLE: str(lock.descriptor)}
     # OpenMP threads that spin while they wait starve each other once anything else runs here.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")

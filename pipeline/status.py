@@ -52,7 +52,7 @@ def _row(step: Step, config: Config, runs_root: Path) -> dict[str, Any]:
         row["imported"] = step.imported
         return row
     if folder is not None and folder.path.is_dir():
-        row["counts"] = {"finished": len(folder.ledger())}
+        row["counts"] = {"finished": folder.num_finished()}
         row["rejects"] = len(folder.rejected())
         row["message"] = folder.failure()
         row["state"] = "failed" if row["message"] else "missing"

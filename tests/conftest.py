@@ -33,6 +33,7 @@ LONGEST_FIRST = (
     "tests/stages/test_llm_run.py",
     "tests/stages/test_train.py",
     "tests/stages/test_train_processes.py",
+    "tests/stages/test_ray_runner.py",
     "tests/stages/test_page.py",
     "tests/stages/test_page_grades.py",
     "tests/stages/test_serving_process.py",

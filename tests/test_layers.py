@@ -209,7 +209,7 @@ def test_pure_modules_touch_no_file_clock_or_log(name):
 def test_planning_imports_no_heavy_package():
     code = (
         "import sys, pipeline.run, pipeline.commands, duplex.cli;"
-        "heavy = ('torch', 'moshi', 'peft', 'datasets', 'matplotlib');"
+        "heavy = ('torch', 'moshi', 'peft', 'datasets', 'matplotlib', 'aiohttp', 'ray');"
         "print([module for module in heavy if module in sys.modules])"
     )
     result = subprocess.run(

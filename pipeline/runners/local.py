@@ -31,7 +31,7 @@ from duplex.records import parse_record, record_line
 from duplex.sinks import FileWriter
 from duplex.stage import MapStage, StageContext, Task, WholeStage
 from duplex.store import LedgerEntry, StageFolder, folders_of, outlives
-from pipeline.runners.work import Outcome, at_work, outcomes
+from pipeline.runners.work import LOCAL, Outcome, Runner, at_work
 
 TRANSIENT_LIMIT = 5  # transient failures in a row after which a stage gives up for now
 SENT_BACK = "sent_back.jsonl"  # a line for each review that sent something back
@@ -47,8 +47,12 @@ def execute(
     folder: StageFolder,
     *,
     retry_rejected: bool = False,
+    runner: Runner = LOCAL,
 ) -> dict[str, Any]:
     """Bring a stage to its manifest, and return it.
+
+    Args:
+        runner: makes outcomes of a map stage's tasks; what becomes of them is decided here.
 
     Raises:
         StageFailedError: too many rejects, or tasks left undone by transient failures.
@@ -60,7 +64,7 @@ def execute(
     if isinstance(stage, WholeStage):
         lines, files, counts, extra = _run_whole(stage, context, folder)
     else:
-        lines, files, counts, extra = _run_map(stage, context, folder, retry_rejected)
+        lines, files, counts, extra = _run_map(stage, context, folder, retry_rejected, runner)
         _write_page(stage, context, folder)
     provenance = describe_environment(context) | extra
     provenance["seconds"] = round(time.monotonic() - started, 3)
@@ -82,7 +86,11 @@ def _run_whole(
 
 
 def _run_map(
-    stage: MapStage, context: StageContext, folder: StageFolder, retry_rejected: bool
+    stage: MapStage,
+    context: StageContext,
+    folder: StageFolder,
+    retry_rejected: bool,
+    runner: Runner,
 ) -> tuple[list[str], list[dict[str, Any]], dict[str, int], dict[str, Any]]:
     tasks = sorted(stage.tasks(context), key=lambda task: task.id)
     _check_ids(stage, tasks)
@@ -95,7 +103,7 @@ def _run_map(
     with at_work(stage, context) as begin:
         while True:
             if pending := book.pending():
-                results = outcomes(stage, context, folder, pending, begin)
+                results = runner.outcomes(stage, context, folder, pending, begin)
                 made += _work_off(stage, results, len(pending), folder, book)
             if book.undone:
                 raise StageFailedError(
@@ -123,7 +131,8 @@ def _run_map(
         "rejected": len(rejected),
     }
     lines = [line for entry in done.values() for line in entry.lines]
-    return lines, [], counts, {"adopted": adopted, "made": made} | stage.notes(folder)
+    notes = stage.notes(folder) | runner.notes()
+    return lines, [], counts, {"adopted": adopted, "made": made} | notes
 
 
 class _Book:

@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Protocol
 
 from duplex.errors import (
     CorruptFileError,
@@ -53,6 +53,21 @@ class Outcome:
     blobs: tuple[str, ...] = ()
     seconds: float = 0.0
     error: Exception | None = field(default=None)
+
+
+class Runner(Protocol):
+    """Who makes outcomes of tasks. `outcomes` as the function below; `notes` for provenance."""
+
+    def outcomes(
+        self,
+        stage: MapStage,
+        context: StageContext,
+        folder: StageFolder,
+        tasks: list[Task],
+        begin: Callable[[], None],
+    ) -> Generator[Outcome, None, None]: ...
+
+    def notes(self) -> dict[str, Any]: ...
 
 
 @contextmanager
@@ -100,6 +115,26 @@ def outcomes(
         return
     for task in tasks:
         yield work_off(stage, context, folder, task)
+
+
+class LocalRunner:
+    """On this machine: in this process, its threads, or processes of its own."""
+
+    def outcomes(
+        self,
+        stage: MapStage,
+        context: StageContext,
+        folder: StageFolder,
+        tasks: list[Task],
+        begin: Callable[[], None],
+    ) -> Generator[Outcome, None, None]:
+        return outcomes(stage, context, folder, tasks, begin)
+
+    def notes(self) -> dict[str, Any]:
+        return {}
+
+
+LOCAL = LocalRunner()
 
 
 def _in_threads(

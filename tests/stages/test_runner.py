@@ -19,7 +19,7 @@ from duplex.errors import (
 from duplex.lock import RunLock, is_locked
 from duplex.records import Voice
 from duplex.stage import MapStage, StageContext, Task, record_seed
-from duplex.store import StageFolder
+from duplex.store import LAST_KEYS, LedgerEntry, StageFolder
 from pipeline.runners.local import execute
 
 
@@ -259,3 +259,19 @@ def test_manifest_is_the_last_word(tmp_path):
     assert on_disk == manifest
     assert {"stage", "key", "digest", "counts", "files", "provenance"} <= set(on_disk)
     assert "seconds" in on_disk["provenance"]
+
+
+def test_tasks_are_counted_without_their_records_whatever_their_names(tmp_path):
+    names = ['pla"in', "sla\\sh", "ü", 'a","task":"b', "long-" * 300]
+    folder = StageFolder(tmp_path / "03-voices-ab", "voices", "ab")
+    for name in names:
+        folder.finish_task(LedgerEntry(name, "key", ('{"id":"x","task":"y"}',), (), 0.25))
+    ledger = folder.path / "ledger.jsonl"
+    assert folder.num_finished() == len(folder.ledger()) == len(names)
+    assert all(LAST_KEYS.search(line) for line in ledger.read_bytes().splitlines())
+    ledger.write_bytes(ledger.read_bytes() * 2)  # again: the same tasks
+    assert folder.num_finished() == len(names)
+    ledger.write_bytes(ledger.read_bytes()[:-40])  # torn: its task has an earlier line
+    assert folder.num_finished() == len(folder.ledger()) == len(names)
+    ledger.write_bytes(ledger.read_bytes().splitlines()[0][:-9] + b"\n")
+    assert folder.num_finished() == len(folder.ledger()) == 0

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from duplex.characters import Fact, GapRange, Persona, Scenario
-from duplex.datafiles import load_domain, load_personas
+from duplex.datafiles import load_domain, load_personas, read_yaml
 from pipeline.engines.scripted_grammar import Grammar, load_grammar
 from pipeline.engines.scripted_plan import split_arc
 
@@ -269,3 +269,15 @@ def test_the_readme_names_every_folder_of_data_and_only_files_that_are_there():
     schema = (DATA.parent / "duplex/characters.py").read_text()
     assert all(f"class {name}(" in schema and f"`{name}` in `duplex/ch" in text for name in records)
     assert "duplex personas check" in text
+
+
+def test_a_file_is_read_anew_when_it_was_changed_and_nobody_shares_what_was_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("names: [a]")
+    first = read_yaml(path)
+    first["names"].append("b")
+    assert read_yaml(path) == {"names": ["a"]}
+    path.write_text("names: [c]")
+    assert read_yaml(path) == {"names": ["c"]}

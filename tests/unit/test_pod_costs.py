@@ -45,15 +45,15 @@ def test_a_gpu_that_is_too_small_is_said_to_be():
 
 def test_time_and_cost_by_hand():
     """H100 SXM: the reference itself, so 1 330 frames/s; 400 steps of 4 clips."""
-    row = next(row for row in ROWS if row.gpu.name == "NVIDIA H100 80GB HBM3")
+    row = next(row for row in ROWS if row.gpu.id == "NVIDIA H100 80GB HBM3")
     assert row.frames_per_s == Figure(1330, "c")
     frames = 400 * 4 * pod_costs.clip_frames(load_config(CONFIG))
     minutes = frames / 1330 / 60
     assert row.train_min.value == pytest.approx(minutes)
-    assert row.train_usd.value == pytest.approx(minutes / 60 * row.gpu.usd_per_hour)
+    assert row.train_usd.value == pytest.approx(minutes / 60 * row.gpu.usd_h)
     hours = minutes / 60 + (pod_costs.START_MIN + 200 * 20 * 3.5 / 60) / 60
     assert row.whole_h.value == pytest.approx(hours)
-    assert row.whole_usd.value == pytest.approx(hours * row.gpu.usd_per_hour)
+    assert row.whole_usd.value == pytest.approx(hours * row.gpu.usd_h)
 
 
 def test_speed_is_scaled_by_peak_unless_somebody_measured_it():

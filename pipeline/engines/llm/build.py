@@ -16,6 +16,7 @@ from duplex.store import StageFolder, folders_of
 from pipeline.engines.llm.budget import NOTHING, Budget, Cost, Named, Price, prompt_bound
 from pipeline.engines.llm.client import Client, Request
 from pipeline.engines.llm.exchanges import FILE, KEPT_FOLDER, Exchanges, account, logs_of
+from pipeline.engines.llm.replicas import Replicas
 from pipeline.engines.llm.wire import Wire
 
 DRAFTS = "drafts.jsonl"  # personas that a model drafted
@@ -52,12 +53,15 @@ def _client(section: DialoguesSection, run_folder: Path, number: int, own: Path)
 def client_of(section: DialoguesSection, log: Exchanges, named: Named | None = None) -> Client:
     """A client for any log; what that holds is spent already."""
     runtime = section.runtime
-    wire = Wire(
-        base_url=runtime.base_url,
-        api_key=runtime.api_key or "",
-        timeout_s=runtime.timeout_s,
-        deadline_s=runtime.deadline_s,
-    )
+    wires = [
+        Wire(
+            base_url=address,
+            api_key=runtime.api_key or "",
+            timeout_s=runtime.timeout_s,
+            deadline_s=runtime.deadline_s,
+        )
+        for address in runtime.addresses or (None,)
+    ]
     budget = Budget(
         usd=runtime.budget_usd,
         tokens=runtime.budget_tokens,
@@ -65,7 +69,7 @@ def client_of(section: DialoguesSection, log: Exchanges, named: Named | None = N
         named=named,
     )
     return Client(
-        wire,
+        wires[0] if len(wires) == 1 else Replicas(wires),
         log,
         budget,
         prices=prices(section),

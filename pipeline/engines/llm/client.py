@@ -22,6 +22,7 @@ from pipeline.engines.llm.budget import Budget, Cost, Named, Price, prompt_bound
 from pipeline.engines.llm.dialect import Dialects
 from pipeline.engines.llm.exchanges import Account, Exchanges, Reply
 from pipeline.engines.llm.pace import Pace, backoff_s, exhausted_s, retry_after_s
+from pipeline.engines.llm.replicas import Replicas
 from pipeline.engines.llm.wire import Failure, Whole, Wire
 
 NOTE_EVERY_S = 30  # a line of progress where nobody sees a bar
@@ -70,7 +71,7 @@ class Client:
 
     def __init__(
         self,
-        wire: Wire,
+        wire: Wire | Replicas,
         log: Exchanges,
         budget: Budget,
         *,
