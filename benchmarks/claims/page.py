@@ -134,7 +134,7 @@ def _curves(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         "",
         "Means over the seeds, of held-out clips, at the first and the last step: `total` weighs "
         "the terms as the arm does, so arms differ in it by the weight alone; the others are "
-        "plain nats.",
+        "plain nats, with the prompt's frames where an arm puts loss on them.",
         "",
         f"| arm | {' | '.join(CURVES.values())} |",
         f"| --- | {' | '.join('---:' for _ in CURVES)} |",

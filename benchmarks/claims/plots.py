@@ -61,11 +61,17 @@ def draw_curves(
             axis.set_title(f"{title}, held-out clips", fontsize=9)
             axis.set_xlabel("epoch")
             axis.set_yscale("log")
-            for each in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                each(lambda value, _: f"{value:.3g}")
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_formatter(_plain)
+            # Within a power of ten the lines between the powers are all there is to read.
+            axis.yaxis.set_minor_formatter(_plain if high < 10 * low else "")
             axis.tick_params(labelsize=7, which="both")
         axes[-1].legend(fontsize=7)
         return _svg(figure)
+
+
+def _plain(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 class _figure:
