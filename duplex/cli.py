@@ -6,6 +6,7 @@ imported inside it, so that `--help` and a run with nothing to do stay quick.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from duplex import (
     cli_data,
     cli_evaluate,
     cli_judge,
+    cli_pod,
     cli_serve,
     cli_train,
 )
@@ -282,6 +284,7 @@ app.add_typer(cli_evaluate.evaluation)
 app.add_typer(cli_judge.judging)  # judge
 app.add_typer(cli_serve.serving)  # serve and probe
 app.add_typer(cli_bench.benchmarks)  # bench
+app.add_typer(cli_pod.pod, name="pod")
 
 
 @app.callback(invoke_without_command=True)
@@ -304,6 +307,7 @@ def _load(path: Path, overrides: list[str] | None) -> Config:
 
 def main() -> None:
     """Entry point of the `duplex` script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         app()
     except DuplexError as error:

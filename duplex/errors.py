@@ -14,7 +14,8 @@
         ├── StageFailedError           a stage ended without its manifest
         ├── DeadAdapterError           an adapter that got no gradient
         ├── MergeError                 a merge that changed nothing, or changed the wrong thing
-        └── ServerError                a server that did not start, or refused a conversation
+        ├── ServerError                a server that did not start, or refused a conversation
+        └── PodError                   a rented pod that did not come up, or whose API is in trouble
 
 A message says what must hold, what was found, and what to do next.
 """
@@ -92,4 +93,8 @@ class MergeError(WorkError):
 
 
 class ServerError(WorkError):
+    pass
+
+
+class PodError(WorkError):
     pass

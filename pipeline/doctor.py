@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from duplex.errors import DuplexError
 from duplex.streams import CODEBOOKS, KYUTAI_TOKENS
 from pipeline.dialogues import estimate_cost
 from pipeline.engines import pocket
-from pipeline.engines.checkpoint import model_identity
+from pipeline.engines.checkpoint import DEFAULT_NAMES, MODELS_FOLDER, model_identity
 from pipeline.engines.engines import engine_module, engines_by_language
 from pipeline.engines.listening import choose_recogniser, missing_recogniser
+from pipeline.engines.neural import cached
 from pipeline.engines.same_speaker import missing_same_speaker
 from pipeline.engines.speaker import somebody_listens
-from pipeline.run import STAGES
+from pipeline.needs import needed_stages
+from pipeline.run import STAGE_NAMES, STAGES
 from training.estimate import MOSHI_7B, MemoryEstimate, estimate_memory, parameter_count
 
 GB = 1e9
+TURN_S = 3.5
 REQUIRED = ("torch", "moshi", "peft", "accelerate", "safetensors", "aiohttp", "sphn", "soundfile")
 HUB_DEP_Q = {"nvidia/personaplex-7b-v1": 16}
 LICENCES = {
@@ -42,19 +46,22 @@ LICENCES = {
 
 
 def examine(config: Config, runs_root: Path) -> list[dict[str, str]]:
-    """All checks, in the order of a person's questions."""
+    """All checks, in the order of a person's questions. What is only for work that this run
+    has behind it, or does not need, is not asked for."""
+    needed = needed_stages(config, runs_root)
+    speaks = bool({"voices", "speech"} & needed)
     return [
         _machine(),
         *_packages(config),
         *_data(config),
-        *_engines(config),
-        *_recogniser(config),
-        *_same_speaker(config),
+        *(_engines(config) if speaks else ()),
+        *(_recogniser(config) if speaks else ()),
+        *(_same_speaker(config) if speaks else ()),
         _model(config),
         *_codec(config),
-        *_secrets(config),
+        *_secrets(config, needed),
         *_device(config),
-        *_space(config, runs_root),
+        *_space(config, runs_root, needed),
         _estimate(config),
     ]
 
@@ -225,7 +232,7 @@ def codec_check(weights: Path) -> dict[str, str]:
     )
 
 
-def _secrets(config: Config) -> list[dict[str, str]]:
+def _secrets(config: Config, needed: frozenset[str]) -> list[dict[str, str]]:
     checks = []
     if model_identity(config.model).startswith("hub:"):
         held = bool(os.environ.get("HF_TOKEN"))
@@ -234,7 +241,10 @@ def _secrets(config: Config) -> list[dict[str, str]]:
     if config.dialogues.writer != "scripted":
         held = bool(config.dialogues.runtime.api_key)
         text = "given" if held else "missing: set the variable that dialogues.runtime.api_key names"
-        checks.append(_check("LLM key", "ok" if held else "fail", text))
+        if not held and "dialogues" not in needed:
+            text = "missing, and not needed: what is made from dialogues is there"
+        state = "fail" if not held and "dialogues" in needed else "ok"
+        checks.append(_check("LLM key", state, text))
     if config.serve.runtime.host not in ("127.0.0.1", "localhost", "::1"):
         held = bool(config.serve.runtime.token)
         text = "given" if held else "missing: a server off loopback needs serve.runtime.token"
@@ -258,7 +268,7 @@ def _device(config: Config) -> list[dict[str, str]]:
         return [_check("device", "ok", f"CPU, {threads} threads: enough for pocket")]
     if is_pocket:
         return [_check("device", "ok", f"CPU, {config.train.processes} processes for pocket")]
-    need = _describe_memory(estimate_memory(_lm_config(config), config.train))
+    need = _describe_memory(training_memory(config))
     text = f"no CUDA device: a 7B model does not train on a CPU; a GPU would hold {need}"
     return [_check("device", "fail", text)]
 
@@ -272,7 +282,7 @@ def _gpus(count: int, asked: int) -> dict[str, str]:
 
 def _memory(config: Config, name: str, held: float) -> dict[str, str]:
     """Whether a GPU of `held` bytes holds what each process trains with."""
-    memory = estimate_memory(_lm_config(config), config.train)
+    memory = training_memory(config)
     text = f"{name}, {held / GB:.0f} GB; training takes {_describe_memory(memory)}"
     if memory.total < held:
         return _check("device", "ok", text)
@@ -289,6 +299,11 @@ def _memory(config: Config, name: str, held: float) -> dict[str, str]:
     else:
         advice = "set train.quantize: nf4, or train.processes to the number of GPUs"
     return _check("device", "fail", f"{text}; the weights do not fit: {advice}")
+
+
+def training_memory(config: Config) -> MemoryEstimate:
+    """What each process of the config's training holds, computed."""
+    return estimate_memory(_lm_config(config), config.train)
 
 
 def _describe_memory(memory: MemoryEstimate) -> str:
@@ -320,7 +335,10 @@ def _lm_config(config: Config) -> dict[str, Any]:
     return {**MOSHI_7B, "dep_q": dep_q, **named}
 
 
-def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
+def _space(
+    config: Config, runs_root: Path, needed: frozenset[str] = frozenset(STAGE_NAMES)
+) -> list[dict[str, str]]:
+    """Room for what is still to come: a base that is not here, its cut copy, the merge."""
     place = runs_root
     while not place.exists():
         place = place.parent
@@ -329,8 +347,12 @@ def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
     if config.model.base != "pocket":
         parameters = parameter_count(_lm_config(config))
         written = parameter_count({**_lm_config(config), "dep_q": CODEBOOKS})
-        need = parameters * 2 + written * (4 if config.merge.dtype == "float32" else 2) + 5 * GB
-        need += written * 2 if written != parameters else 0  # and the base as it is served
+        need += 4.5 * GB if needed else 0
+        need += 0 if _base_is_here(config) else parameters * 2
+        if "merge" in needed:
+            need += written * (4 if config.merge.dtype == "float32" else 2)
+        cut = any((runs_root / MODELS_FOLDER).glob("cut-*"))
+        need += written * 2 if written != parameters and not cut else 0  # the base as it is served
     state = "ok" if free > need else "fail"
     text = (
         f"{free / GB:.1f} GB free at {place.resolve()}, about {need / GB:.1f} GB needed (computed)"
@@ -338,15 +360,30 @@ def _space(config: Config, runs_root: Path) -> list[dict[str, str]]:
     return [_check("disk", state, text)]
 
 
+def _base_is_here(config: Config) -> bool:
+    base, revision = config.model.base, config.model.revision
+    return find_path(base).is_dir() or cached(base, DEFAULT_NAMES["moshi"], revision)
+
+
+def model_sizes(config: Config) -> dict[str, Any]:
+    """The sizes that `training.estimate` counts by."""
+    return _lm_config(config)
+
+
+def set_size(config: Config, keys: Iterable[str]) -> tuple[int, int, float]:
+    """Personas, dialogues and minutes of speech of a config; `keys` as of the personas' files."""
+    personas = sum(key.startswith("Persona:") for key in keys)
+    dialogues = personas * config.dialogues.per_persona
+    turns = (config.dialogues.min_turns + config.dialogues.max_turns) / 2
+    return personas, dialogues, dialogues * turns * TURN_S / 60
+
+
 def _estimate(config: Config) -> dict[str, str]:
     try:
         keys = STAGES[0].files(config)
     except DuplexError:
         return _check("estimate", "warn", "not possible before the data files are valid")
-    personas = sum(key.startswith("Persona:") for key in keys)
-    dialogues = personas * config.dialogues.per_persona
-    turns = (config.dialogues.min_turns + config.dialogues.max_turns) / 2
-    minutes = dialogues * turns * 3.5 / 60
+    personas, dialogues, minutes = set_size(config, keys)
     try:
         cost = estimate_cost(config)
     except DuplexError as error:
@@ -356,5 +393,5 @@ def _estimate(config: Config) -> dict[str, str]:
         "estimate",
         "ok",
         f"{personas} personas, {dialogues} dialogues, about {minutes:.0f} minutes of speech "
-        f"(computed at 3.5 s a turn); paid calls: {paid}",
+        f"(computed at {TURN_S} s a turn); paid calls: {paid}",
     )

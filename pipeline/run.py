@@ -184,7 +184,8 @@ def run(
     """
     check_request(config)
     run_folder = run_folder_of(config, runs_root)
-    if not plan(config, runs_root)[STAGE_NAMES.index("dialogues")].done:
+    is_written = plan(config, runs_root)[STAGE_NAMES.index("dialogues")].done
+    if "dialogues" in selection.names and not is_written:
         check_writer(config)
     with RunLock(run_folder) as lock:
         for name in selection.names:

@@ -16,6 +16,7 @@ from duplex.config import Config, ModelSection
 from duplex.configfile import load_config
 from duplex.errors import MissingInputError, RequestError, ServerError
 from pipeline.run import plan, run_folder_of
+from pipeline.serving import placeholder
 
 GRADES, LINKS = "grades.jsonl", "links.jsonl"
 MAX_PORT = 65_535
@@ -68,7 +69,8 @@ def serve(target: str, options: ServeOptions, runs: Path, overrides: Sequence[st
     for friend in options.friends:
         require_origin(friend)
     served = served_model(target, config, options, runs)
-    require_free_port(host, port)
+    if not placeholder.is_held():
+        require_free_port(host, port)
     if options.engine == "moshi":
         from pipeline.serving.stock import serve_stock
 
@@ -193,6 +195,21 @@ def persona_urls(config: Config, runs: Path, base: str) -> list[tuple[str, str]]
         audio = {key: entry[key] for key in ("voice_prompt", "greeting") if key in entry}
         urls.append((entry["id"], page_url(base, entry["text_prompt"], **audio)))
     return urls
+
+
+def item_urls(config: Config, base: str) -> list[tuple[str, str]]:
+    """The page of each evaluation item: what the config's evaluation asks a model as.
+
+    Raises:
+        DataFileError: the files of `evaluate.items` cannot be read.
+    """
+    from pipeline.evaluation.items import load_all_items
+    from pipeline.serving.wire import page_url
+
+    if not config.tensors.prompt:
+        return [("without a prompt", f"{base}/")]
+    items = load_all_items(config.evaluate.items)
+    return [(item.id, page_url(base, item.text_prompt)) for item in items]
 
 
 def run_voices(config: Config, runs: Path) -> dict[str, Path]:

@@ -42,6 +42,8 @@ LONGEST_FIRST = (
     "tests/e2e/test_damage.py",
     "tests/e2e/test_pipeline.py",
     "tests/stages/test_data_order.py",
+    "tests/e2e/test_start_script.py",
+    "tests/e2e/test_pod_readme.py",
     "tests/e2e/test_requests.py",
     "tests/stages/test_recogniser.py",
     "tests/contract/test_prompt_contract.py",

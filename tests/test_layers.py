@@ -86,7 +86,7 @@ LAYERS = [
     (3, ("pipeline.runners", "pipeline.imported")),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
     (4, ("pipeline.pages", "pipeline.training_data", "pipeline.training_model")),
-    (4, ("pipeline.training_run",)),
+    (4, ("pipeline.training_run", "pipeline.pods")),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
     (
         6,
@@ -97,6 +97,7 @@ LAYERS = [
             "duplex.cli_data",
             "duplex.cli_judge",
             "duplex.cli_options",
+            "duplex.cli_pod",
             "duplex.cli_evaluate",
             "duplex.cli_serve",
             "duplex.cli_train",

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="where runs and cells are kept")
     parser.add_argument("--out", type=Path, default=OUT, help="where the pages go")
     parser.add_argument("--lane", help="a run folder of its own, to measure beside another process")
+    parser.add_argument("--processes", type=int, help="of an evaluation; without it a core each")
     parser.add_argument("--seeds", type=int, help="the first so many: a trial")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a trial")
     options = parser.parse_args(arguments)
@@ -103,7 +104,7 @@ def measure_claim(name: str, options: argparse.Namespace) -> None:
             update={"set": common.set | {k: yaml.safe_load(v) for k, v in own.items()}}
         )
         lane = {"name": options.lane} if options.lane else {}
-        cells = run_grid(name, claim, common, lane, options.work)
+        cells = run_grid(name, claim, common, lane, options)
         result = result_of(claim, common, cells)
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
@@ -117,13 +118,13 @@ def measure_claim(name: str, options: argparse.Namespace) -> None:
 
 
 def run_grid(
-    name: str, claim: Claim, common: Common, lane: dict[str, str], work: Path
+    name: str, claim: Claim, common: Common, lane: dict[str, str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     cells = cells_of(claim, common.model_copy(update={"set": common.set | lane}))
     done = []
     for number, cell in enumerate(cells, 1):
         started_s = time.monotonic()
-        done.append(run_cell(cell, common, work, lambda line: None))
+        done.append(run_cell(cell, common, options.work, lambda line: None, options.processes))
         print(
             f"{name}: cell {number} of {len(cells)}, {cell.arm}, seed {cell.seed}: "
             f"{time.monotonic() - started_s:.0f} s",

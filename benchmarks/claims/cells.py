@@ -37,8 +37,13 @@ from training.servable import servable_checkpoint
 Report = Callable[[str], None]
 
 
-def run_cell(cell: Cell, common: Common, work: Path, report: Report) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, common: Common, work: Path, report: Report, processes: int | None = None
+) -> dict[str, Any]:
     """What the cell gave, from `work` where it was made before of the same.
+
+    Args:
+        processes: of the evaluation; None: a core each. Rounding hangs on it.
 
     Returns:
         `arm`, `seed`; `conversations` and `likelihood` as report.json has them, in part;
@@ -72,7 +77,7 @@ def run_cell(cell: Cell, common: Common, work: Path, report: Report) -> dict[str
     if not kept.exists():
         if trained:
             run_up_to(Selection.of(last="merge"))
-        found = evaluate_cell(config, work, trained=trained, report=report)
+        found = evaluate_cell(config, work, trained=trained, report=report, processes=processes)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, found)
         merged = plan(config, work)[STAGE_NAMES.index("merge")].folder
@@ -81,7 +86,9 @@ def run_cell(cell: Cell, common: Common, work: Path, report: Report) -> dict[str
     return json.loads(kept.read_text()) | {"arm": cell.arm, "seed": cell.seed}
 
 
-def evaluate_cell(config: Config, work: Path, *, trained: bool, report: Report) -> dict[str, Any]:
+def evaluate_cell(
+    config: Config, work: Path, *, trained: bool, report: Report, processes: int | None = None
+) -> dict[str, Any]:
     """Talk to one model, and score it teacher-forced, as the evaluate stage does with both."""
     steps = plan(config, work)
     folders = {step.stage.name: step.folder for step in steps if step.folder and step.done}
@@ -96,10 +103,12 @@ def evaluate_cell(config: Config, work: Path, *, trained: bool, report: Report) 
     played = play_checkpoint(
         label, weights, spoken, settings, report,
         tokenizer=tokenizer, device=section.runtime.device, voices=voices,
-        slots=section.runtime.slots,
+        slots=section.runtime.slots, processes=processes,
     )  # fmt: skip
     require_proofs([played])
-    likelihood = teacher_force({label: weights}, tensors, section, config.seed, report)
+    likelihood = teacher_force(
+        {label: weights}, tensors, section, config.seed, report, processes=processes
+    )
     data = report_data([played], about={}, protocol={}, likelihood=likelihood)
     clips = [one for one in tensors.records() if isinstance(one, TensorClip)]
     of_train = [one for one in clips if one.split == "train"]

@@ -49,18 +49,24 @@ def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
         f"`{arm}` {_value(one, row['value'])} ({row['word']})" for arm, row in rows.items()
     ]  # fmt: skip
     others = [
-        row
+        (other, row)
         for other in measures
         for row in other["rows"]
         if row["arm"] != claim.reference and other is not one
     ]
-    different = sum(row["word"] in VERDICTS for row in others)
-    apart = sum(row["word"] == DISAGREE for row in others)
-    more = f", {apart} more but for a seed that points the other way" if apart else ""
+    different = [(other, row) for other, row in others if row["word"] in VERDICTS]
+    named = [
+        f"{other['label']} `{row['arm']}` {row['word']}"
+        for other, row in different
+        if not other["group"]
+    ]
+    apart = sum(row["word"] == DISAGREE for _, row in others)
+    more = f", and {apart} more but for a seed that points the other way" if apart else ""
+    listed = f": {'; '.join(named)}" if named else ""
     return (
         f"{one['label']}: `{claim.reference}` {_value(one, reference['value'])}; "
-        f"{'; '.join(parts)}. Of the {len(others)} comparisons of other measures below, "
-        f"{different} show a difference{more}."
+        f"{'; '.join(parts)}. Of the {len(others)} other comparisons below, {len(different)} show "
+        f"a difference{more}{listed}."
     )
 
 
@@ -97,7 +103,7 @@ def _arms(claim: Claim, result: Mapping[str, Any]) -> list[str]:
         cells = [
             f"`{arm['arm']}`",
             overrides or ("no adapter" if not trained else "nothing"),
-            f"{arm['clips']:g}" if trained else "",
+            f"{arm['clips']:.0f}" if trained else "",
             f"{arm['minutes']:.1f}" if trained else "",
             f"{arm['train_s']:.0f}" if trained and arm["train_s"] else "",
         ]

@@ -33,7 +33,7 @@ def draw_measures(measures: Sequence[Mapping[str, Any]], reference: str) -> byte
             axis.set_ylim(len(arms) - 0.5, -0.5)
             better = {"high": " (more is better)", "low": " (less is better)"}
             share = "share" if one["kind"] == "rate" else one["unit"]
-            axis.set_title(f"{one['label']}, {share}{better.get(one['better'], '')}", fontsize=8)
+            axis.set_title(f"{one['label']}, {share}{better.get(one['better'], '')}", fontsize=7)
         for axis in axes[len(panels) :]:
             axis.remove()
         return _svg(figure)

@@ -42,6 +42,7 @@ from duplex.errors import (
 from duplex.files import write_json
 from pipeline.serving.access import is_loopback
 from pipeline.serving.limits import HEADER_S, Limits
+from pipeline.serving.placeholder import dismiss
 from pipeline.serving.routes import STOP_GRACE_S, ServerSettings, make_runner
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ async def _listen(
     assert runner.server is not None
     # Not by aiohttp's site: before a handshake a connection of https is nobody's, for a minute.
     wait_s = None if secure is None else HEADER_S
+    dismiss(args.host, args.port)
     try:
         listener = await asyncio.get_running_loop().create_server(
             runner.server, args.host, args.port, ssl=secure, ssl_handshake_timeout=wait_s

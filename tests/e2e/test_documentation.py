@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from tests.e2e.conftest import ROOT, SMALL, environment, make_workplace
+from tests.e2e.conftest import ROOT, environment
 
 README = (ROOT / "README.md").read_text()
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -198,70 +197,3 @@ def test_every_config_that_runs_here_runs_to_its_report(name, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     report = re.search(r"Report: +(\S+)", result.stdout)
     assert report and (tmp_path / report[1]).is_file()
-
-
-def test_start_script_resumes_and_serves(workplace):
-    """runpod/start.sh on a volume that has the run already: doctor, resume, serve."""
-    assert start_script_log(workplace).count(": done (") == 9
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_start_script_runs_from_nothing_and_serves(tmp_path):
-    workplace = make_workplace(tmp_path / "pod")
-    assert start_script_log(workplace).count(": running …") == 9
-    assert start_script_log(workplace).count(": running …") == 0
-
-
-def start_script_log(workplace):
-    """What start.sh prints until it serves; it is stopped then."""
-    config = SMALL | {
-        "personas": SMALL["personas"] | {"folder": str(workplace.folder / "personas")}
-    }
-    workplace.config.write_text(yaml.safe_dump(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    settings = {
-        "DUPLEX_CONFIG": str(workplace.config), "DUPLEX_RUNS": str(workplace.runs),
-        "DUPLEX_HOST": "127.0.0.1", "DUPLEX_PORT": port,
-    }  # fmt: skip
-    if not (ROOT / ".venv" / "bin" / "duplex").exists():
-        pytest.skip("start.sh uses the checkout's own .venv, which `make setup` makes")
-    with (workplace.folder / "log").open("w+") as log:
-        process = subprocess.Popen(
-            [str(ROOT / "runpod" / "start.sh")],
-            env=environment() | settings, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            wait_for_start(process, f"http://127.0.0.1:{port}/ready", log)
-        finally:
-            process.terminate()
-            process.wait(30)
-        log.seek(0)
-        return log.read()
-
-
-def wait_for_start(process, url, log):
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            log.seek(0)
-            pytest.fail(f"start.sh ended with {process.returncode}:\n{log.read()}")
-        try:
-            with urllib.request.urlopen(url):
-                return
-        except OSError:
-            time.sleep(0.3)
-    pytest.fail("start.sh did not serve in time")
-
-
-def test_start_script_refuses_to_serve_the_world_without_a_token(tmp_path):
-    settings = {"DUPLEX_RUNS": str(tmp_path), "DUPLEX_TOKEN": ""}
-    result = subprocess.run(
-        [str(ROOT / "runpod" / "start.sh")], env=environment() | settings,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert "DUPLEX_TOKEN must be set" in result.stderr or "must be there" in result.stderr
-    assert list(Path(tmp_path).iterdir()) == []

@@ -101,6 +101,28 @@ def test_another_user_voice_moves_only_the_dialogues_that_it_takes_over():
     assert len({choose_voice(f"d-{i}", voices, 42).id for i in range(100)}) == 5
 
 
+def test_a_voice_for_each_conversation_is_one_of_the_same_side(spoken):
+    context, _ = spoken
+    config = context.config.model_copy(
+        update={"speech": context.config.speech.model_copy(update={"agent_voice": "conversation"})}
+    )
+    stage, drawn = SpeechStage(), StageContext(config, context.runs_root, context.inputs)
+    tasks, before = stage.tasks(drawn), stage.tasks(context)
+    side_of = {task.payload.agent.id: task.payload.side for task in before}
+    for task in tasks:
+        assert side_of[task.payload.agent.id] == task.payload.side
+        assert task.payload.agent.language == task.payload.user.language
+    moved = [a for a, b in zip(tasks, before, strict=True) if a.payload.agent != b.payload.agent]
+    assert moved and len(moved) < len(tasks)
+    # Whoever keeps the voice keeps the record: the setting is in no record's key.
+    keys = [
+        {task.id: stage.record_key(one, task) for task in some}
+        for one, some in ((config, tasks), (context.config, before))
+    ]
+    changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
+    assert changed == {task.id for task in moved}
+
+
 def test_sources_are_the_dialogue_and_its_two_voices(spoken):
     context, _ = spoken
     voices = {voice.id: voice for voice in context.records("voices", Voice)}
