@@ -71,7 +71,7 @@ class VoiceTraits(Frozen):
 
     gender: Literal["female", "male"]
     age: Literal["young", "adult", "old"] = "adult"
-    accent: str = "en-us"
+    accent: str = Field(default="en-us", description="as espeak names its voices: en-gb-scotland")
     pitch: int = Field(default=50, ge=0, le=99, description="50 is the engine's own")
     rate_wpm: int = Field(default=175, ge=100, le=300)
 
@@ -84,13 +84,15 @@ class Persona(Record):
     type: Slug = Field(description="one of the domain's types, which gives the mood")
     language: Language = "en"
     traits: tuple[Text, ...] = Field(min_length=1)
-    speech_patterns: tuple[Text, ...] = Field(min_length=1)
+    speech_patterns: tuple[Text, ...] = Field(min_length=1, description="phrases that it uses")
     facts: tuple[Fact, ...] = Field(min_length=1)
-    gap_after_user: GapRange
-    gap_other: GapRange
+    gap_after_user: GapRange = Field(description="pause before it answers")
+    gap_other: GapRange = Field(description="any other pause")
     interrupts: Share = Field(default=0, description="of its turns that may, cut in on the user")
     backchannels: Share = Field(default=0, description="of the user's long turns, answered within")
-    backchannel_words: tuple[Text, ...] = ("mm-hm",)
+    backchannel_words: tuple[Text, ...] = Field(
+        default=("mm-hm",), description="what it says within the user's turns"
+    )
     voice: VoiceTraits
     prompts: tuple[Text, ...] = Field(min_length=1, description="paraphrases of one system prompt")
 
@@ -149,7 +151,7 @@ class Scenario(Record):
         default=(), description="keys of facts that the user knows from before"
     )
     first_speaker: Role = "user"
-    arc: tuple[Beat, ...] = Field(min_length=4)
+    arc: tuple[Beat, ...] = Field(min_length=4, description="what happens, in order")
 
     @model_validator(mode="after")
     def _first_beat(self) -> Scenario:

@@ -54,7 +54,7 @@ class ModelSection(Section):
     """
 
     base: str = "pocket"
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="a commit of that repository")
 
 
 class TensorsRuntime(Runtime):
@@ -63,16 +63,23 @@ class TensorsRuntime(Runtime):
 
 
 class TensorsSection(StageSection):
-    alignment: Literal["onset", "word", "uniform"] = "onset"
-    onset_fraction: float = Field(default=0.3, gt=0, le=1)
+    alignment: Literal["onset", "word", "uniform"] = Field(
+        default="onset",
+        description="text close behind a turn's start, at each word, or spread over the turn",
+    )
+    onset_fraction: float = Field(
+        default=0.3, gt=0, le=1, description="onset: share of a turn's frames that its text fills"
+    )
     overflow: Literal["continue", "drop"] = Field(
         default="continue", description="onset: what becomes of tokens past the window"
     )
     padding: Literal["pad", "zero"] = Field(
         default="pad", description="zero: -1 in silent dialogue frames, as the predecessor had"
     )
-    prompt: bool = True
-    layout: Literal["personaplex", "coffee"] = "personaplex"
+    prompt: bool = Field(default=True, description="the system prompt stands in front")
+    layout: Literal["personaplex", "coffee"] = Field(
+        default="personaplex", description="of the prompt; coffee: the predecessor's"
+    )
     voice_prompt_s: float = Field(
         default=0, ge=0, le=30, description="longest voice sample in the prompt; 0: none"
     )
@@ -88,11 +95,13 @@ class TensorsSection(StageSection):
         le=64,
         description="a persona's conversations in one encoding; more is for a GPU",
     )
-    split: Literal["persona", "conversation"] = "persona"
+    split: Literal["persona", "conversation"] = Field(
+        default="persona", description="what is held out whole"
+    )
     valid_fraction: Probability = Field(
         default=0.1, description="share of personas, or conversations, held out"
     )
-    max_frames: int = Field(default=3000, ge=50, le=3000)
+    max_frames: int = Field(default=3000, ge=50, le=3000, description="of one clip: 3000 are 240 s")
     long: Literal["reject", "cut"] = Field(
         default="reject", description="cut: longer conversations become several clips"
     )
@@ -110,7 +119,9 @@ class TensorsSection(StageSection):
 
 
 class MergeSection(StageSection):
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the merged weights"
+    )
 
 
 class SamplingSection(Section):
@@ -163,7 +174,7 @@ class EvaluateSection(StageSection):
         description="longest conversation; turns that do not fit are left out",
     )
     answer_s: float = Field(default=2.4, ge=0, le=30, description="pause left after each user turn")
-    seed: int = 0
+    seed: int = Field(default=0, description="of the first conversation of each item")
     seeds: int = Field(
         default=1, ge=1, le=100, description="conversations of each item: seed, seed + 1, …"
     )
@@ -228,9 +239,9 @@ class RunnerSection(Section):
 
 
 class Config(Section):
-    name: Name
-    seed: int = Field(default=42, ge=0)
-    profile: ProfileName = "workbench"
+    name: Name = Field(description="of the run folder, runs/NAME")
+    seed: int = Field(default=42, ge=0, description="every record's own seed is made from it")
+    profile: ProfileName = Field(default="workbench", description="a group of defaults")
     model: ModelSection = ModelSection()
     personas: PersonasSection = PersonasSection()
     dialogues: DialoguesSection = DialoguesSection()

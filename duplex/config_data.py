@@ -69,9 +69,13 @@ class DialogueChecks(Section):
 
 
 class DialoguesSection(StageSection):
-    writer: Literal["scripted", "openai", "annotate"] = "scripted"
+    writer: Literal["scripted", "openai", "annotate"] = Field(
+        default="scripted",
+        description="openai: a model at any compatible endpoint; annotate: prompts for dialogues "
+        "that exist",
+    )
     source: str | None = Field(default=None, description="annotate: the dialogues that exist")
-    per_persona: int = Field(default=4, ge=1, le=1000)
+    per_persona: int = Field(default=4, ge=1, le=1000, description="dialogues")
     min_turns: int = Field(default=15, ge=2)
     max_turns: int = Field(default=25, ge=2)
     llm: str | None = Field(default=None, description="model name at the endpoint")
@@ -115,7 +119,9 @@ class VoiceDataset(Section):
     """Recordings of many speakers in a `datasets` set: a hub name, or a folder of its files."""
 
     name: str = Field(min_length=1)
-    config: str | None = None
+    config: str | None = Field(
+        default=None, description="the set's own configuration, where it has several"
+    )
     split: str = "train"
     revision: str | None = Field(default=None, description="a commit: without it, what is newest")
     audio: str = Field(default="audio", description="column")
@@ -209,7 +215,9 @@ class UtteranceChecks(Section):
     share: Probability | None = Field(
         default=None, description="of utterances transcribed; None: by engine"
     )
-    recogniser: Literal["auto", "faster-whisper", "pocketsphinx", "none"] = "auto"
+    recogniser: Literal["auto", "faster-whisper", "pocketsphinx", "none"] = Field(
+        default="auto", description="what transcribes; auto: whichever is at hand"
+    )
     recogniser_model: str | None = Field(
         default=None, description="faster-whisper: a size, a hub name or a folder; None: small"
     )
@@ -265,8 +273,8 @@ class SpeechSection(StageSection):
         "dialogue, as the predecessor had it",
     )
     loudness_dbfs: float = Field(default=-24, ge=-60, le=0, description="RMS of each utterance")
-    lead_in_s: float = Field(default=0.32, ge=0, le=30)
-    tail_s: float = Field(default=0.48, ge=0, le=30)
+    lead_in_s: float = Field(default=0.32, ge=0, le=30, description="before the first turn")
+    tail_s: float = Field(default=0.48, ge=0, le=30, description="after the last turn")
     timeline: TimelineSection = TimelineSection()
     checks: UtteranceChecks = UtteranceChecks()
     models: dict[EngineName, SpeechModel] = Field(

@@ -18,7 +18,9 @@ class LoraSection(Section):
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank), not alpha / rank")
-    targets: tuple[TargetGroup, ...] = Field(default=TARGET_GROUPS, min_length=1)
+    targets: tuple[TargetGroup, ...] = Field(
+        default=TARGET_GROUPS, min_length=1, description="groups of layers that get adapters"
+    )
     embeddings: bool = Field(default=False, description="adapters on the input embeddings too")
 
 
@@ -53,7 +55,9 @@ class GuardsSection(Section):
         default=12, ge=0, le=240, description="length of each free-running check; 0: none"
     )
     budget: bool = Field(default=True, description="shares of loss and gradient at each check")
-    on_collapse: Literal["warn", "stop"] = "warn"
+    on_collapse: Literal["warn", "stop"] = Field(
+        default="warn", description="what a model that falls silent or repeats itself brings"
+    )
 
 
 class BaseDataSection(Section):
@@ -68,7 +72,7 @@ class BaseDataSection(Section):
 class TrainRuntime(Runtime):
     device: Device = "auto"
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints")
-    wandb: bool = False
+    wandb: bool = Field(default=False, description="log to Weights & Biases too")
     checkpointing: Literal["none", "selective", "full"] = Field(
         default="none",
         description="activations made again in the backward pass: of every second layer, or all",
@@ -93,8 +97,10 @@ class TrainSection(StageSection):
     warmup_steps: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
-    validate_every: int = Field(default=20, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    validate_every: int = Field(default=20, ge=1, description="steps between validations")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the base's weights"
+    )
     quantize: Literal["none", "nf4"] = Field(
         default="none", description="nf4: the frozen base in 4 bits (bitsandbytes)"
     )

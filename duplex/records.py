@@ -79,8 +79,8 @@ class Dialogue(Record):
     system_prompt: Text
     mood: str
     first_speaker: Role
-    gap_after_user: GapRange
-    gap_other: GapRange
+    gap_after_user: GapRange = Field(description="pause before the agent answers")
+    gap_other: GapRange = Field(description="any other pause")
     turns: tuple[Turn, ...] = Field(min_length=2)
     writer: Text
     prompts: tuple[Text, ...] = ()
@@ -168,7 +168,7 @@ class Speech(Record):
     scenario_id: Slug
     system_prompt: Text
     first_speaker: Role
-    audio: Sha256
+    audio: Sha256 = Field(description="of the WAV in blobs/")
     num_samples: int = Field(gt=0)
     turns: tuple[SpokenTurn, ...]
     text_digest: Sha256 | None = None
@@ -200,18 +200,20 @@ class TensorClip(Record):
     voices: tuple[Slug, ...] = Field(default=(), description="the agent's")
     text_digest: Sha256 | None = None
     voice_sample: Slug | None = Field(default=None, description="id of the prompt's VoiceSample")
-    tensor: Sha256
+    tensor: Sha256 = Field(description="of the .pt in blobs/")
     num_frames: int = Field(gt=0)
     prompt: tuple[FrameSpan, ...]
     turns: tuple[FrameSpan, ...]
-    text_tokens: int = Field(ge=0)
+    text_tokens: int = Field(ge=0, description="of the dialogue, dropped ones too")
     dropped_tokens: int | None = Field(default=None, ge=0)
     late_tokens: int | None = Field(default=None, ge=0)
-    alignment: Text
+    alignment: Text = Field(description="as in the config, or import")
     padding: Literal["pad", "zero"] = "pad"
     layout: Literal["personaplex", "coffee"] = "personaplex"
     split: Literal["train", "valid"]
-    split_by: Literal["persona", "conversation"] | None = None
+    split_by: Literal["persona", "conversation"] | None = Field(
+        default=None, description="what was held out whole"
+    )
     codec_digest: Sha256
     tokenizer_digest: Sha256
 
@@ -226,7 +228,7 @@ class VoiceSample(Record):
     voice_id: Slug
     persona_id: Slug
     speech_id: Slug = Field(description="the recording that it was cut from")
-    audio: Sha256
+    audio: Sha256 = Field(description="of the WAV in blobs/")
     num_frames: int = Field(gt=0)
 
 
@@ -236,7 +238,7 @@ class Artifact(Record):
     path: Text = Field(description="relative to the stage's folder")
     sha256: Sha256
     num_bytes: int = Field(ge=0)
-    facts: dict[str, Any] = Field(default={})
+    facts: dict[str, Any] = Field(default={}, description="what its stage says of it")
 
 
 class Proof(Record):
@@ -247,8 +249,8 @@ class Proof(Record):
     """
 
     prompt: str = Field(description="empty where the model was trained without prompts")
-    expected_digest: Sha256
-    served_digest: Sha256
+    expected_digest: Sha256 = Field(description="of the prompt's tokens as we make them")
+    served_digest: Sha256 = Field(description="of those in the model's own input")
     num_tokens: int
     frames_equal: bool | None = None
     proven: bool
@@ -263,8 +265,8 @@ class Score(Record):
     prompt: str
     prompt_proven: bool
     transcript: str
-    metrics: dict[str, float | int | None]
-    audio: Sha256 | None = None
+    metrics: dict[str, float | int | None] = Field(description="by name: docs/evaluation.md")
+    audio: Sha256 | None = Field(default=None, description="of the conversation's WAV")
 
 
 # Written out, not registered: a reader finds every type of a `parts/` line here.

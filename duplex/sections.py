@@ -16,7 +16,9 @@ class Section(BaseModel):
 class Runtime(Section):
     """How a stage runs. Never part of a key: it changes no result."""
 
-    max_reject_rate: Probability = 0.05
+    max_reject_rate: Probability = Field(
+        default=0.05, description="share of the tasks that may be rejected before the stage fails"
+    )
     workers: int | None = Field(
         default=None,
         ge=1,

@@ -38,6 +38,7 @@ LONGEST_FIRST = (
     "tests/stages/test_page_grades.py",
     "tests/stages/test_serving_process.py",
     "tests/e2e/test_documentation.py",
+    "tests/e2e/test_notebooks.py",
     "tests/stages/hub",
     "tests/e2e/test_damage.py",
     "tests/e2e/test_pipeline.py",

@@ -189,6 +189,16 @@ def encode_batch(mimi: MimiModel, recordings: Sequence[np.ndarray]) -> list[np.n
     ]
 
 
+def decode(mimi: MimiModel, codes: np.ndarray) -> np.ndarray:
+    """The sound of one side's codes: int64 [8, T] -> float32 [S], 1920 samples a frame."""
+    import torch
+
+    device = next(mimi.parameters()).device
+    with _alone():
+        rows = torch.from_numpy(np.ascontiguousarray(codes))[None].to(device)
+        return mimi.decode(rows)[0, 0].float().cpu().numpy()
+
+
 def lookback_frames(mimi: MimiModel) -> int:
     """How many frames before a frame the codec's transformer can look back on."""
     encoder: Any = mimi.encoder_transformer

@@ -6,13 +6,14 @@ pixel; past `MAX_STRIPS` the strips grow instead.
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from duplex.files import atomic_path
+from duplex.files import write_atomic
 from duplex.frames import FRAME_RATE, frames_to_seconds
 from duplex.inspection import is_word
 from duplex.judgement import Inspection
@@ -45,6 +46,11 @@ def draw_timeline(codes: np.ndarray, inspection: Inspection, path: Path) -> None
     Raises:
         OSError: the file cannot be written.
     """
+    write_atomic(path, timeline_png(codes, inspection))
+
+
+def timeline_png(codes: np.ndarray, inspection: Inspection) -> bytes:
+    """The picture of codes int64 [17, T] that were measured."""
     import matplotlib
 
     matplotlib.use("Agg", force=True)
@@ -84,8 +90,9 @@ def draw_timeline(codes: np.ndarray, inspection: Inspection, path: Path) -> None
     figure.subplots_adjust(
         left=0.055, right=0.985, top=1 - 0.75 / height, bottom=0.5 / height, hspace=0.42
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def strips(num_frames: int) -> tuple[int, range]:

@@ -305,3 +305,13 @@ def test_the_doctor_compares_with_the_published_constants(tmp_path, mimi, monkey
     assert check["state"] == "fail" and str(list(KYUTAI_TOKENS.sine)) in check["found"]
     monkeypatch.setattr(codec, "measure_tokens", lambda _: KYUTAI_TOKENS)
     assert doctor._codec(config)[0]["state"] == "ok"
+
+
+def test_codes_are_decoded_as_the_library_does(mimi):
+    codes = codec.encode(mimi, noise(12, channels=1))[0]
+    with torch.no_grad(), no_compile():
+        expected = mimi.decode(torch.from_numpy(codes)[None])[0, 0].numpy()
+    sound = codec.decode(mimi, codes)
+    assert sound.dtype == np.float32 and sound.shape == (12 * FRAME,)
+    assert np.allclose(sound, expected, atol=1e-5)
+    assert not np.allclose(sound, codec.decode(mimi, codes[:, ::-1]), atol=1e-3)
