@@ -71,7 +71,7 @@ def test_a_bad_persona(fresh, fault):
         (["run", "poket.yaml"], "the file must exist"),
         (["run", "small.yaml", "--from", "tensor"], "a stage must be one of"),
         (["run", "small.yaml", "--only", "train", "--to", "merge"], "--only names one stage"),
-        (["run", "small.yaml", "--runner", "spark"], "--runner must be local"),
+        (["run", "small.yaml", "--runner", "spark"], "--runner must be one of local, ray; found"),
         (["run", "small.yaml", "--frm", "x"], "No such option"),
         (["status", "nothing.yaml"], "the file must exist"),
         (["serve", "small.yaml"], "there must be a merged model"),
