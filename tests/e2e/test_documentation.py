@@ -81,6 +81,7 @@ def test_readme_command(checkout, command, monkeypatch):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_conversion_commands(checkout, tmp_path):
     """docs/conversions.md from its first command to its last, on the small run."""
     place = tmp_path / "place"

@@ -242,6 +242,7 @@ def test_a_request_that_is_wrong_is_not_tried_again(fresh, tmp_path):
     assert code == 1 and "train.steps" in output and not fresh.run_folder.exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_dies_is_given_up(workplace, tmp_path):
     pod = Pod(
         start_here(workplace), tmp_path / "out", DUPLEX_SERVE_PAUSE_S="0", DUPLEX_SERVE_TRIES="2"

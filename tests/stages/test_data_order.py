@@ -7,7 +7,7 @@ import pytest
 from duplex.config import Config
 from duplex.errors import StageFailedError
 from pipeline import run as pipeline_run
-from pipeline.runners import local
+from pipeline.runners import local, work
 from pipeline.runners.work import outcomes
 
 DATA_STAGES = ("personas", "dialogues", "voices", "speech")
@@ -58,7 +58,7 @@ def test_another_order_changes_no_byte(in_order, tmp_path, monkeypatch, seed):
         random.Random(seed).shuffle(tasks)
         return outcomes(stage, context, folder, tasks, begin)
 
-    monkeypatch.setattr(local, "outcomes", shuffled)
+    monkeypatch.setattr(work, "outcomes", shuffled)
     assert digests(tmp_path) == in_order
 
 

@@ -79,6 +79,7 @@ def test_a_prompt_that_is_not_taken_and_a_call_that_is_too_long_are_refused(mode
     assert len(converse_together(model, calls(2), GREEDY)) == 2  # and it goes on
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_a_server_gives_bit_for_bit(tiny_checkpoint, monkeypatch):
     """Two processes, two seeds, three items; the first conversation over a real server too, and
     then all of them: with one slot each row of each sum is the same one."""

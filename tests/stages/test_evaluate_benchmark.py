@@ -17,6 +17,7 @@ def test_the_page_is_of_the_figures_beside_it():
     assert (evaluate.RESULTS / "evaluate.md").read_text() == evaluate_page.describe(result)
 
 
+@pytest.mark.slow
 def test_a_hundred_calls_are_all_different_and_of_one_length():
     items = evaluate.spoken_items(100, 20)
     assert {one.num_frames for one in items} == {250}
@@ -64,6 +65,7 @@ def test_another_conversation_is_not_called_equal(tiny_checkpoint):
     assert different["steps"] > 0
 
 
+@pytest.mark.slow
 def test_every_pair_of_seeds_is_a_verdict_of_its_own(tiny_checkpoint, tmp_path, monkeypatch):
     items = [spoken(item_id=f"i{n}", seconds=4, user_turns=["Hm " * (n + 1)]) for n in range(6)]
     section = EvaluateSection(sampling=HOT, seconds=4)

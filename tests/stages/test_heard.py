@@ -75,6 +75,7 @@ def test_speech_that_says_its_text_has_a_low_error_and_other_text_a_high_one(age
         assert min(abs(start - onset_s) for start in starts) < 0.3
 
 
+@pytest.mark.slow
 def test_fifty_calls_on_one_clip_give_the_same_words(pocketsphinx):
     with EspeakEngine() as engine:
         clip = resampled(engine.synthesize("Thank you.", {"voice": "en-us"}).samples)

@@ -122,6 +122,7 @@ def test_every_embedding_is_alive_and_the_rest_too(tiny_checkpoint):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_fast_forward_takes_them_too(tiny_checkpoint, packed):
     """With a 4-bit base as well: the loss is that of the library's forward."""

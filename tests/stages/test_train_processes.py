@@ -84,6 +84,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sharded_and_gathered_weights_compute_what_whole_ones_do(tmp_path):
     wide = write_tiny_checkpoint(tmp_path / "wide", dep_q=16)
     job = {"checkpoint": str(wide), "cases": list(CASES.values())}
