@@ -13,9 +13,7 @@ that claims share are run once. A cell of the demo's size takes two to three min
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +40,6 @@ from duplex.datafiles import CHECKOUT
 from duplex.errors import DuplexError
 from duplex.files import write_atomic, write_json
 from duplex.frames import FRAME_S
-from training.device import cpu_name
 
 OUT = CHECKOUT / "docs" / "results" / "claims"
 WORK = CHECKOUT / "runs" / ".claims"
@@ -146,9 +143,8 @@ def result_of(claim: Claim, common: Common, cells: Sequence[dict[str, Any]]) -> 
         "config": common.config,
         "set": common.set | claim.set,
         "seeds": list(common.seeds),
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
-        "day": datetime.date.today().isoformat(),
-        "items": len({one["item"] for one in cells[0]["conversations"]}),
+        "measured": sorted({cell["measured"] for cell in cells}),
+        "items": len({one["item"] for cell in cells for one in cell["conversations"]}),
         "seconds": config.evaluate.seconds,
         "steps": config.train.steps,
         "steps_per_epoch": clips / config.train.batch_size,
@@ -175,6 +171,7 @@ def _arm(arm: str, overrides: dict[str, Any], cells: Sequence[dict[str, Any]]) -
         "minutes": frames * FRAME_S / 60 if frames else None,
         "train_s": mean("train_s"),
         "survived": mean("survived"),
+        "refused": ", ".join(cell["refused"] for cell in mine if cell.get("refused")),
     }
 
 

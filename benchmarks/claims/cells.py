@@ -8,9 +8,12 @@ they hang on; the merged weights are deleted then.
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from duplex.characters import Persona
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.datafiles import CHECKOUT
+from duplex.errors import StageFailedError
 from duplex.files import read_lines, sha256_bytes, write_json
 from duplex.records import TensorClip
 from duplex.store import StageFolder
@@ -30,7 +34,8 @@ from pipeline.evaluation.likelihood import teacher_force
 from pipeline.evaluation.measures import MEASURES_VERSION
 from pipeline.evaluation.offline import play_checkpoint
 from pipeline.merge import MergeStage
-from pipeline.run import STAGE_NAMES, Selection, plan, run
+from pipeline.run import STAGE_NAMES, Selection, Step, plan, run
+from training.device import cpu_name
 from training.log import training_speed
 from training.servable import servable_checkpoint
 
@@ -75,15 +80,37 @@ def run_cell(
     }
     kept = work / "cells" / f"{sha256_bytes(canonical_json(hangs_on).encode())[:16]}.json"
     if not kept.exists():
-        if trained:
-            run_up_to(Selection.of(last="merge"))
-        found = evaluate_cell(config, work, trained=trained, report=report, processes=processes)
+        try:
+            if trained:
+                run_up_to(Selection.of(last="merge"))
+        except StageFailedError:
+            refused = refusal(plan(config, work))
+            if refused is None:
+                raise
+            found: dict[str, Any] = {
+                "refused": refused, "conversations": [], "likelihood": [], "trained": [],
+            }  # fmt: skip
+        else:
+            found = evaluate_cell(config, work, trained=trained, report=report, processes=processes)
+        found["measured"] = (
+            f"{cpu_name()}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}, "
+            f"processes of an evaluation: {processes or os.cpu_count()}"
+        )
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, found)
         merged = plan(config, work)[STAGE_NAMES.index("merge")].folder
         if trained and merged is not None:
             shutil.rmtree(merged.path)  # 56 MB of weights, which the adapter makes again
     return json.loads(kept.read_text()) | {"arm": cell.arm, "seed": cell.seed}
+
+
+def refusal(steps: Sequence[Step]) -> str | None:
+    """Why the merge was refused, where it was for what rounding left of the update: a result, and
+    no accident."""
+    folder = next(step.folder for step in steps if step.stage.name == "merge")
+    message = folder.failure() if folder else None
+    left = re.search(r"survive rounding, found ([\d.]+%)", message or "")
+    return f"{left[1]}: refused" if left else None
 
 
 def evaluate_cell(

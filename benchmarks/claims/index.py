@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.page import sentence
-from benchmarks.claims.plan import Claim, claim_names, load_claim
-from benchmarks.claims.tables import shown
+from benchmarks.claims.plan import KNOWN, Claim, Outcome, claim_names, load_claim
+from benchmarks.claims.tables import deciding, outcome
 from duplex.files import write_atomic
 
 HEAD = """\
@@ -44,35 +44,49 @@ def describe_index(results: Mapping[str, Mapping[str, Any]]) -> str:
         lines += ["", f"Not measured yet: {'; '.join(missing)}."]
     lines += ["", "## What to try on the 7B, in this order", ""]
     lines += [
-        "First what made a difference here, by how much of the key measure it moved; then what "
-        "made none that could be seen.",
+        "First where another setting than ours did better, then where ours was the best of those "
+        "tried, then where nothing can be told; in each by how far the difference is from 0, in "
+        "halves of its interval.",
         "",
-        "| | try | because | page |",
+        "| | knob | what was found | for a 7B run |",
         "| ---: | --- | --- | --- |",
     ]
-    for number, (name, effect) in enumerate(ranked(claims, results), 1):
+    for number, (name, found, row) in enumerate(ranked(claims, results), 1):
         claim = claims[name]
-        because = claim.seven_b.shown if effect else claim.seven_b.not_shown
-        size = f" (moved by {100 * effect:.0f} %)" if effect else ""
-        lines.append(f"| {number} | {claim.order}{size} | {because} | [{name}]({name}.md) |")
+        lines.append(
+            f"| {number} | [{claim.knob}]({name}.md) | {_found(claim, found, row)} "
+            f"| {getattr(claim.seven_b, found)} |"
+        )
     return "\n".join([*lines, ""])
+
+
+def _found(claim: Claim, found: Outcome, row: Mapping[str, Any]) -> str:
+    label = KNOWN[claim.key].label
+    if found == "none":
+        return f"{label}: no difference can be told"
+    share = KNOWN[claim.key].kind == "rate"
+    size = f"{100 * row['difference']:+.1f} %" if share else f"{row['difference']:+.3g}"
+    return f"{label}: `{row['arm']}` {row['word']} by {size} against `{claim.reference}`"
 
 
 def ranked(
     claims: Mapping[str, Claim], results: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[str, float]]:
-    """Claims with something to try, and how far the key measure moved, as a share of the
-    reference's value; 0 where no verdict stands."""
-    found = [
-        (name, largest_effect(claims[name], result["measures"]))
-        for name, result in results.items()
-        if claims[name].order
-    ]
-    return sorted(found, key=lambda one: (-one[1], one[0]))
+) -> list[tuple[str, Outcome, dict[str, Any]]]:
+    """Claims with a knob: name, outcome, and the row that says it most clearly."""
+    order: dict[Outcome, int] = {"better": 0, "worse": 1, "none": 2}
+    wanted = {"better": "improved", "worse": "regressed"}
+    rows: list[tuple[str, Outcome, dict[str, Any]]] = []
+    for name, result in results.items():
+        if claims[name].knob:
+            of_key = deciding(claims[name], result["measures"])
+            found = outcome(of_key)
+            said = [row for row in of_key if found == "none" or row["word"] == wanted[found]]
+            rows.append((name, found, max(said, key=clearness)))
+    return sorted(rows, key=lambda one: (order[one[1]], -clearness(one[2]), one[0]))
 
 
-def largest_effect(claim: Claim, measures: list[dict[str, Any]]) -> float:
-    one = next(one for one in measures if one["key"] == claim.key and not one["group"])
-    value = next(row["value"] for row in one["rows"] if row["arm"] == claim.reference)
-    rows = shown(measures, claim.key)
-    return max((abs(row["difference"]) / max(abs(value or 0), 1e-9) for row in rows), default=0.0)
+def clearness(row: Mapping[str, Any]) -> float:
+    """The difference in halves of its 95 % interval; 0 where there is none."""
+    if row["low"] is None or row["high"] == row["low"]:
+        return 0.0
+    return 2 * abs(row["difference"]) / (row["high"] - row["low"])

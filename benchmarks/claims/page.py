@@ -7,12 +7,12 @@ from typing import Any
 
 from benchmarks.claims.plan import BASE, Claim
 from benchmarks.claims.plots import CURVES
-from benchmarks.claims.tables import DISAGREE, GROUPS, VERDICTS, shown
+from benchmarks.claims.tables import DISAGREE, GROUPS, UNMEASURED, VERDICTS, deciding, outcome
 
 
 def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
     measures = result["measures"]
-    of_key = shown(measures, claim.key)
+    found = outcome(deciding(claim, measures))
     lines = [
         f"# {claim.title}",
         "",
@@ -22,7 +22,7 @@ def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
         "",
         f"**Result.** {sentence(claim, measures)}",
         "",
-        f"**For a 7B run.** {claim.seven_b.shown if of_key else claim.seven_b.not_shown}",
+        f"**For a 7B run.** {getattr(claim.seven_b, found)}",
         "",
         *([f"**Why.** {claim.why}", ""] if claim.why else []),
         f"**What this does not say.** {claim.not_said}",
@@ -61,13 +61,15 @@ def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
         for other, row in different
         if not other["group"]
     ]
-    apart = sum(row["word"] == DISAGREE for _, row in others)
-    more = f", and {apart} more but for a seed that points the other way" if apart else ""
-    listed = f": {'; '.join(named)}" if named else ""
+    within = len(different) - len(named)
+    more = f"{'; and ' if named else ''}{within} within groups" if within else ""
+    apart = sum(row["word"] in (DISAGREE, UNMEASURED) for _, row in others)
+    shaky = f" {apart} would, but for a seed." if apart else ""
+    listed = f": {'; '.join(named)}{more}" if different else ""
     return (
         f"{one['label']}: `{claim.reference}` {_value(one, reference['value'])}; "
-        f"{'; '.join(parts)}. Of the {len(others)} other comparisons below, {len(different)} show "
-        f"a difference{more}{listed}."
+        f"{'; '.join(parts)}. Of {len(others)} other comparisons on its page {len(different)} show "
+        f"a difference{listed}.{shaky}"
     )
 
 
@@ -87,12 +89,13 @@ def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         f"with {shared}. Each arm is run from the dialogues to the merged model with the seeds "
         f"{seeds}, which change dialogues, speech, training and sampling. Every model holds "
         f"{result['items']} conversations a seed, each of up to {result['seconds']:g} s, and is "
-        f"scored teacher-forced. {result['machine']}, {result['day']}.",
+        f"scored teacher-forced. {'; '.join(result['measured'])}.",
         "",
         "A difference is the mean over items, each pooled over the seeds, with the 95 % interval "
         "of a bootstrap over items; p by sign changes, corrected over the whole page (Holm; "
         "[evaluation](../../evaluation.md)). A verdict takes p ≤ .05 and all seeds pointing one "
-        f"way; where they do not, it says `{DISAGREE}`.",
+        f"way; where they do not, it says `{DISAGREE}`. `all` pools what the seeds counted: "
+        "talkative items weigh more in it than in the difference.",
         "",
     ]
 
@@ -122,7 +125,7 @@ def _arms(claim: Claim, result: Mapping[str, Any]) -> list[str]:
 
 def _survived(arm: Mapping[str, Any]) -> str:
     if arm.get("refused"):
-        return f"{100 * arm['survived']:.1f} %: refused" if arm["survived"] else "refused"
+        return arm["refused"]
     return f"{100 * arm['survived']:.1f} %" if arm["survived"] is not None else ""
 
 

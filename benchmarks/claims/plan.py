@@ -8,7 +8,10 @@
     reference    the arm that all others are held against
     key          the measure that answers the question
     measures     all that are shown; corrected together
-    seven_b      what it means for a 7B run, by what the key measure shows: `shown`, `not_shown`
+    decides      arms that answer the question; all but the reference and `base` if not given
+    knob         what one would turn on a 7B, for the list of what to try
+    seven_b      what it means for a 7B run, by the deciding arms: one is `better` than the
+                 reference, none is and some are `worse`, or `none` of it can be told
     why          what was looked at to explain the result
     not_said     what the page cannot tell
 
@@ -18,7 +21,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -45,9 +48,13 @@ class Common(_Model):
     set: Overrides = {}
 
 
+Outcome = Literal["better", "worse", "none"]
+
+
 class SevenB(_Model):
-    shown: str
-    not_shown: str
+    better: str
+    worse: str
+    none: str
 
 
 class Claim(_Model):
@@ -65,7 +72,8 @@ class Claim(_Model):
     )
     survival: bool = Field(default=False, description="share of the update left by the merge")
     groups: bool = Field(default=False, description="also by who was trained on")
-    order: str = Field(default="", description="what it would have one try on the 7B, and why")
+    decides: tuple[str, ...] = ()
+    knob: str = ""
     seven_b: SevenB
     why: str = Field(default="", description="what was looked at to explain it")
     not_said: str
@@ -79,9 +87,15 @@ class Claim(_Model):
             raise ValueError(f"measures must be known ones, found {', '.join(unknown)}")
         if self.key not in self.measures:
             raise ValueError(f"key must be one of the measures, found {self.key}")
+        if not set(self.decides) <= set(self.arms) - {self.reference}:
+            raise ValueError(f"decides must be arms besides the reference, found {self.decides}")
         if self.arms.get(BASE):
             raise ValueError("base is the model without an adapter: it takes no overrides")
         return self
+
+    @property
+    def deciding_arms(self) -> tuple[str, ...]:
+        return self.decides or tuple(arm for arm in self.arms if arm not in (self.reference, BASE))
 
 
 class Cell(_Model):

@@ -2,9 +2,10 @@
 
 A value is pooled: hits over trials, or a sum over its count. A difference is taken as in
 `duplex.verdict`: the mean over items, each item pooled over the seeds of both arms, so that items
-are what is drawn. Three trained models are no sample to speak of: a verdict stands only where all
-seeds point its way too, else the word is `seeds disagree`. All measures, groups and arms of a page
-are corrected together (Holm).
+are what is drawn. Three trained models are no sample to speak of: a verdict stands only where the
+same mean of each seed alone points its way too, else the word is `seeds disagree`; a seed without
+an item that both arms have is a word of its own. All measures, groups and arms of a page are
+corrected together (Holm).
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.claims.plan import KNOWN, Claim
+from benchmarks.claims.plan import KNOWN, Claim, Outcome
 from duplex.base import rounded
 from duplex.verdict import Finding, Pair, compare
 from pipeline.evaluation.likelihood import Likelihood
 
-DISAGREE = "seeds disagree"
+DISAGREE, UNMEASURED = "seeds disagree", "a seed measures nothing"
 VERDICTS = ("improved", "regressed", "differs")
 Sums = dict[str, tuple[float, float]]  # item -> sum and count
 
@@ -88,7 +89,7 @@ def compared(claim: Claim, cells: Sequence[Mapping[str, Any]]) -> list[dict[str,
         for group in groups if not isinstance(measure, Likelihood) else [""]:
             by_arm = {arm: _by_seed(cells, arm, key, group) for arm in arms}
             first = over_seeds(by_arm[claim.reference])
-            rows = []
+            rows: list[dict[str, Any]] = []
             for arm in arms:
                 last = over_seeds(by_arm[arm])
                 rows.append(
@@ -99,9 +100,12 @@ def compared(claim: Claim, cells: Sequence[Mapping[str, Any]]) -> list[dict[str,
                         "trials": sum(count for _, count in last.values()),
                     }
                 )
-                pairs = [Pair(*first[item], *last[item]) for item in first if item in last]
                 if arm != claim.reference:
-                    asked[f"{key}/{group}/{arm}"] = (pairs, measure.better)
+                    asked[f"{key}/{group}/{arm}"] = (paired(first, last), measure.better)
+                    rows[-1]["seed_differences"] = [
+                        mean_difference(paired(a, b))
+                        for a, b in zip(by_arm[claim.reference], by_arm[arm], strict=True)
+                    ]
             found.append(
                 {
                     "key": key,
@@ -115,20 +119,26 @@ def compared(claim: Claim, cells: Sequence[Mapping[str, Any]]) -> list[dict[str,
             )
     verdicts = compare(asked)
     for one in found:
-        reference = next(row for row in one["rows"] if row["arm"] == claim.reference)
         for row in one["rows"]:
             finding = verdicts.get(f"{one['key']}/{one['group']}/{row['arm']}")
             if finding is not None:
-                row |= asdict(finding) | {"word": _word(finding, reference, row)}
+                row |= asdict(finding) | {"word": _word(finding, row["seed_differences"])}
     return [_rounded(one) for one in found]
 
 
 def _rounded(one: dict[str, Any]) -> dict[str, Any]:
-    rows = [
-        rounded(row) | {"by_seed": [v if v is None else round(v, 6) for v in row["by_seed"]]}
-        for row in one["rows"]
-    ]
-    return one | {"rows": rows}
+    lists = ("by_seed", "seed_differences")
+    return one | {
+        "rows": [
+            rounded(row)
+            | {
+                key: [v if v is None else round(v, 6) for v in row[key]]
+                for key in lists
+                if key in row
+            }
+            for row in one["rows"]
+        ]
+    }
 
 
 def _by_seed(cells: Sequence[Mapping[str, Any]], arm: str, key: str, group: str) -> list[Sums]:
@@ -149,26 +159,41 @@ def trained_in(cells: Sequence[Mapping[str, Any]], seed: int) -> frozenset[str]:
     )
 
 
-def _word(finding: Finding, reference: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+def paired(first: Sums, last: Sums) -> list[Pair]:
+    return [Pair(*first[item], *last[item]) for item in first if item in last]
+
+
+def mean_difference(pairs: Sequence[Pair]) -> float | None:
+    """Over the items that both measure."""
+    found = [
+        pair.sum_b / pair.count_b - pair.sum_a / pair.count_a
+        for pair in pairs
+        if pair.count_a and pair.count_b
+    ]
+    return sum(found) / len(found) if found else None
+
+
+def _word(finding: Finding, by_seed: Sequence[float | None]) -> str:
     if finding.word not in VERDICTS:
         return finding.word
+    if None in by_seed:
+        return UNMEASURED
     assert finding.difference is not None
-    pairs = zip(reference["by_seed"], row["by_seed"], strict=True)
-    agree = all(
-        a is not None and b is not None and (b - a) * finding.difference > 0 for a, b in pairs
-    )
+    agree = all(one is not None and one * finding.difference > 0 for one in by_seed)
     return finding.word if agree else DISAGREE
 
 
-def shown(measures: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Rows of a measure, over all items, whose verdict says that there is a difference."""
-    return [
-        row
-        for one in measures
-        if one["key"] == key and not one["group"]
-        for row in one["rows"]
-        if row.get("word") in VERDICTS
-    ]
+def deciding(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the key measure, over all items, of the arms that answer the question."""
+    one = next(one for one in measures if one["key"] == claim.key and not one["group"])
+    return [row for row in one["rows"] if row["arm"] in claim.deciding_arms]
+
+
+def outcome(rows: Sequence[Mapping[str, Any]]) -> Outcome:
+    """`better`: some arm improves on the reference; `worse`: none does, and some regress; `none`:
+    neither can be told."""
+    words = {row["word"] for row in rows}
+    return "better" if "improved" in words else "worse" if "regressed" in words else "none"
 
 
 def mean_curves(cells: Sequence[Mapping[str, Any]], arm: str) -> dict[str, dict[str, list[Any]]]:

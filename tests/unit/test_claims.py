@@ -19,7 +19,8 @@ def claim_of(**more):
     given = {
         "title": "T", "claim": "C", "question": "Q", "reference": "old", "key": "facts_said",
         "arms": {"old": {}, "new": {"train.steps": 3}}, "measures": ["facts_said", "nll_words"],
-        "seven_b": {"shown": "It does.", "not_shown": "It does not."}, "not_said": "Much.",
+        "seven_b": {"better": "It does.", "worse": "It harms.", "none": "Who knows."},
+        "not_said": "Much.",
     }  # fmt: skip
     return plan.Claim.model_validate(given | more)
 
@@ -32,6 +33,7 @@ def cell(arm, seed, hits, *, trials=4, trained=(), nll=2.0):
         "trained": list(trained),
         "clips": 20,
         "frames": 7500,
+        "measured": "here",
         "conversations": [
             {
                 "item": f"i{i}",
@@ -75,7 +77,43 @@ def test_a_seed_that_points_the_other_way_takes_the_verdict():
     away = cells_with([[4] * ITEMS, [4] * ITEMS, [0] * ITEMS])
     found = row_of(tables.compared(claim_of(), away))
     assert found["p_holm"] <= 0.05 and found["word"] == tables.DISAGREE
-    assert tables.shown([{"key": "facts_said", "group": "", "rows": [found]}], "facts_said") == []
+    assert tables.outcome([found]) == "none"
+
+
+def test_a_seed_that_measures_nothing_takes_the_verdict_and_says_so():
+    cells = cells_with([[4] * ITEMS] * 3)
+    for one in cells[-1]["conversations"]:
+        one["sums"]["facts_said"] = [0, 0]
+    found = row_of(tables.compared(claim_of(), cells))
+    assert found["p_holm"] <= 0.05 and found["word"] == tables.UNMEASURED
+    assert found["seed_differences"] == [0.75, 0.75, None]
+
+
+def test_seeds_agree_by_items_and_not_by_what_talks_most():
+    """Seed 2: one item talks a lot and gets worse, seven improve."""
+    cells = cells_with([[3] * ITEMS] * 3)
+    loud = cells[3]["conversations"][0]
+    loud["sums"]["facts_said"] = [0, 400]
+    found = row_of(tables.compared(claim_of(), cells))
+    assert found["by_seed"][1] < 0.25 and found["seed_differences"][1] > 0
+    assert found["word"] == "improved"
+
+
+def test_the_base_and_arms_beside_the_question_decide_nothing():
+    cells = cells_with([[4] * ITEMS] * 3) + [cell("base", s, [1] * ITEMS) for s in (1, 2, 3)]
+    claim = claim_of(arms={"old": {}, "new": {}, "base": {}})
+    rows = tables.deciding(claim, tables.compared(claim, cells))
+    assert [row["arm"] for row in rows] == ["new"] and tables.outcome(rows) == "better"
+    with pytest.raises(ValueError, match="decides must be arms besides"):
+        claim_of(decides=["old"])
+
+
+def test_a_refused_merge_is_a_row_without_values():
+    cells = cells_with([[3] * ITEMS] * 3)
+    cells += [cell("base", s, []) | {"likelihood": [], "refused": "31.0%"} for s in (1, 2, 3)]
+    claim = claim_of(arms={"old": {}, "new": {}, "base": {}})
+    found = row_of(tables.compared(claim, cells), arm="base")
+    assert found["value"] is None and found["word"] == "not measured"
 
 
 def test_measures_arms_and_groups_are_corrected_together():
@@ -171,15 +209,13 @@ def test_a_page_is_of_the_figures_beside_it(name):
     assert (command.OUT / f"{name}.svg").exists()
 
 
-def test_the_index_is_of_the_figures_beside_it(tmp_path):
-    index.write_index(command.OUT if WRITTEN else tmp_path)
+def test_the_index_is_of_the_figures_beside_it():
     results = {name: json.loads((command.OUT / f"{name}.json").read_text()) for name in WRITTEN}
-    where = command.OUT if WRITTEN else tmp_path
-    assert (where / "README.md").read_text() == index.describe_index(results)
+    assert (command.OUT / "README.md").read_text() == index.describe_index(results)
 
 
 def result_with(new):
-    claim = claim_of(curves=True, order="Try it", survival=True)
+    claim = claim_of(curves=True, knob="It", survival=True)
     cells = cells_with(new)
     for one in cells:
         one["curves"] = {"loss": {"valid": [[0, 3.0], [40, 1.0]]}}
@@ -187,24 +223,30 @@ def result_with(new):
     return claim, command.result_of(claim, common, cells)
 
 
-def test_the_page_says_what_the_key_measure_shows(tmp_path):
+def test_the_page_says_what_the_key_measure_shows():
     claim, result = result_with([[3] * ITEMS] * 3)
     text = page.describe("x", claim, result)
-    assert "It does." in text and "It does not." not in text
+    assert "It does." in text and "It harms." not in text
     assert "| `new` | 75.0 % · 75.0 % · 75.0 % | 75.0 % |" in text
     assert "| `old` | 3.00 → 1.00 |" in text
     claim, nothing = result_with([[1] * ITEMS] * 3)
-    assert "It does not." in page.describe("x", claim, nothing)
+    assert "Who knows." in page.describe("x", claim, nothing)
+    _, harm = result_with([[0] * ITEMS] * 3)
+    assert "It harms." in page.describe("x", claim, harm)
     drawn = draw_measures(result["measures"], "old")
     assert drawn == draw_measures(copy.deepcopy(result["measures"]), "old")
     assert drawn != draw_measures(nothing["measures"], "old")
     assert b"<svg" in draw_curves(result["curves"], {"loss": (9, 3)}, 5)
 
 
-def test_what_moved_most_is_tried_first(monkeypatch):
-    claim, much = result_with([[4] * ITEMS] * 3)
-    _, some = result_with([[2] * ITEMS] * 3)
+def test_what_did_better_is_tried_first():
+    claim, better = result_with([[1 + i % 2 for i in range(ITEMS)] for _ in range(3)])
+    claim, clearly = result_with([[4] * (ITEMS - 1) + [3]] * 3)
+    _, worse = result_with([[0] * ITEMS] * 3)
     _, none = result_with([[1] * ITEMS] * 3)
-    claims = dict.fromkeys("abc", claim)
-    found = index.ranked(claims, {"a": some, "b": none, "c": much})
-    assert found == [("c", 3.0), ("a", 1.0), ("b", 0.0)]
+    claims = dict.fromkeys("abcd", claim)
+    results = {"a": better, "b": none, "c": worse, "d": clearly}
+    found = index.ranked(claims, results)
+    assert [(name, outcome) for name, outcome, _ in found] == [
+        ("d", "better"), ("c", "worse"), ("a", "none"), ("b", "none"),
+    ]  # fmt: skip
