@@ -36,6 +36,7 @@ from duplex.files import known_sha256
 from duplex.lock import is_locked
 from duplex.store import MANIFEST
 from duplex.tokens import SHORTEST_TOKEN
+from pipeline.pods.api import KEY_NAME
 from pipeline.pods.inside import Inside
 from pipeline.pods.names import SUBFOLDERS, Offered, is_stage_folder, may_be_fetched, ordered
 from pipeline.pods.usage import read_usage, usage_path
@@ -137,9 +138,10 @@ class Agent:
             "--runs", str(self._inside.runs), "--json",
             *(part for line in self._inside.settings for part in ("--set", line)),
         ]  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if name != KEY_NAME}
         path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
         process = await asyncio.create_subprocess_exec(
-            *command, env=os.environ | {"PYTHONPATH": path},
+            *command, env=environment | {"PYTHONPATH": path},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:

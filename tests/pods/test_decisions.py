@@ -14,6 +14,7 @@ from duplex.errors import DataFileError, RequestError
 from pipeline.doctor import training_memory
 from pipeline.pods.api import read_pod
 from pipeline.pods.bill import closed, hours_left, opened, parse_time, plausible, spent_usd
+from pipeline.pods.follow import is_forward
 from pipeline.pods.gpus import GpuType, fitting, load_gpus, with_margin
 from pipeline.pods.lifecycle import FAILED_LOOKS, Act, Rules, View, Why, next_step
 from pipeline.pods.request import Wish, create_body, pod_env, pod_name, read_name
@@ -252,3 +253,18 @@ def test_without_a_key_the_command_ends_with_2_and_says_where_one_comes_from(tmp
         )  # fmt: skip
         assert result.returncode == 2 and said in result.stderr and "words" not in result.stderr
     assert [p.name for p in Path(tmp_path).iterdir()] == ["small.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({}, {"has_answered": True}, True),
+        ({"has_answered": True}, {"has_answered": True, "agent_answers": True}, False),
+        ({"has_answered": True}, {"has_answered": True, "pipeline": "running"}, False),
+        ({"has_answered": True}, {"has_answered": True, "pipeline": "done"}, False),
+        ({"has_answered": True, "num_done": 2}, {"has_answered": True, "num_done": 3}, True),
+        ({"has_answered": True, "num_done": 3}, {"has_answered": True, "num_done": 3}, False),
+    ],
+)
+def test_what_counts_as_a_step_forward(before, after, expected):
+    assert is_forward(View("running", **before), View("running", **after)) == expected
