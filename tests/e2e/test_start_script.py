@@ -259,10 +259,10 @@ def with_key(runs):
             continue  # it has ended
 
 
-def in_a_pod(fresh, tmp_path, **variables):
+def in_a_pod(fresh, tmp_path, app=ROOT, **variables):
     """With limits, and an API that nobody answers for."""
     return Pod(
-        fresh, tmp_path / "out", RUNPOD_POD_ID="pod1", RUNPOD_API_KEY=API_KEY,
+        fresh, tmp_path / "out", app, RUNPOD_POD_ID="pod1", RUNPOD_API_KEY=API_KEY,
         DUPLEX_RUNPOD_URL=f"http://127.0.0.1:{free_port()}", DUPLEX_BUDGET_USD="5",
         DUPLEX_PRICE_USD_H="1", DUPLEX_IDLE_MINUTES="30", **variables,
     )  # fmt: skip
@@ -284,6 +284,7 @@ def told_by_the_agent(pod, within_s, look=lambda: None):
     return status
 
 
+@pytest.mark.slow
 def test_in_a_pod_a_failed_pipeline_is_said_and_waited_out(fresh, tmp_path):
     """`duplex run --only train` without tensors; the doctor finds nothing."""
     pod = in_a_pod(fresh, tmp_path, DUPLEX_ONLY="train")
@@ -325,7 +326,7 @@ def test_in_a_pod_what_fails_first_has_agent_and_watchdog(fresh, tmp_path, varia
 
 
 def test_in_a_pod_a_missing_token_has_a_watchdog(fresh, tmp_path):
-    """Without a token no agent: nobody could be told. It waits for its idle minutes all the same."""
+    """Without a token no agent: nobody could be told. Its idle minutes end it all the same."""
     pod = in_a_pod(fresh, tmp_path, DUPLEX_TOKEN="", DUPLEX_HOST="0.0.0.0")
     with ended(pod.start()):
         deadline = time.monotonic() + 30
@@ -367,6 +368,28 @@ def bare_root():
     finally:
         remove_user(user)
         shutil.rmtree(root)
+
+
+@pytest.mark.slow
+def test_root_starts_agent_and_watchdog_as_the_user_it_becomes(bare_root, tmp_path):
+    root, app, user = bare_root
+    workplace = start_here(make_workplace(root / "workspace"))
+    pod = in_a_pod(
+        workplace, tmp_path, app, DUPLEX_USER=user.name, DUPLEX_RUNS=str(workplace.runs),
+        DUPLEX_PYTHON=str(app / ".venv/bin/python"), HF_HOME=str(root / "workspace/huggingface"),
+        DUPLEX_SET="serve.runtime.token=abcdef-ghijkl", **libraries(root),
+    )  # fmt: skip
+    pod.environment = {k: v for k, v in pod.environment.items() if not k.startswith("PYTEST_")}
+    with ended(pod.start()):
+        assert "no secrets" in told_by_the_agent(pod, 60)["message"]
+        ours = [
+            pid for pid, line in command_lines() if str(app) in line or "pipeline.pods." in line
+        ]
+        owners = {Path(f"/proc/{pid}").stat().st_uid for pid in ours}
+        assert len(ours) >= 5 and owners == {user.uid}
+        code, seconds = pod.stop()
+        assert code == 0 and seconds < 10, pod.output()
+        assert [pid for pid in ours if Path(f"/proc/{pid}").exists()] == []
 
 
 @pytest.mark.slow
