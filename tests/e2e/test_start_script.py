@@ -2,7 +2,6 @@
 again, in a bare root as a fresh user. The pocket model stands in for 7B, nothing else is replaced.
 """
 
-import contextlib
 import http.client
 import json
 import os
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -245,99 +243,6 @@ def test_a_request_that_is_wrong_is_not_tried_again(fresh, tmp_path):
     assert code == 1 and "train.steps" in output and not fresh.run_folder.exists()
 
 
-API_KEY = "rpa_plantedkeyofrunpod88"
-
-
-def with_key(runs):
-    """Command lines of this run root's processes that know the key of RunPod's API."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (entry / "environ").read_bytes()
-            if str(runs).encode() in variables and API_KEY.encode() in variables:
-                yield (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue  # it has ended
-
-
-def in_a_pod(fresh, tmp_path, app=ROOT, **variables):
-    """With limits, and an API that nobody answers for."""
-    return Pod(
-        fresh, tmp_path / "out", app, RUNPOD_POD_ID="pod1", RUNPOD_API_KEY=API_KEY,
-        DUPLEX_RUNPOD_URL=f"http://127.0.0.1:{free_port()}", DUPLEX_BUDGET_USD="5",
-        DUPLEX_PRICE_USD_H="1", DUPLEX_IDLE_MINUTES="30", **variables,
-    )  # fmt: skip
-
-
-def told_by_the_agent(pod, within_s, look=lambda: None):
-    """What the agent says of the pipeline, once that is `failed`."""
-    url = f"http://127.0.0.1:{pod.environment['DUPLEX_AGENT_PORT']}/status"
-    deadline, status = time.monotonic() + within_s, {}
-    while status.get("pipeline") != "failed":
-        assert pod.process.poll() is None, f"start.sh ended:\n{pod.output()}"
-        assert time.monotonic() < deadline, f"found {status}:\n{pod.output()}"
-        look()
-        token = pod.environment["DUPLEX_TOKEN"]
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=30) as answer:
-            status = json.load(answer)
-        time.sleep(0.1)
-    return status
-
-
-@pytest.mark.slow
-def test_in_a_pod_a_failed_pipeline_is_said_and_waited_out(fresh, tmp_path):
-    """`duplex run --only train` without tensors; the doctor finds nothing."""
-    pod = in_a_pod(fresh, tmp_path, DUPLEX_ONLY="train")
-    seen = set()
-    with ended(pod.start()):
-        status = told_by_the_agent(pod, 90, look=lambda: seen.update(with_key(fresh.runs)))
-        assert "duplex run ended with exit code" in status["message"], status
-        assert pod.get("/ping") == 204
-        lines = [line for _, line in command_lines() if "pipeline.pods." in line]
-        for program in ("agent", "watchdog"):
-            assert any(f"pipeline.pods.{program}" in line for line in lines)
-        assert told_by_the_agent(pod, 30)["message"] == status["message"]
-        code, seconds = pod.stop()
-        assert code == 0 and seconds < 10, pod.output()
-    assert any("pipeline.pods.watchdog" in line for line in seen)
-    assert not [line for line in seen if "duplex.cli" in line]
-    assert API_KEY not in pod.output()
-    assert list(with_key(fresh.runs)) == []  # all has ended
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"DUPLEX_RUNS": "/proc/nowhere/runs"}, "/proc/nowhere/runs must be writable"),
-        ({"DUPLEX_SET": "serve.runtime.token=abcdef-ghijkl"}, "no secrets"),
-    ],
-)
-def test_in_a_pod_what_fails_first_has_agent_and_watchdog(fresh, tmp_path, variables, said):
-    pod = in_a_pod(fresh, tmp_path, **variables)
-    with ended(pod.start()):
-        status = told_by_the_agent(pod, 60)
-        assert said in status["message"] and "abcdef-ghijkl" not in json.dumps(status)
-        deadline = time.monotonic() + 20
-        while "watchdog: at most 5 USD" not in pod.output():
-            assert time.monotonic() < deadline, pod.output()
-            time.sleep(0.1)
-        code, seconds = pod.stop()
-        assert code == 0 and seconds < 10, pod.output()
-
-
-def test_in_a_pod_a_missing_token_has_a_watchdog(fresh, tmp_path):
-    """Without a token no agent: nobody could be told. Its idle minutes end it all the same."""
-    pod = in_a_pod(fresh, tmp_path, DUPLEX_TOKEN="", DUPLEX_HOST="0.0.0.0")
-    with ended(pod.start()):
-        deadline = time.monotonic() + 30
-        while not all(words in pod.output() for words in ("DUPLEX_TOKEN must be set to serve",
-                                                          "watchdog: at most 5 USD")):  # fmt: skip
-            assert time.monotonic() < deadline, pod.output()
-            time.sleep(0.1)
-        assert pod.process.poll() is None
-        assert pod.stop()[0] == 0
-
-
 def test_a_server_that_dies_and_dies_is_given_up(workplace, tmp_path):
     pod = Pod(
         start_here(workplace), tmp_path / "out", DUPLEX_SERVE_PAUSE_S="0", DUPLEX_SERVE_TRIES="2"
@@ -368,28 +273,6 @@ def bare_root():
     finally:
         remove_user(user)
         shutil.rmtree(root)
-
-
-@pytest.mark.slow
-def test_root_starts_agent_and_watchdog_as_the_user_it_becomes(bare_root, tmp_path):
-    root, app, user = bare_root
-    workplace = start_here(make_workplace(root / "workspace"))
-    pod = in_a_pod(
-        workplace, tmp_path, app, DUPLEX_USER=user.name, DUPLEX_RUNS=str(workplace.runs),
-        DUPLEX_PYTHON=str(app / ".venv/bin/python"), HF_HOME=str(root / "workspace/huggingface"),
-        DUPLEX_SET="serve.runtime.token=abcdef-ghijkl", **libraries(root),
-    )  # fmt: skip
-    pod.environment = {k: v for k, v in pod.environment.items() if not k.startswith("PYTEST_")}
-    with ended(pod.start()):
-        assert "no secrets" in told_by_the_agent(pod, 60)["message"]
-        ours = [
-            pid for pid, line in command_lines() if str(app) in line or "pipeline.pods." in line
-        ]
-        owners = {Path(f"/proc/{pid}").stat().st_uid for pid in ours}
-        assert len(ours) >= 5 and owners == {user.uid}
-        code, seconds = pod.stop()
-        assert code == 0 and seconds < 10, pod.output()
-        assert [pid for pid in ours if Path(f"/proc/{pid}").exists()] == []
 
 
 @pytest.mark.slow
