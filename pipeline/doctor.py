@@ -22,6 +22,7 @@ from duplex.config import Config
 from duplex.datafiles import find_path
 from duplex.errors import DuplexError
 from duplex.streams import CODEBOOKS, KYUTAI_TOKENS
+from duplex.tokens import SHORTEST_TOKEN
 from pipeline.dialogues import estimate_cost
 from pipeline.engines import pocket
 from pipeline.engines.checkpoint import DEFAULT_NAMES, MODELS_FOLDER, model_identity
@@ -246,8 +247,10 @@ def _secrets(config: Config, needed: frozenset[str]) -> list[dict[str, str]]:
         state = "fail" if not held and "dialogues" in needed else "ok"
         checks.append(_check("LLM key", state, text))
     if config.serve.runtime.host not in ("127.0.0.1", "localhost", "::1"):
-        held = bool(config.serve.runtime.token)
-        text = "given" if held else "missing: a server off loopback needs serve.runtime.token"
+        token = config.serve.runtime.token or ""
+        held = len(token) >= SHORTEST_TOKEN
+        need = f"a server off loopback needs serve.runtime.token, {SHORTEST_TOKEN} characters of it"
+        text = "given" if held else f"found {len(token) or 'none'}: {need}"
         checks.append(_check("server token", "ok" if held else "fail", text))
     return checks
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from duplex.config import Config
 from duplex.datafiles import CHECKOUT, find_path
 from duplex.errors import PodError, RequestError, StageFailedError
+from duplex.tokens import secret_values
 from pipeline.pods.api import RunPod
 from pipeline.pods.bill import HOUR_S, hours_left, spent_usd
 from pipeline.pods.book import Book, PodEntry
@@ -178,8 +179,9 @@ class Session:
         return {name: value for name, value in held.items() if value}
 
     def _secrets(self) -> list[str]:
+        """What a message must not show: also what `--env` passes on, by its name."""
         token = self.book.token()
-        return [*self._passed_on(()).values(), *([token] if token else [])]
+        return [*secret_values(self._environment), *([token] if token else [])]
 
     def gpus(self, options: PodOptions) -> list[GpuType]:
         """The types to try, cheapest first; says how much memory is needed and why."""

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# COMMAND…, and again ten seconds after it ends, until SIGTERM. Exit code 2 says that it was asked for
-# something wrong: trying again would change nothing.
+# [--until-done] COMMAND…, and again ten seconds after it ends, until SIGTERM. Exit code 2 says that it
+# was asked for something wrong: trying again would change nothing. With --until-done, 0 is its end too.
 set -euo pipefail
+
+until_done=
+if [ "${1:-}" = --until-done ]; then
+  until_done=1
+  shift
+fi
 
 child=
 stop() {
@@ -22,6 +28,10 @@ while true; do
   if [ "$code" = 2 ]; then
     echo "keep.sh: not started again, exit code 2: $*"
     exit 2
+  fi
+  if [ "$code" = 0 ] && [ -n "$until_done" ]; then
+    echo "keep.sh: done: $*"
+    exit 0
   fi
   echo "keep.sh: exit code $code, again in ${DUPLEX_KEEP_PAUSE_S:-10} s: $*"
   sleep "${DUPLEX_KEEP_PAUSE_S:-10}" &

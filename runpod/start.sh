@@ -2,7 +2,8 @@
 # What a pod does from its first second: answer /ping, check itself, run or resume the pipeline,
 # serve, and serve again when the server dies. Started again after a kill at any moment, it goes
 # on: finished records are in the run folders on the volume. SIGTERM, which is what a pod gets that
-# is taken back, ends all of it at a whole record within ten seconds, with exit code 0.
+# is taken back, ends all of it at a whole record within ten seconds, with exit code 0. What fails in a
+# pod is said by its agent, and waited out: an end would only start the container again, billed.
 #
 # With arguments it runs those instead, in the image's environment: `… duplex status CONFIG`.
 #
@@ -11,6 +12,9 @@
 #   DUPLEX_SET      more settings as `duplex run --set` takes them, one a line; no secrets
 #   DUPLEX_FROM, DUPLEX_TO, DUPLEX_ONLY, DUPLEX_SKIP   as the options of `duplex run`
 #   DUPLEX_TOKEN, OPENAI_API_KEY, HF_TOKEN, WANDB_API_KEY   secrets: from the environment alone
+#   DUPLEX_BUDGET_USD, DUPLEX_PRICE_USD_H, DUPLEX_IDLE_MINUTES   what the watchdog ends the pod at;
+#                              the price counts until the API names its own
+#   RUNPOD_POD_ID, RUNPOD_API_KEY   by which it does that; a pod has them. The pipeline gets no such key
 #   DUPLEX_HOST, DUPLEX_PORT   where to serve (default: 0.0.0.0, which needs DUPLEX_TOKEN, and 8998)
 #   DUPLEX_AGENT_PORT          where the pod's agent answers (default: 8999)
 #   DUPLEX_DOCTOR=warn         go on although `duplex doctor` finds something that fails
@@ -53,40 +57,16 @@ export PYTHONPATH="$app${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 say() { echo "start.sh: $*"; }
 
-fail() {
-  echo "start.sh: $*" >&2
-  exit 1
-}
-
-# -- who we are
-
-# A volume belongs to root where it is mounted. What a person did there as root, in a terminal of the
-# pod, is handed over too. Some network volumes let nobody change owners: then root stays.
-hand_over() {
-  mkdir -p "$runs" "$HF_HOME" || return 1
-  find "$runs" "$HF_HOME" -xdev ! -user "$user" -exec chown -h "$user:" {} + 2>/dev/null
-  setpriv --reuid="$(id -u "$user")" --regid="$(id -g "$user")" --clear-groups \
-    test -w "$runs" -a -w "$HF_HOME"
-}
-
-if [ "$(id -u)" = 0 ] && [ -n "$user" ]; then
-  if ! id -u "$user" >/dev/null 2>&1; then
-    say "there is no user $user here: staying root"
-  elif ! hand_over; then
-    say "$user cannot be given $runs: staying root"
-  else
-    home="$(getent passwd "$user" | cut -d: -f6)"
-    exec setpriv --reuid="$(id -u "$user")" --regid="$(id -g "$user")" --init-groups \
-      env HOME="$home" "$app/runpod/start.sh"
-  fi
-fi
-
 # -- ends
 
 # Linux: whatever is started here dies with this script, however that dies.
 bound=()
 if setpriv --pdeathsig KILL true 2>/dev/null; then bound=(setpriv --pdeathsig KILL --); fi
 log_pid=
+ping_pid="${DUPLEX_PING_PID:-}"
+# Agent and watchdog. Root starts them as the user, and becomes that user then, in the same process.
+read -ra beside <<<"${DUPLEX_BESIDE_PIDS:-}"
+unset DUPLEX_BESIDE_PIDS DUPLEX_PING_PID
 
 any_running() {
   local pid
@@ -100,6 +80,7 @@ any_running() {
 end_all() {
   local pids left
   mapfile -t pids < <(jobs -p)
+  pids+=("${beside[@]}" ${ping_pid:+"$ping_pid"})
   [ ${#pids[@]} -gt 0 ] || return 0
   kill -TERM "${pids[@]}" 2>/dev/null || true
   for ((left = grace_s * 10; left > 0; left--)); do
@@ -115,6 +96,7 @@ on_exit() {
   local code=$? left
   trap '' TERM INT
   end_all
+  [ -z "$scratch" ] || rm -rf "$scratch"
   exec >&- 2>&-
   if [ -n "$log_pid" ]; then
     for ((left = 20; left > 0; left--)); do
@@ -145,23 +127,111 @@ await() {
   return "$code"
 }
 
-# -- /ping, from the first second until the server takes the port
+# Why it was given up, for the agent: on the container's own disk, since the volume may be full.
+scratch="${DUPLEX_FAILED_FILE:+$(dirname "${DUPLEX_FAILED_FILE:-}")}"
+if [ -z "$scratch" ]; then scratch="$(mktemp -d 2>/dev/null || true)"; fi
+export DUPLEX_FAILED_FILE="${scratch:+$scratch/failed}"
 
-ping_pid=
+# Outside of a pod it ends with 1. In a pod, RunPod would start the container again at once, bill it,
+# and nobody would learn why: there it waits, with agent and watchdog, until idle minutes end the pod.
+fail() {
+  echo "start.sh: $*" >&2
+  if [ -z "${DUPLEX_POD_ID:-${RUNPOD_POD_ID:-}}" ] || [ ${#beside[@]} = 0 ]; then exit 1; fi
+  [ -z "$DUPLEX_FAILED_FILE" ] || echo "$*" >"$DUPLEX_FAILED_FILE" || true
+  say "waiting: the agent says why, and the watchdog ends the pod when its idle minutes are over"
+  while true; do
+    start_ping
+    await sleep 30 || true
+  done
+}
 
+# -- what is there from the first second
+
+# Whom programs beside are started as: nothing, or how to become the user.
+as=()
+
+# /ping, until the server takes the port.
 start_ping() {
   [ -z "$ping_pid" ] || ! kill -0 "$ping_pid" 2>/dev/null || return 0
-  "${bound[@]}" "$python" -I "$app/runpod/ping.py" --host "$host" --port "$port" &
+  "${as[@]}" "${bound[@]}" env -u RUNPOD_API_KEY \
+    "$python" -I "$app/runpod/ping.py" --host "$host" --port "$port" &
   ping_pid=$!
+}
+
+# Agent and watchdog, where this checkout has them; their settings are in the environment.
+start_beside() {
+  cd "$app"
+  if [ -f pipeline/pods/agent.py ]; then
+    "${as[@]}" "${bound[@]}" "$app/runpod/keep.sh" "$python" -m pipeline.pods.agent &
+    beside+=($!)
+  fi
+  if [ -f pipeline/pods/watchdog.py ]; then
+    "${as[@]}" "${bound[@]}" "$app/runpod/keep.sh" --until-done \
+      "$python" -m pipeline.pods.watchdog &
+    beside+=($!)
+  fi
 }
 
 [ -x "$python" ] || fail "$python must be an interpreter with this project, found nothing there;" \
   "run \`make setup\` in $app, or set DUPLEX_PYTHON"
+
+# -- who we are
+
+# A volume belongs to root where it is mounted. What a person did there as root, in a terminal of the
+# pod, is handed over too. Some network volumes let nobody change owners: then root stays.
+hand_over() {
+  mkdir -p "$runs" "$HF_HOME" || return 1
+  find "$runs" "$HF_HOME" -xdev ! -user "$user" -exec chown -h "$user:" {} + 2>/dev/null || true
+  setpriv --reuid="$(id -u "$user")" --regid="$(id -g "$user")" --clear-groups \
+    test -w "$runs" -a -w "$HF_HOME"
+}
+
+# In the background, since a signal is to be heard meanwhile.
+await_hand_over() {
+  local code=0
+  hand_over &
+  wait $! || code=$?
+  return "$code"
+}
+
+if [ "$(id -u)" = 0 ] && [ -n "$user" ]; then
+  if ! id -u "$user" >/dev/null 2>&1; then
+    say "there is no user $user here: staying root"
+  else
+    home="$(getent passwd "$user" | cut -d: -f6)"
+    as=(setpriv "--reuid=$(id -u "$user")" "--regid=$(id -g "$user")" --init-groups env "HOME=$home")
+    [ -z "$scratch" ] || chown "$user:" "$scratch"
+    start_ping
+    start_beside # before the owners of a large volume are changed
+    if await_hand_over; then
+      trap - EXIT TERM INT
+      export DUPLEX_BESIDE_PIDS="${beside[*]}" DUPLEX_PING_PID=$ping_pid
+      exec "${as[@]}" "$app/runpod/start.sh"
+    fi
+    say "$user cannot be given $runs: staying root"
+    end_all
+    as=() beside=() ping_pid=
+  fi
+fi
+
+# -- beside the pipeline, before all that can fail
+
+start_ping
+[ ${#beside[@]} -gt 0 ] || start_beside
+
+# -- the token
+
+token="${DUPLEX_TOKEN:-}"
+shortest="$("$python" -c 'from duplex.tokens import SHORTEST_TOKEN as n; print(n)')" ||
+  fail "$python must be an interpreter that finds this project in $app, see above"
 case "$host" in
   127.0.0.1 | localhost | ::1) ;;
-  *) [ -n "${DUPLEX_TOKEN:-}" ] || fail "DUPLEX_TOKEN must be set to serve on $host, found nothing" ;;
+  *)
+    [ -n "$token" ] || fail "DUPLEX_TOKEN must be set to serve on $host, found nothing"
+    [ ${#token} -ge "$shortest" ] || fail "DUPLEX_TOKEN must have at least $shortest characters," \
+      "found ${#token}; \`openssl rand -hex 16\` makes a good one"
+    ;;
 esac
-start_ping
 
 # -- the volume
 
@@ -193,24 +263,28 @@ for option in from to only skip; do
   name="DUPLEX_${option^^}"
   [ -z "${!name:-}" ] || chosen+=("--$option" "${!name}")
 done
-duplex=("$python" -m duplex.cli)
 arguments=("$config" --runs "$runs" "${sets[@]}")
 cd "$app"
 
 # -- the life of a pod
 
-# Agent and watchdog, where this checkout has them; their settings are in the environment.
-for program in agent watchdog; do
-  if [ -f "$app/pipeline/pods/$program.py" ]; then
-    "${bound[@]}" "$app/runpod/keep.sh" "$python" -m "pipeline.pods.$program" &
-  fi
-done
+[ -z "$DUPLEX_FAILED_FILE" ] || rm -f "$DUPLEX_FAILED_FILE"
+# The watchdog alone needs the key that can end pods; agent and log have it to take it out of what
+# they show.
+duplex=(env -u RUNPOD_API_KEY "$python" -m duplex.cli)
+
+said="${scratch:-/tmp}/doctor"
+# What the doctor calls a fault, or else its last words, short enough for a message.
+findings() {
+  sleep 0.2 # until `tee` has written the end
+  { grep -wE 'fail' "$said" || tail -n 3 "$said"; } 2>/dev/null | tr -s ' \n' ' ' | cut -c -800
+}
 
 code=0
-await "${duplex[@]}" doctor "${arguments[@]}" || code=$?
+await "${duplex[@]}" doctor "${arguments[@]}" > >(tee "$said") 2>&1 || code=$?
 if [ "$code" != 0 ]; then
   [ "$code" = 1 ] && [ "${DUPLEX_DOCTOR:-}" = warn ] ||
-    fail "duplex doctor found what must be mended first (exit code $code), see above;" \
+    fail "duplex doctor found what must be mended first (exit code $code): $(findings)" \
       "DUPLEX_DOCTOR=warn goes on all the same"
 fi
 

@@ -28,6 +28,7 @@ LAYERS = [
         1,
         (
             "duplex.base",
+            "duplex.tokens",
             "duplex.characters",
             "duplex.words",
             "duplex.records",

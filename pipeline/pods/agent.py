@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,16 @@ from duplex.errors import EXIT_BAD_REQUEST, EXIT_DONE, DuplexError
 from duplex.files import known_sha256
 from duplex.lock import is_locked
 from duplex.store import MANIFEST
+from duplex.tokens import SHORTEST_TOKEN
+from pipeline.pods.api import KEY_NAME
 from pipeline.pods.inside import Inside
-from pipeline.pods.names import Offered, is_stage_folder, may_be_fetched, ordered
+from pipeline.pods.names import SUBFOLDERS, Offered, is_stage_folder, may_be_fetched, ordered
 from pipeline.pods.usage import read_usage, usage_path
 
 STATUS_KEPT_S, STATUS_TIMEOUT_S = 10.0, 60.0
 READY_KEPT_S, READY_TIMEOUT_S = 2.0, 3.0
-MAX_TAIL, MAX_LOG_BYTES = 5000, 1 << 20
-SHORTEST_TOKEN = 16
+MAX_TAIL, MAX_LOG_BYTES, MAX_FAILURE_BYTES = 5000, 1 << 20, 2000
+OFFERS_KEPT_S = 5.0
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -51,7 +53,8 @@ class Agent:
         self._inside = inside
         self._status: tuple[float, dict[str, Any]] | None = None
         self._ready: tuple[float, bool] = (-READY_KEPT_S, False)
-        self._lock = asyncio.Lock()
+        self._offers: tuple[float, dict[str, Offered]] = (-OFFERS_KEPT_S, {})
+        self._lock, self._offers_lock = asyncio.Lock(), asyncio.Lock()
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._check])
@@ -97,8 +100,12 @@ class Agent:
     async def _show_status(self, _: web.Request) -> web.StreamResponse:
         status = dict(await self._rows())
         usage = read_usage(usage_path(self._inside.runs, self._inside.job))
+        failure = read_failure(self._inside.failed_file)
+        names = self._inside.selection.of([row["name"] for row in status["stages"]])
+        selected = [row for row in status["stages"] if row["name"] in names]
         status |= {
-            "pipeline": pipeline_state(status["stages"], self._is_running()),
+            "pipeline": pipeline_state(selected, self._is_running(), has_failed=bool(failure)),
+            "message": failure or status["message"],
             "spent_usd": usage.spent_usd,
             "ended": usage.ended,
         }
@@ -110,7 +117,7 @@ class Agent:
 
     def _run_folder(self) -> Path | None:
         try:
-            return self._inside.runs / load_config(self._config).name
+            return self._inside.runs / load_config(self._config, list(self._inside.settings)).name
         except DuplexError:
             return None
 
@@ -129,10 +136,12 @@ class Agent:
         command = [
             sys.executable, "-m", "duplex.cli", "status", str(self._config),
             "--runs", str(self._inside.runs), "--json",
+            *(part for line in self._inside.settings for part in ("--set", line)),
         ]  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if name != KEY_NAME}
         path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
         process = await asyncio.create_subprocess_exec(
-            *command, env=os.environ | {"PYTHONPATH": path},
+            *command, env=environment | {"PYTHONPATH": path},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
@@ -167,7 +176,7 @@ class Agent:
     # -- files
 
     async def _files(self, _: web.Request) -> web.StreamResponse:
-        offers = await asyncio.to_thread(self._offers)
+        offers = await self._list()
         return web.json_response(
             {"files": [{"name": offer.name, "bytes": offer.num_bytes, "sha256": offer.sha256}
                        for offer in ordered(offers.values())]}
@@ -176,14 +185,18 @@ class Agent:
     async def _file(self, request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
         folder = self._run_folder()
-        offers = await asyncio.to_thread(self._offers) if may_be_fetched(name) else {}
-        if folder is None or name not in offers:
+        if folder is None or not await asyncio.to_thread(is_offered, folder, name):
             raise web.HTTPNotFound(text="no file of that name is on the list; see /files")
         return web.FileResponse(folder / name, headers={"Cache-Control": "no-store"})
 
-    def _offers(self) -> dict[str, Offered]:
-        folder = self._run_folder()
-        return {} if folder is None else list_offers(folder)
+    async def _list(self) -> dict[str, Offered]:
+        """The list, as it was a few seconds ago at most."""
+        async with self._offers_lock:
+            if time.monotonic() - self._offers[0] >= OFFERS_KEPT_S:
+                folder = self._run_folder()
+                found = {} if folder is None else await asyncio.to_thread(list_offers, folder)
+                self._offers = (time.monotonic(), found)
+            return self._offers[1]
 
 
 def list_offers(run_folder: Path) -> dict[str, Offered]:
@@ -192,17 +205,41 @@ def list_offers(run_folder: Path) -> dict[str, Offered]:
     found: dict[str, Offered] = {}
     folders = sorted(run_folder.iterdir()) if run_folder.is_dir() else []
     for folder in folders:
-        manifest = folder / MANIFEST
-        if folder.is_symlink() or not is_stage_folder(folder.name) or not manifest.is_file():
+        if not _is_complete(folder):
             continue
-        known = _manifest_digests(manifest)
-        for path in sorted(folder.rglob("*")):
+        known = _manifest_digests(folder / MANIFEST)
+        for path in _within(folder):
             name = path.relative_to(run_folder).as_posix()
-            if not may_be_fetched(name) or path.is_symlink() or not path.is_file():
+            if not is_offered(run_folder, name):
                 continue
             sha256 = known.get(path.relative_to(folder).as_posix()) or known_sha256(path)
             found[name] = Offered(name, path.stat().st_size, sha256)
     return found
+
+
+def is_offered(run_folder: Path, name: str) -> bool:
+    """Whether `name` is on the list of this run: looks at that file, and at its stage's folder."""
+    if not may_be_fetched(name):
+        return False
+    path, folder = run_folder / name, run_folder / name.partition("/")[0]
+    is_linked = any(
+        part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(folder)
+    )
+    return not is_linked and path.is_file() and _is_complete(folder)
+
+
+def _is_complete(folder: Path) -> bool:
+    return (
+        not folder.is_symlink() and is_stage_folder(folder.name) and (folder / MANIFEST).is_file()
+    )
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """What could be on the list. A stage may hold tens of thousands of recordings beside it,
+    which are not looked at."""
+    for place in (folder, *(folder / name for name in SUBFOLDERS)):
+        if place.is_dir() and not place.is_symlink():
+            yield from sorted(place.iterdir())
 
 
 def _manifest_digests(manifest: Path) -> dict[str, str]:
@@ -212,11 +249,28 @@ def _manifest_digests(manifest: Path) -> dict[str, str]:
         return {}
 
 
-def pipeline_state(rows: list[dict[str, Any]], is_running: bool) -> str:
-    """waiting | running | failed | done. `running`: somebody holds the run folder's lock."""
+def read_failure(path: Path | None) -> str:
+    """Why start.sh gave up; nothing where it has not."""
+    if path is None or not path.is_file():
+        return ""
+    text = last_bytes(path, MAX_FAILURE_BYTES).decode("utf-8", "replace").strip()
+    return text or "start.sh gave up; its log says why"
+
+
+def pipeline_state(
+    rows: list[dict[str, Any]], is_running: bool, *, has_failed: bool = False
+) -> str:
+    """waiting | running | failed | done, of the stages that the pod is to do.
+
+    Args:
+        is_running: somebody holds the run folder's lock.
+        has_failed: start.sh gave up: doctor, a stage or the model server.
+    """
     states = [row["state"] for row in rows]
     if is_running or "running" in states:
         return "running"
+    if has_failed:
+        return "failed"
     if states and all(state == "done" for state in states):
         return "done"
     return "failed" if "failed" in states else "waiting"

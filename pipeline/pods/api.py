@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 
 from duplex.errors import PodError, RequestError
+from duplex.tokens import SHORTEST_SECRET
 from pipeline.engines.redaction import redacted
 from pipeline.pods.bill import parse_time
 from pipeline.pods.clock import Clock
@@ -30,7 +31,6 @@ USER_AGENT = "duplex-workbench"
 MAX_REPLY_BYTES = 16 << 20
 TIMEOUT_S = 60.0
 ATTEMPTS = 5
-SHORTEST_SECRET = 6  # what is shorter is part of many words
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0
 
 _POD_ID = re.compile(r"[A-Za-z0-9]{1,64}")

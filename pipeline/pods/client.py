@@ -48,6 +48,10 @@ class PodStatus:
     message: str = ""
     spent_usd: float | None = None
 
+    @property
+    def num_done(self) -> int:
+        return sum(state == "done" for _, state, _ in self.stages)
+
 
 class PodClient:
     """The services of one pod.

@@ -218,7 +218,7 @@ class Control:
         """Start a stopped pod, with the limits of today. False: its host has no GPU free."""
         assert entry.id is not None
         try:
-            self._renew_limits(entry, wish)
+            self._renew_env(entry, wish)
             # Paid from here on, for all that is known; the list says later since when it was.
             now = self._clock.now()
             self.book.running(entry.name, entry.id, None, now, now)
@@ -247,11 +247,10 @@ class Control:
         start_s = spans[-1].start_s if spans else entry.asked_s
         self.book.ended(entry.name, start_s, gone=True)
 
-    def _renew_limits(self, entry: PodEntry, wish: Wish) -> None:
-        """The limits that the pod keeps by itself are in its environment."""
+    def _renew_env(self, entry: PodEntry, wish: Wish) -> None:
+        """What the pod reads is in its environment: limits, keys, the token, what to run. All of it
+        is sent: what of it the pod has already is not known here, since no secret is kept."""
         assert entry.id is not None
-        if (entry.budget_usd, entry.idle_minutes) == (wish.budget_usd, wish.idle_minutes):
-            return
         state = self.book.read()
         spent = state.spent_usd(self._clock.now())
         env = pod_env(wish, job=state.job, usd_h=entry.usd_h, spent_usd=spent)
@@ -261,8 +260,9 @@ class Control:
             raise
         except ApiTrouble as trouble:
             self._report(
-                f"{trouble}. The pod keeps its old limits by itself: {entry.budget_usd:g} USD, "
-                f"{entry.idle_minutes:g} idle minutes; this command keeps the new ones"
+                f"{trouble}. The pod keeps its old environment, with limits of "
+                f"{entry.budget_usd:g} USD and {entry.idle_minutes:g} idle minutes; this command "
+                "keeps the new ones"
             )
             return
         self.book.update(

@@ -42,7 +42,7 @@ class Follower:
         self._control, self._book, self._clock = control, control.book, clock
         self._connect, self._report, self._poll_s = connect, report, poll_s
         self._status = PodStatus("unknown")
-        self._forward_s = 0.0
+        self._forward_s = self._looked_s = 0.0
         self._said = ""
 
     def follow(self, wish: Wish, gpus: Sequence[GpuType], rules: Rules) -> PodEntry:
@@ -53,7 +53,7 @@ class Follower:
                 unless somebody else did that.
             RequestError: the key is not accepted.
         """
-        self._forward_s = self._clock.now()
+        self._forward_s = self._looked_s = self._clock.now()
         self._book.change(
             lambda state: state.model_copy(
                 update={"wanted": "up", "network_volume": wish.network_volume}
@@ -85,7 +85,8 @@ class Follower:
                     self._control.delete(entry)
                 self._control.create(wish, gpus)
             view = View("none", start_refused=not is_up, starts=view.starts + is_up)
-            self._forward_s, self._said = self._clock.now(), ""
+            self._forward_s = self._looked_s = self._clock.now()
+            self._said = ""
 
     def _look(self, view: View, cheapest_usd_h: float) -> tuple[View, PodEntry | None]:
         standing: PodState | None = None
@@ -108,9 +109,12 @@ class Follower:
         if standing == "running":
             assert entry is not None and entry.id is not None
             before, view = view, self._ask_pod(entry.id, view)
-            if _is_forward(before, view):
+            if is_forward(before, view):
                 self._forward_s = now
+            elif view.pipeline == "running":  # a stage may take hours: they do not count
+                self._forward_s += now - self._looked_s
             self._say(_progress(view, self._status))
+        self._looked_s = now
         return replace(view, stuck_s=now - self._forward_s), entry
 
     def _ask_pod(self, pod_id: str, view: View) -> View:
@@ -126,6 +130,8 @@ class Follower:
             return replace(
                 view,
                 agent_answers=True,
+                has_answered=True,
+                num_done=max(view.num_done, self._status.num_done),
                 pipeline=state,
                 server_ready=state == "done" and client.server_is_ready(),
                 failed_looks=view.failed_looks + 1 if state == "failed" else 0,
@@ -175,13 +181,10 @@ class Follower:
         )
 
 
-def _is_forward(before: View, after: View) -> bool:
-    """A pipeline at work is progress by itself: a stage may take hours."""
-    return (
-        after.pipeline == "running"
-        or (after.agent_answers and not before.agent_answers)
-        or (after.pipeline == "done" and before.pipeline != "done")
-    )
+def is_forward(before: View, after: View) -> bool:
+    """A stage more is done than ever before, or the pod answers for the first time since we started
+    it. That it answers again is no progress: its container may be starting over and over."""
+    return after.num_done > before.num_done or (after.has_answered and not before.has_answered)
 
 
 def _progress(view: View, status: PodStatus) -> str:
@@ -196,5 +199,6 @@ def progress_words(status: PodStatus) -> str:
     if not status.stages:
         return status.message or status.pipeline
     running = [f", {name} at work" for name, state, _ in status.stages if state == "running"]
-    done = sum(state == "done" for _, state, _ in status.stages)
-    return f"{status.pipeline}, {done} of {len(status.stages)} stages done{''.join(running)}"
+    why = f": {status.message}" if status.pipeline == "failed" and status.message else ""
+    of = f"{status.num_done} of {len(status.stages)} stages done"
+    return f"{status.pipeline}{why}, {of}{''.join(running)}"

@@ -4,6 +4,9 @@ DUPLEX_CONFIG, DUPLEX_RUNS        what runs, and where its folders are
 DUPLEX_PORT, DUPLEX_AGENT_PORT    of the model server (8998) and of the agent (8999)
 DUPLEX_TOKEN                      what both ask for
 DUPLEX_LOG                        the pipeline's output; <run root>/pod.log if not given
+DUPLEX_SET                        settings over the config, one a line
+DUPLEX_FROM, DUPLEX_TO, DUPLEX_ONLY, DUPLEX_SKIP   which stages the pod is to do
+DUPLEX_FAILED_FILE                why start.sh gave up; there only while it has
 DUPLEX_BUDGET_USD, DUPLEX_PRICE_USD_H, DUPLEX_IDLE_MINUTES, DUPLEX_SPENT_USD   the limits
 DUPLEX_JOB                        whose budget it is
 DUPLEX_DATA_OUTLIVES_POD          1: on a network volume, so the pod may be deleted
@@ -14,19 +17,44 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from duplex.lock import is_locked
-from pipeline.pods.api import BASE_URL, KEY_NAME, SHORTEST_SECRET
+from duplex.tokens import secret_values
+from pipeline.pods.api import BASE_URL, KEY_NAME
 from pipeline.pods.request import AGENT_PORT, RUNS_IN_POD, SERVE_PORT
 
-SECRET_NAMES = ("DUPLEX_TOKEN", KEY_NAME, "OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY")
 # Processes that stay up for as long as the pod does: they are no work.
 _STANDING = ("pipeline.serving.app", "pipeline.pods.")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Which stages this pod is to do, as `duplex run` was told."""
+
+    first: str | None = None
+    last: str | None = None
+    only: str | None = None
+    skip: tuple[str, ...] = ()
+
+    def of(self, names: Sequence[str]) -> list[str]:
+        """Those of `names`, in order. An unknown name limits nothing: `duplex run` refuses it."""
+        start, end = self.only or self.first, self.only or self.last
+        low = names.index(start) if start in names else 0
+        high = names.index(end) + 1 if end in names else len(names)
+        return [name for name in names[low:high] if name not in self.skip]
+
+
+def read_settings(text: str) -> tuple[str, ...]:
+    """The lines of DUPLEX_SET. start.sh refuses secrets there; until it has, they go nowhere, since
+    others see a process's arguments."""
+    lines = (line.strip() for line in text.splitlines())
+    return tuple(line for line in lines if line and not re.search(r"(token|api_key)=", line))
 
 
 @dataclass(frozen=True)
@@ -47,6 +75,9 @@ class Inside:
     spent_usd: float
     data_outlives_pod: bool
     secrets: tuple[str, ...] = field(repr=False)
+    settings: tuple[str, ...] = ()
+    selection: Selected = field(default_factory=Selected)
+    failed_file: Path | None = None
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Inside:
@@ -68,11 +99,15 @@ class Inside:
             idle_minutes=_number(get("DUPLEX_IDLE_MINUTES"), 0.0),
             spent_usd=_number(get("DUPLEX_SPENT_USD"), 0.0),
             data_outlives_pod=get("DUPLEX_DATA_OUTLIVES_POD") == "1",
-            secrets=tuple(
-                value
-                for name in SECRET_NAMES
-                if len(value := (get(name) or "").strip()) >= SHORTEST_SECRET
+            secrets=secret_values(environment),
+            settings=read_settings(get("DUPLEX_SET") or ""),
+            selection=Selected(
+                get("DUPLEX_FROM") or None,
+                get("DUPLEX_TO") or None,
+                get("DUPLEX_ONLY") or None,
+                tuple(name.strip() for name in (get("DUPLEX_SKIP") or "").split(",")),
             ),
+            failed_file=Path(failed) if (failed := get("DUPLEX_FAILED_FILE")) else None,
         )
 
     def clean(self, text: str) -> str:

@@ -67,8 +67,10 @@ class View:
     wanted_down: another command, or a person, took it down meanwhile.
     start_refused: the API would not start the stopped pod.
     agent_answers, pipeline, server_ready: what the pod's own services say.
+    has_answered: it did so once since we started it.
+    num_done: the most stages that were ever done.
     failed_looks: how many looks in a row saw a failed pipeline.
-    stuck_s: seconds since the last step forward.
+    stuck_s: seconds since the last step forward, less those in which the pipeline was at work.
     """
 
     pod: PodState
@@ -76,8 +78,10 @@ class View:
     wanted_down: bool = False
     start_refused: bool = False
     agent_answers: bool = False
+    has_answered: bool = False
     pipeline: PipelineState = "unknown"
     server_ready: bool = False
+    num_done: int = 0
     failed_looks: int = 0
     stuck_s: float = 0.0
     starts: int = 0

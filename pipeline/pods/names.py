@@ -27,6 +27,7 @@ _BY_STAGE = {
     "serve": (),
     "evaluate": (r"report\.(?:html|json)", r"timings\.json"),
 }
+SUBFOLDERS = ("parts", "adapter", "last", "checkpoint")  # where the names of the list lie
 _FOLDER = re.compile(rf"(?P<number>0[1-9])-(?P<stage>{'|'.join(_BY_STAGE)})-[0-9a-f]{{8}}")
 _FILES = {stage: re.compile("|".join((*_EVERY, *own))) for stage, own in _BY_STAGE.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -40,6 +40,7 @@ from duplex.errors import (
     RequestError,
 )
 from duplex.files import write_json
+from duplex.tokens import SHORTEST_TOKEN
 from pipeline.serving.access import is_loopback
 from pipeline.serving.limits import HEADER_S, Limits
 from pipeline.serving.placeholder import dismiss
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from pipeline.serving.model import ServedModel
 
 CERTIFICATE, KEY = "cert.pem", "key.pem"  # as moshi.server's --ssl has them
-SHORTEST_TOKEN = 8
 
 
 def main(argv: list[str] | None = None) -> int:

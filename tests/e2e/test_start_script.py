@@ -189,6 +189,7 @@ def refused(pod, *arguments, within_s=60, cwd="/"):
     ("variables", "said"),
     [
         ({"DUPLEX_TOKEN": "", "DUPLEX_HOST": "0.0.0.0"}, "DUPLEX_TOKEN must be set to serve"),
+        ({"DUPLEX_TOKEN": "fifteen-letters", "DUPLEX_HOST": "0.0.0.0"}, "at least 16 characters"),
         ({"DUPLEX_RUNS": "/proc/nowhere/runs"}, "/proc/nowhere/runs must be writable"),
         ({"DUPLEX_PYTHON": "/nowhere/python"}, "/nowhere/python must be an interpreter"),
         ({"DUPLEX_SET": "train.steps=2\nserve.runtime.token=abcdef-ghijkl"}, "no secrets"),

@@ -92,6 +92,8 @@ class FakeRunPod:
         self.work_s = 600.0
         self.worked_s = 0.0  # on the volume: goes on behind a preemption
         self.pipeline_fails = False
+        self.failure = ""  # why start.sh gave up, before any stage has failed
+        self.loop_s: float | None = None  # its container ends so often, and is started again
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, Any]] = []
         self.events: list[tuple[float, Callable[[], None]]] = []
@@ -258,6 +260,8 @@ class FakeRunPod:
             return web.Response(status=502, text="<html>bad gateway</html>")
         if port in pod.forward:
             return await self._pass_on(request, f"{pod.forward[port]}/{path}")
+        if self.loop_s is not None and (now - pod.ready_s) // self.loop_s % 2:
+            return web.Response(status=502, text="nothing listens")
         worked = self.worked_s + now - pod.ready_s
         is_done = worked >= self.work_s and not self.pipeline_fails
         if port == 8998:
@@ -271,7 +275,12 @@ class FakeRunPod:
         if path == "status":
             state = "done" if is_done else "failed" if self.pipeline_fails else "running"
             row = {"name": "train", "state": state, "message": "no memory" * self.pipeline_fails}
-            return web.json_response({"pipeline": state, "stages": [row]})
+            if self.failure:
+                state, row["state"] = "failed", "missing"
+            elif self.loop_s is not None:
+                state = row["state"] = "waiting"
+            answer = {"pipeline": state, "stages": [row], "message": self.failure}
+            return web.json_response(answer)
         if path == "files":
             return web.json_response({"files": []})
         if path == "logs":

@@ -22,7 +22,7 @@ from duplex.configfile import load_config
 from duplex.lock import RunLock
 from pipeline import pod_command
 from pipeline.pods import client as client_module
-from pipeline.pods.agent import Agent, list_offers, pipeline_state
+from pipeline.pods.agent import Agent, is_offered, list_offers, pipeline_state
 from pipeline.pods.client import PodClient
 from pipeline.pods.inside import Inside
 from pipeline.pods.usage import Usage, usage_path, write_usage
@@ -42,14 +42,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def agent_process(config: Path, runs: Path, token: str = TOKEN, port: int | None = None):
+def agent_process(
+    config: Path, runs: Path, token: str = TOKEN, port: int | None = None, **variables: str
+):
     """`python -m pipeline.pods.agent`; gives its URL."""
     at = free_port()
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "DUPLEX_CONFIG": str(config),
         "DUPLEX_RUNS": str(runs), "DUPLEX_AGENT_PORT": str(at), "DUPLEX_TOKEN": token,
         "DUPLEX_PORT": str(port or free_port()), "OPENAI_API_KEY": LLM_KEY,
-        "DUPLEX_JOB": "0123abcd",
+        "DUPLEX_JOB": "0123abcd", **variables,
     }  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "pipeline.pods.agent"], env=environment)
     url = f"http://127.0.0.1:{at}"
@@ -187,6 +189,58 @@ def test_status_follows_the_lock(desk, volume):
         client.close()
 
 
+def test_settings_and_stages_of_the_pod_are_those_of_its_run(desk):
+    """`DUPLEX_SET` moves the run's folder, and a pod that is to train only is done then."""
+    runs = desk.folder / "half"
+    finish(load_config(desk.config, ["name=other"]), runs, until=6)
+    settings = "name=other\n\nserve.runtime.token=never-on-a-command-line\n"
+    with agent_process(desk.config, runs, DUPLEX_SET=settings, DUPLEX_TO="train") as url:
+        client = client_of(url)
+        status = client.status()
+        assert [state for _, state, _ in status.stages] == ["done"] * 6 + ["missing"] * 3
+        assert status.pipeline == "done" and status.message == ""
+        assert any("train" in offer.name for offer in client.files()[0])
+        with RunLock(runs / "other"):
+            assert client.status().pipeline == "running"
+        client.close()
+    with agent_process(desk.config, runs, DUPLEX_SET="name=other") as url:
+        client = client_of(url)
+        assert client.status().pipeline == "waiting"  # all nine are wanted
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, "abcd"), ({"FROM": "b"}, "bcd"), ({"TO": "b"}, "ab"), ({"ONLY": "c"}, "c"),
+        ({"SKIP": "a, c"}, "bd"), ({"FROM": "b", "TO": "c", "SKIP": "c"}, "b"),
+        ({"TO": "nothing-known"}, "abcd"),
+    ],
+)  # fmt: skip
+def test_the_stages_that_a_pod_is_to_do(asked, expected):
+    inside = Inside.of({f"DUPLEX_{name}": value for name, value in asked.items()})
+    assert "".join(inside.selection.of(list("abcd"))) == expected
+
+
+def test_why_it_gave_up_is_said_until_the_next_start(desk, volume):
+    failed = desk.folder / "failed"
+    with agent_process(desk.config, volume, DUPLEX_FAILED_FILE=str(failed)) as url:
+        client = client_of(url)
+        assert client.status().pipeline == "done"
+        failed.write_text(f"the server cannot start with {TOKEN}\n")
+        status = client.status()
+        assert status.pipeline == "failed"
+        assert status.message == "the server cannot start with ***"
+        failed.unlink()
+        assert client.status().pipeline == "done"
+        client.close()
+
+
+def test_whatever_is_named_like_a_secret_is_taken_out():
+    inside = Inside.of({"MY_VENDOR_PASSWORD": "open-sesame", "A_KEY": "short", "PLACE": "harbour"})
+    assert inside.clean("open-sesame, short harbour") == "***, short harbour"
+
+
 def test_a_broken_config_breaks_an_answer_and_not_the_agent(tmp_path):
     config = write_yaml(tmp_path / "broken.yaml", {"name": "small", "no-such-section": 1})
     with agent_process(config, tmp_path / "runs") as url:
@@ -237,9 +291,19 @@ def test_links_are_not_followed_out_of_the_run(desk, volume):
     train = next(p for p in run_folder.iterdir() if "train" in p.name)
     (train / "timing.jsonl").symlink_to("/etc/hostname")
     (run_folder / "06-train-0badcafe").symlink_to(train)
+    (run_folder / "07-merge-0badcafe").mkdir()
+    (run_folder / "07-merge-0badcafe" / "manifest.json").write_text("{}")
+    (run_folder / "07-merge-0badcafe" / "checkpoint").symlink_to("/etc")
+    (train / "blobs").mkdir()
+    (train / "blobs" / "manifest.json").write_text("{}")
     names = list_offers(run_folder)
+    assert all(is_offered(run_folder, name) for name in names)
+    assert not is_offered(run_folder, f"{train.name}/timing.jsonl")
+    assert not is_offered(run_folder, f"{train.name}/blobs/manifest.json")
+    assert not is_offered(run_folder, "06-train-0badcafe/metrics.jsonl")
+    assert not is_offered(run_folder, "07-merge-0badcafe/checkpoint/certificate.json")
     assert f"{train.name}/metrics.jsonl" in names and f"{train.name}/timing.jsonl" not in names
-    assert not any("0badcafe" in name for name in names)
+    assert not any("train-0badcafe" in name for name in names)
 
 
 def test_an_unfinished_stage_is_not_offered(desk):

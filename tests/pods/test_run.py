@@ -79,6 +79,36 @@ def test_a_failed_pipeline_takes_the_pod_down_and_says_why(desk, capsys):
     assert desk.clock.slept.count(POLL_S) >= FAILED_LOOKS - 1
 
 
+def test_a_start_that_gave_up_takes_the_pod_down_and_says_why(desk):
+    """No stage has failed: it was the doctor, or the server."""
+    desk.fake.failure = "duplex doctor found what must be mended first: no CUDA device"
+    with pytest.raises(StageFailedError, match="no CUDA device"):
+        desk.run()
+    assert desk.fake.running() == []
+
+
+def test_a_container_that_starts_over_and_over_is_no_progress(desk):
+    desk.fake.loop_s = 90.0
+    began = desk.clock.now()
+    with pytest.raises(PodError, match="must make progress within 30 minutes"):
+        desk.run()
+    assert desk.fake.running() == [] and desk.clock.now() - began < 2200
+
+
+def test_hours_in_one_stage_are_not_held_against_a_pod_that_misses_an_answer(desk):
+    desk.fake.work_s = 10000
+
+    def out_of_reach(seconds):
+        for pod in desk.fake.running():
+            pod.ready_s += seconds
+
+    # Once, for less than two looks: the proxy answers 502.
+    desk.fake.at(8000, lambda: out_of_reach(1e6))
+    desk.fake.at(8030, lambda: out_of_reach(-1e6))
+    desk.run(budget_usd=50)
+    assert len(desk.bodies()) == 1 and len(desk.fake.pods["pod0001x"].spans) == 1
+
+
 def test_a_spent_budget_takes_the_pod_down(desk, capsys):
     desk.fake.work_s = 1e6
     with pytest.raises(BudgetError, match=r"at most 0\.20 USD"):

@@ -200,12 +200,13 @@ def test_a_list_in_trouble_is_asked_again(desk):
 def test_an_error_that_quotes_the_request_shows_no_secret(desk, capsys):
     token = desk.session().book.make_token()
     desk.environment["OPENAI_API_KEY"] = "hidden-away-from-all-eyes"
-    text = f"bad env: {KEY} {token} hidden-away-from-all-eyes"
+    desk.environment["VENDOR_PASSWORD"] = "open-sesame"
+    text = f"bad env: {KEY} {token} hidden-away-from-all-eyes open-sesame"
     desk.fake.faults = [Fault("POST", "pods", 400, text)]
     with pytest.raises(PodError, match="bad env") as caught:
-        desk.up()
+        desk.up(env=("VENDOR_PASSWORD",))
     captured = capsys.readouterr()
-    for secret in (KEY, token, "hidden-away-from-all-eyes"):
+    for secret in (KEY, token, "hidden-away-from-all-eyes", "open-sesame"):
         assert secret not in captured.out + captured.err + str(caught.value)
     assert desk.bodies()[0]["env"]["OPENAI_API_KEY"] == "hidden-away-from-all-eyes"
 
@@ -256,6 +257,18 @@ def test_a_stopped_pod_is_started_again_with_the_limits_of_today(desk):
     desk.up(budget_usd=2)
     (pod,) = desk.fake.pods.values()
     assert pod.status == "RUNNING" and pod.body["env"]["DUPLEX_BUDGET_USD"] == "2"
+    assert len(desk.bodies()) == 1
+
+
+def test_what_else_changed_reaches_a_pod_that_is_started_again(desk):
+    """A new key under the same limits."""
+    desk.environment["OPENAI_API_KEY"] = "an-old-key-of-the-llm"
+    desk.up()
+    desk.down()
+    desk.environment["OPENAI_API_KEY"] = "a-new-key-of-the-llm"
+    desk.up()
+    (pod,) = desk.fake.pods.values()
+    assert pod.body["env"]["OPENAI_API_KEY"] == "a-new-key-of-the-llm"
     assert len(desk.bodies()) == 1
 
 

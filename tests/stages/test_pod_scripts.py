@@ -216,6 +216,15 @@ def test_a_program_that_ends_is_started_again_until_it_says_2(tmp_path):
     assert printed.count("again in 0 s") == 2 and "not started again" in printed
 
 
+def test_a_watchdog_that_has_done_its_work_stays_ended():
+    """0 is its end; what dies otherwise is started again."""
+    result = subprocess.run(
+        [str(KEEP), "--until-done", "sh", "-c", "echo once; exit 0"], text=True,
+        capture_output=True, timeout=20, env=os.environ | {"DUPLEX_KEEP_PAUSE_S": "0"},
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stdout.count("once\n") == 1
+
+
 def test_sigterm_ends_the_program_and_its_keeper(tmp_path):
     process = kept(tmp_path, "sh", "-c", 'trap "echo ended; exit 1" TERM; echo up; sleep 60 & wait')
     assert process.stdout is not None and process.stdout.readline() == "up\n"

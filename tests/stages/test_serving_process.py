@@ -31,7 +31,7 @@ from pipeline.serving.probe import ProbeResult, probe, probe_sync
 from pipeline.serving.wire import Kind
 from tests.stages.serving_helpers import PROMPT, in_loop
 
-SECRET = "s&cret-☕-42"
+SECRET = "s&cret-☕-42-and-longer"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
 SERVER = (sys.executable, "-m", "pipeline.serving.app")
 

@@ -153,7 +153,7 @@ def test_limits_and_defaults_are_those_that_it_names(capsys):
     assert serve(["nowhere", "--host", "0.0.0.0"]) == 2
     assert "must have a token, found none" in capsys.readouterr().err
     assert serve(["nowhere", "--host", "0.0.0.0", "--token", "short"]) == 2
-    assert "a token must have at least 8 characters" in capsys.readouterr().err
+    assert "a token must have at least 16 characters" in capsys.readouterr().err
 
 
 def test_every_module_that_it_names_is_there():
