@@ -157,6 +157,7 @@ def test_readme_names_only_files_that_exist():
         assert f"\n{target}:" in makefile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_can_be_planned_and_examined(name, tmp_path):
     path = str(ROOT / "configs" / name)

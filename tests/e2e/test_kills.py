@@ -78,6 +78,7 @@ def deterministic(workplace):
     return {name: digest for name, digest in workplace.digests().items() if name in DETERMINISTIC}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # it is the first to ask for the finished run, whose making counts too
 def test_three_kills(finished, tmp_path):
     workplace = make_workplace(tmp_path / "killed")

@@ -141,6 +141,7 @@ def server_of(workplace):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_is_served_again_when_it_dies_and_stops_on_sigterm(workplace, tmp_path):
     digests = workplace.digests()
     pod = Pod(start_here(workplace), tmp_path / "out", DUPLEX_SERVE_PAUSE_S="1")

@@ -122,6 +122,7 @@ def assert_no_key(folder: Path, output: str) -> None:
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_two_hundred_dialogues_arrive_whatever_the_endpoint_does(tmp_path: Path) -> None:
     with MisbehavingServer(seed=3, share=0.35, think_s=0.02) as server:
         workplace = Workplace(tmp_path, server.base_url)

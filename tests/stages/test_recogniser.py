@@ -65,6 +65,7 @@ def test_pocketsphinx_hears_most_words_near_their_times(spoken):
     assert len(late) > 10 and np.median(late) < 0.1
 
 
+@pytest.mark.slow
 def test_pocketsphinx_does_not_carry_one_utterance_into_the_next(spoken):
     engine = PocketSphinx()
     forward = [engine.transcribe(samples, "en") for _, samples, _ in spoken]

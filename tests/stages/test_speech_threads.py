@@ -75,6 +75,7 @@ def spoken(root, concurrency):
     return folder, server.most_at_once
 
 
+@pytest.mark.slow
 def test_threads_give_the_same_bytes_and_keep_to_the_limit(tmp_path):
     alone, one = spoken(tmp_path / "alone", 1)
     together, three = spoken(tmp_path / "together", 3)

@@ -32,6 +32,7 @@ def tensors(tiny_checkpoint, tmp_path_factory):
     return write_tensors_stage(tmp_path_factory.mktemp("t") / "tensors", tiny_checkpoint, LENGTHS)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_after_one_died(
     tiny_checkpoint, tensors, tmp_path, monkeypatch
 ):

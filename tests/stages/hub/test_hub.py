@@ -35,6 +35,7 @@ from tests.stages.hub.helpers import (
 # -- the way there and back
 
 
+@pytest.mark.slow
 def test_what_was_pulled_is_found_finished_and_training_goes_on(trained, shelf, tmp_path):
     place = elsewhere(trained, tmp_path)
     result = duplex("pull", "me/data", "small.yaml", cwd=place, hub=shelf)

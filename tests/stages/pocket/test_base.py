@@ -283,6 +283,7 @@ def test_a_probe_asks_in_turn_and_expects_what_its_prompt_holds(grammar, bank, t
     assert expected > 20
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
     tmp_path, monkeypatch, bank, codec, phones
 ):
