@@ -7,11 +7,10 @@
 The model of a stage is  seconds = fixed + each · dialogues.  `each` is CPU time of a benchmark over
 many records, `fixed` what a run of six dialogues took beyond that. Training is
 
-    seconds = frames · passes · 6 · weights / (peak of the GPU · utilisation)
+    seconds = frames · passes / frames a second of the GPU (benchmarks/pod_costs.py)
 
-6: a multiply-add of each weight forward, backward to its input, and forward again, since all
-layers are checkpointed. Weights and memory are `training/estimate.py`'s. Nothing else is guessed:
-what has no source is left out, and the page says so.
+and its memory is `training/estimate.py`'s. Nothing else is guessed: what has no source is left out,
+and the page says so.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from typing import Any
 import yaml
 
 from benchmarks.capacity_page import page
-from benchmarks.pod_costs import GPUS, load_speeds
+from benchmarks.pod_costs import GPUS, frames_per_s, load_speeds
 from duplex.config_train import TrainSection
 from duplex.configfile import load_config
 from duplex.datafiles import CHECKOUT
@@ -42,7 +41,7 @@ from duplex.frames import SAMPLE_RATE
 from duplex.records import Speech, TensorClip
 from pipeline.pods.gpus import GpuType, load_gpus
 from pipeline.run import plan
-from training.estimate import MOSHI_7B, estimate_memory, layer_kinds
+from training.estimate import MOSHI_7B, estimate_memory
 
 RESULTS = CHECKOUT / "docs" / "results"
 DATA = RESULTS / "capacity.json"
@@ -122,28 +121,6 @@ def ledger_cost(results: Mapping[str, Any]) -> StageCost:
     return StageCost("ledgers", 0.0, each_s, 0.0, "runners.json")
 
 
-def training_flops(lm: Mapping[str, Any]) -> float:
-    """Operations of a frame: see the module."""
-    return 6.0 * sum(k.parameters for k in layer_kinds(lm) if k.group != "embeddings")
-
-
-def utilisation() -> float:
-    """Share of its chip's peak that the published training speed comes to."""
-    speeds = load_speeds()
-    peak = peak_of(speeds.reference.name)
-    assert peak is not None, "the reference is one of the listed chips"
-    return speeds.reference.frames_per_s * training_flops(MOSHI_7B) / (peak * 1e12)
-
-
-def training_hours(frames: float, flops: float, peak_tflops: float) -> float:
-    return frames * PASSES * flops / (peak_tflops * 1e12 * utilisation()) / 3600
-
-
-def peak_of(name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU type, where data/gpu_speed.yaml has it."""
-    return next((one.bf16_tflops for one in load_speeds().gpus if one.name == name), None)
-
-
 def gpu_rows(
     gpus: Sequence[GpuType], frames_each: float, section: TrainSection
 ) -> list[dict[str, Any]]:
@@ -157,11 +134,13 @@ def gpu_rows(
     )
     need_gb = estimate_memory(lm, least).total / 1e9
     rows = []
+    speeds = load_speeds()
+    known = {one.name for one in speeds.gpus}
     for gpu in gpus:
-        peak = peak_of(gpu.id)
-        if peak is None:
+        if gpu.id not in known:
             continue
-        hours = [training_hours(n * frames_each, training_flops(MOSHI_7B), peak) for n in SCALES]
+        speed = frames_per_s(gpu.id, speeds).value
+        hours = [n * frames_each * PASSES / speed / 3600 for n in SCALES]
         rows.append(
             {
                 "name": gpu.id,
@@ -224,7 +203,6 @@ def capacity(
         "scales": SCALES,
         "workers": WORKERS,
         "passes": PASSES,
-        "utilisation": utilisation(),
         "stages": [*stages, ledgers],
         "spread": SPREAD,
         "gpus": gpu_rows(gpus, frames, section),

@@ -91,9 +91,9 @@ def _training(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Training a 7B model, computed",
         "",
-        f"LoRA in bfloat16, {found['passes']} passes, all layers checkpointed, one clip at a time, "
-        f"at {found['utilisation']:.1%} of the GPU's peak: what moshi-finetune's published speed "
-        "on an H100 comes to. Our own forward has not been timed on these GPUs. Prices from "
+        f"LoRA in bfloat16, {found['passes']} passes. Speed: moshi-finetune's published one on an "
+        "H100, by the peaks of the chips (`data/gpu_speed.yaml`); our own forward has not been "
+        "timed on them. Memory: all layers checkpointed, one clip at a time. Prices from "
         "`data/gpus.yaml`; the disk's price is not in it.",
         "",
         "| GPU | USD/h, as of | memory needed | "

@@ -4,7 +4,7 @@
     python -m benchmarks.pod_costs --write    # to runpod/README.md, docs/results/pod_costs.json
 
     memory    training.estimate.estimate_memory, which `duplex doctor` shows
-    settings  the first of `SETTINGS` whose memory, with MARGIN and CONTEXT_GB, the GPU holds
+    settings  the first of `SETTINGS` whose memory, `with_margin`, the GPU holds
     speed     data/gpu_speed.yaml: measured where somebody has, else moshi-finetune's published
               speed scaled by the chips' bf16 peaks; settings that compute again are not counted
     training  steps x batch_size x frames of a clip / speed
@@ -34,15 +34,13 @@ from duplex.errors import DataFileError
 from duplex.frames import FRAME_RATE
 from duplex.streams import CODEBOOKS
 from pipeline.doctor import GB, TURN_S, model_sizes, set_size
-from pipeline.pods.gpus import GpuType, load_gpus
+from pipeline.pods.gpus import CONTEXT_GB, MARGIN, GpuType, load_gpus, with_margin
 from training.estimate import estimate_memory, parameter_count
 
 CONFIG = CHECKOUT / "configs" / "coffee.yaml"
 GPUS, SPEED = CHECKOUT / "data" / "gpus.yaml", CHECKOUT / "data" / "gpu_speed.yaml"
 README, RESULT = CHECKOUT / "runpod" / "README.md", CHECKOUT / "docs" / "results" / "pod_costs.json"
 BEGIN, END = "<!-- pod_costs: begin -->", "<!-- pod_costs: end -->"
-# CUDA's context, kernels' work space and fragmentation are in no formula: a margin, no figure.
-MARGIN, CONTEXT_GB = 1.1, 1.5
 START_MIN = 10  # a cold start, by the predecessor's notes: 5 to 10 minutes
 TOKENS_A_WORD = 4 / 3  # of a prompt
 PROMPT_SILENCE = 11  # frames around its text
@@ -140,7 +138,7 @@ def fitting_settings(
     """The first settings whose training a GPU of `gb` holds, with their memory in GB."""
     for settings, section in overrides_to_train:
         need_gb = estimate_memory(sizes, section).total / GB
-        if need_gb * MARGIN + CONTEXT_GB <= gb:
+        if with_margin(need_gb) <= gb:
             return settings, section, need_gb
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,11 +124,8 @@ def _rents(name: str, text: str) -> None:
             volume_gb=volume_gb, disk_gb=disk_gb, config_in_pod=config_in_pod,
             abandon_volume=abandon_volume, yes=yes,
         )  # fmt: skip
-        session = _open(config, runs, as_json)
-        try:
+        with closing(_open(config, runs, as_json)) as session:
             (pod_command.up if name == "up" else pod_command.run)(session, options)
-        finally:
-            session.close()
 
     pod.command(name=name, help=text)(command)
 
@@ -152,11 +150,8 @@ def status(config: ConfigPath, runs: RunsRoot = RUNS, as_json: AsJson = False) -
     """
     from pipeline import pod_command
 
-    session = _open(config, runs, as_json)
-    try:
+    with closing(_open(config, runs, as_json)) as session:
         pod_command.status(session)
-    finally:
-        session.close()
 
 
 @pod.command()
@@ -172,11 +167,8 @@ def logs(
     """
     from pipeline import pod_command
 
-    session = _open(config, runs, as_json)
-    try:
+    with closing(_open(config, runs, as_json)) as session:
         pod_command.logs(session, tail)
-    finally:
-        session.close()
 
 
 @pod.command()
@@ -187,11 +179,8 @@ def sync(config: ConfigPath, runs: RunsRoot = RUNS, as_json: AsJson = False) -> 
     """
     from pipeline import pod_command
 
-    session = _open(config, runs, as_json)
-    try:
+    with closing(_open(config, runs, as_json)) as session:
         pod_command.sync(session)
-    finally:
-        session.close()
 
 
 @pod.command()
@@ -210,8 +199,5 @@ def down(
     """
     from pipeline import pod_command
 
-    session = _open(config, runs, as_json)
-    try:
+    with closing(_open(config, runs, as_json)) as session:
         pod_command.down(session, delete=delete, strays=strays)
-    finally:
-        session.close()

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from benchmarks.claims.cells import run_cell
+from benchmarks.claims.index import write_index
 from benchmarks.claims.page import describe
 from benchmarks.claims.plan import (
     BASE,
@@ -62,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(_listed()))
             return 0
         if options.name == "index":
-            from benchmarks.claims.index import write_index
-
             write_index(options.out)
             return 0
         trial = bool(options.seeds or options.set)
@@ -79,14 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _listed() -> list[str]:
     common = load_common()
+    claims = {name: load_claim(name) for name in claim_names()}
     return [
-        f"{name:14} {len(cells_of(load_claim(name), common)):3} cells  {load_claim(name).title}"
-        for name in claim_names()
+        f"{name:16} {len(cells_of(claim, common)):3} cells  {claim.title}"
+        for name, claim in claims.items()
     ]
 
 
 def measure_claim(name: str, options: argparse.Namespace) -> None:
-    """Run what is missing of the grid; NAME.json, its figures and its page.
+    """Run what is missing of the grid, and write NAME.json, its figures and its page.
 
     Raises:
         DuplexError: as `run_cell`; the cells that are done are kept.
@@ -100,8 +100,7 @@ def measure_claim(name: str, options: argparse.Namespace) -> None:
         common = common.model_copy(
             update={"set": common.set | {k: yaml.safe_load(v) for k, v in own.items()}}
         )
-        lane = {"name": options.lane} if options.lane else {}
-        cells = run_grid(name, claim, common, lane, options)
+        cells = run_grid(name, claim, common, options)
         result = result_of(claim, common, cells)
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
@@ -116,8 +115,9 @@ def measure_claim(name: str, options: argparse.Namespace) -> None:
 
 
 def run_grid(
-    name: str, claim: Claim, common: Common, lane: dict[str, str], options: argparse.Namespace
+    name: str, claim: Claim, common: Common, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
+    lane = {"name": options.lane} if options.lane else {}
     cells = cells_of(claim, common.model_copy(update={"set": common.set | lane}))
     done = []
     for number, cell in enumerate(cells, 1):
@@ -146,7 +146,6 @@ def result_of(claim: Claim, common: Common, cells: Sequence[dict[str, Any]]) -> 
         "measured": sorted({cell["measured"] for cell in cells}),
         "items": len({one["item"] for cell in cells for one in cell["conversations"]}),
         "seconds": config.evaluate.seconds,
-        "steps": config.train.steps,
         "steps_per_epoch": clips / config.train.batch_size,
         "arms": [_arm(arm, claim.arms[arm], cells) for arm in claim.arms],
         "measures": compared(claim, cells),

@@ -36,7 +36,6 @@ from pipeline.evaluation.offline import play_checkpoint
 from pipeline.merge import MergeStage
 from pipeline.run import STAGE_NAMES, Selection, Step, plan, run
 from training.device import cpu_name
-from training.log import training_speed
 from training.servable import servable_checkpoint
 
 Report = Callable[[str], None]
@@ -53,8 +52,8 @@ def run_cell(
     Returns:
         `arm`, `seed`; `conversations` and `likelihood` as report.json has them, in part;
         `trained` (ids of personas), `clips` and `frames` trained on; and of a trained arm `curves`
-        (`found.training_curves`), `train_s`, `frames_per_s` and `survived`, the share of the
-        update that the merge left.
+        (`found.training_curves`), `train_s` and `survived`, the share of the update that the
+        merge left, or why it was `refused`.
 
     Raises:
         DuplexError: what a stage or an evaluation raises.
@@ -80,6 +79,7 @@ def run_cell(
     }
     kept = work / "cells" / f"{sha256_bytes(canonical_json(hangs_on).encode())[:16]}.json"
     if not kept.exists():
+        refused = None
         try:
             if trained:
                 run_up_to(Selection.of(last="merge"))
@@ -87,11 +87,15 @@ def run_cell(
             refused = refusal(plan(config, work))
             if refused is None:
                 raise
-            found: dict[str, Any] = {
-                "refused": refused, "conversations": [], "likelihood": [], "trained": [],
-            }  # fmt: skip
+        steps = plan(config, work)
+        stages = {step.stage.name: step.folder for step in steps if step.folder and step.done}
+        found = of_data(stages["tensors"], trained=trained)
+        found |= of_training(stages["train"]) if trained else {}
+        if refused:
+            found |= {"refused": refused, "conversations": [], "likelihood": []}
         else:
-            found = evaluate_cell(config, work, trained=trained, report=report, processes=processes)
+            merge = stages["merge"] if trained else None
+            found |= evaluate(config, work, stages, merge, report, processes)
         found["measured"] = (
             f"{cpu_name()}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}, "
             f"processes of an evaluation: {processes or os.cpu_count()}"
@@ -105,27 +109,55 @@ def run_cell(
 
 
 def refusal(steps: Sequence[Step]) -> str | None:
-    """Why the merge was refused, where it was for what rounding left of the update: a result, and
-    no accident."""
+    """Why the merge was refused, where rounding took the update or drowns it (`training/merge.py`):
+    a result, and no accident."""
     folder = next(step.folder for step in steps if step.stage.name == "merge")
     message = folder.failure() if folder else None
-    left = re.search(r"survive rounding, found ([\d.]+%)", message or "")
-    return f"{left[1]}: refused" if left else None
+    found = re.search(
+        r"survive rounding, found [\d.]+%|its rounding error is .+ \(\w+\)", message or ""
+    )
+    return f"refused: {found[0]}" if found else None
 
 
-def evaluate_cell(
-    config: Config, work: Path, *, trained: bool, report: Report, processes: int | None = None
+def of_data(tensors: StageFolder, *, trained: bool) -> dict[str, Any]:
+    clips = [one for one in tensors.records() if isinstance(one, TensorClip)]
+    of_train = [one for one in clips if one.split == "train"]
+    return {
+        "trained": sorted({one.persona_id for one in of_train}) if trained else [],
+        "clips": len(of_train),
+        "frames": sum(one.num_frames for one in of_train),
+    }
+
+
+def of_training(train: StageFolder) -> dict[str, Any]:
+    manifest = train.manifest()
+    assert manifest is not None
+    return {
+        "curves": training_curves(list(read_lines(train.artifact("metrics")))),
+        "train_s": manifest["provenance"]["seconds"],
+    }
+
+
+def evaluate(
+    config: Config,
+    work: Path,
+    stages: Mapping[str, StageFolder],
+    merge: StageFolder | None,
+    report: Report,
+    processes: int | None,
 ) -> dict[str, Any]:
-    """Talk to one model, and score it teacher-forced, as the evaluate stage does with both."""
-    steps = plan(config, work)
-    folders = {step.stage.name: step.folder for step in steps if step.folder and step.done}
-    tensors, section = folders["tensors"], config.evaluate
+    """Talk to one model and score it teacher-forced, as the evaluate stage does with both.
+
+    Args:
+        merge: whose model it is; None: the base.
+    """
+    tensors, section = stages["tensors"], config.evaluate
     base = servable_checkpoint(config.model, work, report)
-    label = "tuned" if trained else BASE
-    weights = folders["merge"].artifact("weights").parent if trained else base.folder
+    label = "tuned" if merge else BASE
+    weights = merge.artifact("weights").parent if merge else base.folder
     spoken = speak_items(section)
     tokenizer = base.files()["tokenizer"].read_bytes()
-    personas = [one for one in folders["personas"].records() if isinstance(one, Persona)]
+    personas = [one for one in stages["personas"].records() if isinstance(one, Persona)]
     settings, voices = settings_of_run(config, spoken, personas, tensors, tokenizer)
     played = play_checkpoint(
         label, weights, spoken, settings, report,
@@ -137,27 +169,12 @@ def evaluate_cell(
         {label: weights}, tensors, section, config.seed, report, processes=processes
     )
     data = report_data([played], about={}, protocol={}, likelihood=likelihood)
-    clips = [one for one in tensors.records() if isinstance(one, TensorClip)]
-    of_train = [one for one in clips if one.split == "train"]
     kept = ("item", "seed", "persona", "grade", "sums", "transcript")
-    return {
+    found: dict[str, Any] = {
         "conversations": [{key: one[key] for key in kept} for one in data["conversations"]],
         "likelihood": likelihood,
-        "trained": sorted({one.persona_id for one in of_train}) if trained else [],
-        "clips": len(of_train),
-        "frames": sum(one.num_frames for one in of_train),
-        **(_of_training(folders) if trained else {}),
     }
-
-
-def _of_training(folders: Mapping[str, StageFolder]) -> dict[str, Any]:
-    train, certificate = folders["train"], folders["merge"].artifact("certificate")
-    manifest = train.manifest()
-    assert manifest is not None
-    timing = list(read_lines(train.path / "timing.jsonl"))
-    return {
-        "curves": training_curves(list(read_lines(train.artifact("metrics")))),
-        "train_s": manifest["provenance"]["seconds"],
-        "frames_per_s": training_speed(timing),
-        "survived": json.loads(certificate.read_text())["survived"]["total"],
-    }
+    if merge:
+        certificate = json.loads(merge.artifact("certificate").read_text())
+        found["survived"] = certificate["survived"]["total"]
+    return found

@@ -4,13 +4,13 @@ that are there."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.page import sentence
-from benchmarks.claims.plan import KNOWN, Claim, Outcome, claim_names, load_claim
-from benchmarks.claims.tables import deciding, outcome
+from benchmarks.claims.page import change, sentence
+from benchmarks.claims.plan import Claim, Outcome, claim_names, load_claim
+from benchmarks.claims.tables import deciding, key_measure, outcome
 from duplex.files import write_atomic
 
 HEAD = """\
@@ -54,19 +54,16 @@ def describe_index(results: Mapping[str, Mapping[str, Any]]) -> str:
     for number, (name, found, row) in enumerate(ranked(claims, results), 1):
         claim = claims[name]
         lines.append(
-            f"| {number} | [{claim.knob}]({name}.md) | {_found(claim, found, row)} "
+            f"| {number} | [{claim.knob}]({name}.md) "
+            f"| {_found(claim, results[name]['measures'], row)} "
             f"| {getattr(claim.seven_b, found)} |"
         )
     return "\n".join([*lines, ""])
 
 
-def _found(claim: Claim, found: Outcome, row: Mapping[str, Any]) -> str:
-    label = KNOWN[claim.key].label
-    if found == "none":
-        return f"{label}: no difference can be told"
-    share = KNOWN[claim.key].kind == "rate"
-    size = f"{100 * row['difference']:+.1f} %" if share else f"{row['difference']:+.3g}"
-    return f"{label}: `{row['arm']}` {row['word']} by {size} against `{claim.reference}`"
+def _found(claim: Claim, measures: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
+    one = key_measure(claim, measures)
+    return f"{one['label']}: `{row['arm']}` against `{claim.reference}`: {change(one, row)}"
 
 
 def ranked(

@@ -7,7 +7,15 @@ from typing import Any
 
 from benchmarks.claims.plan import BASE, Claim
 from benchmarks.claims.plots import CURVES
-from benchmarks.claims.tables import DISAGREE, GROUPS, UNMEASURED, VERDICTS, deciding, outcome
+from benchmarks.claims.tables import (
+    DISAGREE,
+    GROUPS,
+    UNMEASURED,
+    VERDICTS,
+    deciding,
+    key_measure,
+    outcome,
+)
 
 
 def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
@@ -43,11 +51,11 @@ def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
 
 def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
     """What the key measure shows, arm by arm, and how many of the others show something."""
-    one = next(one for one in measures if one["key"] == claim.key and not one["group"])
+    one = key_measure(claim, measures)
     rows = {row["arm"]: row for row in one["rows"]}
     reference = rows.pop(claim.reference)
     parts = [
-        f"`{arm}` {_value(one, row['value'])} ({_change(one, row)})" for arm, row in rows.items()
+        f"`{arm}` {_value(one, row['value'])} ({change(one, row)})" for arm, row in rows.items()
     ]
     others = [
         (other, row)
@@ -73,7 +81,8 @@ def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _change(one: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+def change(one: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The verdict of a row, and by how much where it says that there is a difference."""
     if row["word"] not in VERDICTS:
         return row["word"]
     return f"{row['word']}, {_value(one, row['difference'], '+')}"
@@ -95,7 +104,8 @@ def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         "of a bootstrap over items; p by sign changes, corrected over the whole page (Holm; "
         "[evaluation](../../evaluation.md)). A verdict takes p ≤ .05 and all seeds pointing one "
         f"way; where they do not, it says `{DISAGREE}`. `all` pools what the seeds counted: "
-        "talkative items weigh more in it than in the difference.",
+        "talkative items weigh more in it than in the difference. Differences of shares are in "
+        "percentage points (pp).",
         "",
     ]
 
@@ -115,12 +125,15 @@ def _arms(claim: Claim, result: Mapping[str, Any]) -> list[str]:
             overrides or ("no adapter" if not trained else "nothing"),
             f"{arm['clips']:.0f}" if trained else "",
             f"{arm['minutes']:.1f}" if trained else "",
-            f"{arm['train_s']:.0f}" if trained and arm["train_s"] else "",
+            f"{arm['train_s']:.0f}" if trained else "",
         ]
         if survival:
             cells.append(_survived(arm))
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+    seconds = (
+        "Seconds are by the clock, on a machine that others used too: they are no measurement."
+    )
+    return [*lines, "", seconds, ""]
 
 
 def _survived(arm: Mapping[str, Any]) -> str:
@@ -203,5 +216,5 @@ def _value(one: Mapping[str, Any], value: float | None, sign: str = "") -> str:
     if value is None:
         return "–"
     if one["kind"] == "rate":
-        return f"{100 * value:{sign}.1f} %"
+        return f"{100 * value:{sign}.1f} {'pp' if sign else '%'}"
     return f"{value:{sign}.3g}" if abs(value) < 1000 else f"{value:{sign}.0f}"

@@ -183,10 +183,15 @@ def _word(finding: Finding, by_seed: Sequence[float | None]) -> str:
     return finding.word if agree else DISAGREE
 
 
+def key_measure(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(one for one in measures if one["key"] == claim.key and not one["group"])
+
+
 def deciding(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the key measure, over all items, of the arms that answer the question."""
-    one = next(one for one in measures if one["key"] == claim.key and not one["group"])
-    return [row for row in one["rows"] if row["arm"] in claim.deciding_arms]
+    return [
+        row for row in key_measure(claim, measures)["rows"] if row["arm"] in claim.deciding_arms
+    ]
 
 
 def outcome(rows: Sequence[Mapping[str, Any]]) -> Outcome:

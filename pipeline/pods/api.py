@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from duplex.errors import PodError, RequestError
-from duplex.tokens import SHORTEST_SECRET
+from duplex.tokens import SHORTEST_SECRET, masked
 from pipeline.engines.redaction import redacted
 from pipeline.pods.bill import parse_time
 from pipeline.pods.clock import Clock
@@ -236,9 +236,7 @@ class RunPod:
             raise ApiTrouble(f"{place} must answer in JSON, found {said[:80]!r}") from None
 
     def clean(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return redacted(text)
+        return redacted(masked(text, self._secrets))
 
 
 class _Busy(ApiTrouble):

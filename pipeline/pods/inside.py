@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 from duplex.lock import is_locked
-from duplex.tokens import secret_values
+from duplex.tokens import masked, secret_values
 from pipeline.pods.api import BASE_URL, KEY_NAME
 from pipeline.pods.request import AGENT_PORT, RUNS_IN_POD, SERVE_PORT
 
@@ -112,9 +112,7 @@ class Inside:
 
     def clean(self, text: str) -> str:
         """`text` without any secret of this pod's environment."""
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
+        return masked(text, self.secrets)
 
 
 def _number(text: str | None, default: float) -> float:

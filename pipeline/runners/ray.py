@@ -44,7 +44,7 @@ from pipeline.runners.placing import (
     without_secrets,
 )
 from pipeline.runners.storage import Storage, lend, name_of
-from pipeline.runners.work import Outcome, outcomes
+from pipeline.runners.work import LOCAL, Outcome
 from pipeline.runners.worker import Worker, revision_of
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read when Ray is imported
@@ -86,7 +86,7 @@ class RayRunner:
         tasks: list[Task],
         begin: Callable[[], None],
     ) -> Generator[Outcome, None, None]:
-        """As `work.outcomes`; a task is drawn from `tasks` when it is sent.
+        """As `LocalRunner`; a task is drawn from `tasks` when it is sent.
 
         Raises:
             RequestError: the cluster lacks what the config asks for.
@@ -95,7 +95,7 @@ class RayRunner:
         why = why_at_the_driver(stage, context.config)
         if why is not None:
             self._notes = {"name": "ray", "at_the_driver": why}
-            yield from outcomes(stage, context, folder, tasks, begin)
+            yield from LOCAL.outcomes(stage, context, folder, tasks, begin)
             return
         stage.prepare(context)
         folder.path.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Runner(Protocol):
-    """Who makes outcomes of tasks. `outcomes` as the function below; `notes` for provenance."""
+    """Who makes outcomes of tasks, as `LocalRunner` does. `notes`: for provenance."""
 
     def outcomes(
         self,
@@ -89,34 +89,6 @@ def at_work(stage: MapStage, context: StageContext) -> Iterator[Callable[[], Non
             stage.close()
 
 
-def outcomes(
-    stage: MapStage,
-    context: StageContext,
-    folder: StageFolder,
-    tasks: list[Task],
-    begin: Callable[[], None],
-) -> Generator[Outcome, None, None]:
-    """One outcome a task, as they come. Closing the iterator gives up what is left.
-
-    Args:
-        begin: sets the stage up in this process, unless it is (`at_work`).
-
-    Raises:
-        StageFailedError: a worker process died.
-    """
-    count = num_workers(stage, context, len(tasks))
-    if count > 1:
-        yield from _in_processes(stage, context, folder, tasks, count)
-        return
-    begin()
-    threads = min(stage.threads(context.config), len(tasks))
-    if threads > 1:
-        yield from _in_threads(stage, context, folder, tasks, threads)
-        return
-    for task in tasks:
-        yield work_off(stage, context, folder, task)
-
-
 class LocalRunner:
     """On this machine: in this process, its threads, or processes of its own."""
 
@@ -128,7 +100,25 @@ class LocalRunner:
         tasks: list[Task],
         begin: Callable[[], None],
     ) -> Generator[Outcome, None, None]:
-        return outcomes(stage, context, folder, tasks, begin)
+        """One outcome a task, as they come. Closing the iterator gives up what is left.
+
+        Args:
+            begin: sets the stage up in this process, unless it is (`at_work`).
+
+        Raises:
+            StageFailedError: a worker process died.
+        """
+        count = num_workers(stage, context, len(tasks))
+        if count > 1:
+            yield from _in_processes(stage, context, folder, tasks, count)
+            return
+        begin()
+        threads = min(stage.threads(context.config), len(tasks))
+        if threads > 1:
+            yield from _in_threads(stage, context, folder, tasks, threads)
+            return
+        for task in tasks:
+            yield work_off(stage, context, folder, task)
 
     def notes(self) -> dict[str, Any]:
         return {}
@@ -140,9 +130,9 @@ LOCAL = LocalRunner()
 def _in_threads(
     stage: MapStage, context: StageContext, folder: StageFolder, tasks: list[Task], count: int
 ) -> Generator[Outcome, None, None]:
-    """As `outcomes`. A task is begun only when another one is done; after an error none is, and
-    those under way are finished before it is raised: they may have been paid for. When it is
-    closed or interrupted the stage is told, so that they begin nothing more that costs."""
+    """As `LocalRunner.outcomes`. A task is begun only when another one is done; after an error none
+    is, and those under way are finished before it is raised: they may have been paid for. When it
+    is closed or interrupted the stage is told, so that they begin nothing more that costs."""
     waiting = iter(tasks)
     failure: BaseException | None = None
     with ThreadPoolExecutor(count, thread_name_prefix=stage.name) as pool:

@@ -131,7 +131,9 @@ class Somebody:
 
 
 def make_user(home: Path) -> Somebody:
-    """Skips where nobody may make one, or the packages cannot be read by others."""
+    """Skips where nobody may make one, or the packages cannot be read by others: only root makes
+    users, a desk is no place to be asked for root, and a copy of the packages takes 8 GB. The same
+    script is tested as whoever runs the tests, without a fresh user, beside these."""
     if os.geteuid() != 0 or not shutil.which("useradd"):
         pytest.skip("only root makes a fresh user, by useradd")
     if not all_may_enter(Path(sysconfig.get_paths()["purelib"])):

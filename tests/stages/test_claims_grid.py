@@ -23,21 +23,25 @@ SMALL = {
 }
 
 
+def small(name, folder):
+    places = ["--work", str(folder / "work"), "--out", str(folder / "out")]
+    settings = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
+    return [name, "--seeds", "1", *places, *settings]
+
+
 @pytest.mark.slow
 def test_a_small_grid_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
-    arguments = ["prompt-loss", "--seeds", "1", "--work", str(tmp_path / "work")]
-    arguments += ["--out", str(tmp_path / "out")]
-    arguments += [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
+    arguments = small("prompt-loss", tmp_path)
     evaluated = []
-    real = cells.evaluate_cell
+    real = cells.evaluate
 
-    def cut_off_at_the_second(config, work, **more):
+    def cut_off_at_the_second(config, *more):
         evaluated.append(config.train.loss.prompt)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
-        return real(config, work, **more)
+        return real(config, *more)
 
-    monkeypatch.setattr(cells, "evaluate_cell", cut_off_at_the_second)
+    monkeypatch.setattr(cells, "evaluate", cut_off_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         command.main(arguments)
     assert not (tmp_path / "out" / "prompt-loss.json").exists()
@@ -55,3 +59,16 @@ def test_a_small_grid_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys
     nll = next(one for one in result["measures"] if one["key"] == "nll_words")
     assert nll["rows"][0]["value"] != nll["rows"][1]["value"]
     assert list((tmp_path / "work" / "pocket").glob("07-merge-*")) == []
+
+
+@pytest.mark.slow
+def test_a_merge_that_is_refused_is_a_result(tmp_path):
+    """Two steps at 1e-5: what rounding to bfloat16 does to the logits is more than they did."""
+    assert command.main(small("merge-dtype", tmp_path)) == 0
+    result = json.loads((tmp_path / "out" / "merge-dtype.json").read_text())
+    refused = {arm["arm"]: arm["refused"] for arm in result["arms"]}
+    assert {arm for arm, why in refused.items() if why} == {"1e-5, bfloat16"}
+    assert "| refused: its rounding error is " in (tmp_path / "out" / "merge-dtype.md").read_text()
+    nll = next(one for one in result["measures"] if one["key"] == "nll_words")
+    words = {row["arm"]: row.get("word") for row in nll["rows"]}
+    assert words["1e-5, bfloat16"] == "not measured" != words["1e-5, float32"]

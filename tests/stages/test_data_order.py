@@ -7,8 +7,8 @@ import pytest
 from duplex.config import Config
 from duplex.errors import StageFailedError
 from pipeline import run as pipeline_run
-from pipeline.runners import local, work
-from pipeline.runners.work import outcomes
+from pipeline.runners import local
+from pipeline.runners.work import LocalRunner
 
 DATA_STAGES = ("personas", "dialogues", "voices", "speech")
 CONFIG = {
@@ -53,12 +53,13 @@ def test_two_runs_are_equal(in_order, tmp_path):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_another_order_changes_no_byte(in_order, tmp_path, monkeypatch, seed):
-    def shuffled(stage, context, folder, tasks, begin):
+    def shuffled(runner, stage, context, folder, tasks, begin):
         tasks = list(tasks)
         random.Random(seed).shuffle(tasks)
-        return outcomes(stage, context, folder, tasks, begin)
+        return outcomes(runner, stage, context, folder, tasks, begin)
 
-    monkeypatch.setattr(work, "outcomes", shuffled)
+    outcomes = LocalRunner.outcomes
+    monkeypatch.setattr(LocalRunner, "outcomes", shuffled)
     assert digests(tmp_path) == in_order
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from duplex.errors import ServerError
+from duplex.tokens import SECRET_NAME, SHORTEST_SECRET
 from pipeline.serve_command import require_free_port
 from pipeline.serving import placeholder
 from tests.e2e.conftest import ROOT
@@ -231,3 +233,11 @@ def test_sigterm_ends_the_program_and_its_keeper(tmp_path):
     process.terminate()
     assert process.wait(10) == 0
     assert process.stdout.readline() == "ended\n"
+
+
+def test_a_secret_is_the_same_to_the_log_as_to_the_programs_beside_it():
+    """The log's script runs without this project (`python -I`): it has the pattern again."""
+    script = runpy.run_path(str(LOG))
+    assert script["SECRET_NAME"].pattern == SECRET_NAME.pattern
+    assert script["SECRET_NAME"].flags == SECRET_NAME.flags
+    assert script["SHORTEST"] == SHORTEST_SECRET

@@ -34,6 +34,7 @@ def cell(arm, seed, hits, *, trials=4, trained=(), nll=2.0):
         "clips": 20,
         "frames": 7500,
         "measured": "here",
+        "train_s": 60.0,
         "conversations": [
             {
                 "item": f"i{i}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.engines.llm.wire import Wire
+from duplex.tokens import masked, secret_values
 from pipeline.engines.redaction import MAX_DETAIL, redacted
 
 SECRET = "pass-w0rd"
@@ -31,3 +32,12 @@ def test_the_chat_endpoint_hides_the_password_of_an_address() -> None:
 
 def test_a_long_text_is_cut() -> None:
     assert len(redacted("a " * 1000)) == MAX_DETAIL + 1
+
+
+def test_a_secret_within_another_leaves_nothing_of_it():
+    assert masked("with abcdefgh in it", ("abcdef", "abcdefgh")) == "with *** in it"
+
+
+def test_secrets_are_known_by_their_names_and_short_values_are_none():
+    environment = {"HF_TOKEN": " hf_123456 ", "MY_KEY": "short", "HOME": "/home/somebody"}
+    assert secret_values(environment) == ("hf_123456",)
