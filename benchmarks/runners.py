@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,15 @@ class Watched:
         self.notes = runner.notes
         self.first_s = 0.0
 
-    def outcomes(self, *given: Any) -> Generator[Outcome, None, None]:
-        for outcome in self._runner.outcomes(*given):
+    def outcomes(
+        self,
+        stage: MapStage,
+        context: StageContext,
+        folder: StageFolder,
+        tasks: list[Task],
+        begin: Callable[[], None],
+    ) -> Generator[Outcome, None, None]:
+        for outcome in self._runner.outcomes(stage, context, folder, tasks, begin):
             self.first_s = self.first_s or time.monotonic()
             yield outcome
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.engines.llm.wire import Wire
 from duplex.tokens import masked, secret_values
+from pipeline.engines.llm.wire import Wire
 from pipeline.engines.redaction import MAX_DETAIL, redacted
 
 SECRET = "pass-w0rd"
