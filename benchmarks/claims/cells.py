@@ -170,8 +170,12 @@ def evaluate(
     )
     data = report_data([played], about={}, protocol={}, likelihood=likelihood)
     kept = ("item", "seed", "persona", "grade", "sums", "transcript")
+    situations = {one.item.id: one.item.situation for one in spoken}
     found: dict[str, Any] = {
-        "conversations": [{key: one[key] for key in kept} for one in data["conversations"]],
+        "conversations": [
+            {key: one[key] for key in kept} | {"situation": situations[one["item"]]}
+            for one in data["conversations"]
+        ],
         "likelihood": likelihood,
     }
     if merge:

@@ -26,6 +26,7 @@ Sums = dict[str, tuple[float, float]]  # item -> sum and count
 GROUPS = {
     "": "all",
     "seen": "personas that were trained on",
+    "elsewhere": "personas that were trained on, in situations that are in no data",
     "unseen": "personas of the same data that were not",
     "new": "customers that are in no data",
 }
@@ -34,7 +35,19 @@ GROUPS = {
 def group_of(conversation: Mapping[str, Any], trained: Iterable[str]) -> str:
     if conversation["persona"] is None:
         return "new"
-    return "seen" if conversation["persona"] in trained else "unseen"
+    if conversation["persona"] not in trained:
+        return "unseen"
+    return "elsewhere" if conversation.get("situation") else "seen"
+
+
+def groups_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """ "" and the groups that some conversation is of, in the order of GROUPS."""
+    found = {
+        group_of(one, trained_in(cells, cell["seed"]))
+        for cell in cells
+        for one in cell["conversations"]
+    }
+    return [group for group in GROUPS if group in found | {""}]
 
 
 def sums_of_cell(
@@ -80,8 +93,7 @@ def compared(claim: Claim, cells: Sequence[Mapping[str, Any]]) -> list[dict[str,
         `trials`, and of all but the reference the fields of a `duplex.verdict.Finding`.
     """
     arms = [arm for arm in claim.arms if any(cell["arm"] == arm for cell in cells)]
-    groups = ["", *(GROUPS.keys() - {""} if claim.groups else ())]
-    groups.sort(key=list(GROUPS).index)
+    groups = groups_of(cells) if claim.groups else [""]
     asked: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
     for key in claim.measures:

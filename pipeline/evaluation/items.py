@@ -7,6 +7,7 @@
       - id: angry-marcus-order
         persona_type: angry
         persona: angry-marcus                # of data/personas; left out where it is none of them
+        situation: power-cut                 # where it is none of data/scenarios; else left out
         emotion: angry                       # how the character feels
         text_prompt: You are Marcus, …
         weak_prompt: You are an angry customer, Marcus. …       # the same facts, said weakly
@@ -95,6 +96,7 @@ class EvaluationItem(PlaceWords):
     id: Annotated[Slug, Field(max_length=72)]
     persona_type: Slug
     persona: Slug | None = None
+    situation: Slug | None = None
     emotion: Emotion | None = None
     text_prompt: Text
     weak_prompt: Text | None = None

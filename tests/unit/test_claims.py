@@ -140,6 +140,19 @@ def test_what_was_not_said_is_not_measured():
     assert found["value"] is None and found["word"] == "not measured"
 
 
+def test_a_situation_that_no_data_has_makes_a_group_of_its_own():
+    cells = cells_with([[3] * ITEMS] * 3)
+    before = tables.compared(claim_of(groups=True), cells)
+    assert "elsewhere" not in {one["group"] for one in before}
+    for cell in cells:
+        for one in cell["conversations"]:
+            one["situation"] = "power-cut" if one["persona"] else None
+    found = tables.compared(claim_of(groups=True), cells)
+    assert {one["group"] for one in found} == {"", "elsewhere", "unseen", "new"}
+    assert row_of(found, group="elsewhere")["trials"] == row_of(before, group="seen")["trials"]
+    assert row_of(found, group="unseen") == row_of(before, group="unseen")
+
+
 def test_clips_count_once_whatever_the_group():
     cells = cells_with([[1] * ITEMS] * 3)
     for one in cells:

@@ -11,14 +11,15 @@ from typing import get_args
 import pytest
 import yaml
 
-from duplex.datafiles import load_domain, load_personas
+from duplex.configfile import load_config
+from duplex.datafiles import load_domain, load_personas, load_scenarios
 from duplex.metrics import says_any
 from duplex.words import words_of
 from pipeline.evaluation.grounding import invented
 from pipeline.evaluation.items import EvaluationItem, QuestionKind, UserTurn, load_items
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-COFFEE = ("seeds", "personas", "held-out", "long")
+COFFEE = ("seeds", "personas", "held-out", "situations", "long")
 PATHS = {name: DATA / f"prompts/{name}.yaml" for name in COFFEE}
 PATHS["vet"] = DATA / "vet-reception/items.yaml"
 SETS = {name: load_items(path) for name, path in PATHS.items()}
@@ -55,14 +56,14 @@ def passes(turn: UserTurn, reply: str) -> bool:
 
 def test_there_are_as_many_conversations_as_the_sets_promise() -> None:
     assert {name: len(items) for name, items in SETS.items()} == {
-        "seeds": 4, "personas": 20, "held-out": 12, "long": 4, "vet": 10,
+        "seeds": 4, "personas": 20, "held-out": 12, "situations": 18, "long": 4, "vet": 10,
     }  # fmt: skip
     assert max(Counter(item.id for item in ITEMS).values()) == 1
 
 
 def test_every_persona_has_its_conversation_with_its_own_facts() -> None:
     assert {item.persona for item in SETS["personas"]} == set(PERSONAS)
-    for item in (*SETS["personas"], *SETS["long"]):
+    for item in (*SETS["personas"], *SETS["situations"], *SETS["long"]):
         if item.persona is not None:
             persona = PERSONAS[item.persona]
             assert item.facts == persona.facts
@@ -84,7 +85,20 @@ def test_who_was_not_trained_on_shares_neither_a_name_nor_two_facts_with_a_perso
     assert len(held) == len(set(held))
 
 
-@pytest.mark.parametrize("item", ITEMS, ids=item_id)
+def test_a_situation_is_new_and_all_else_is_of_the_demo() -> None:
+    demo = load_config(DATA.parent / "configs/pocket.yaml").personas.only
+    assert demo is not None
+    scenarios = {scenario.id for scenario in load_scenarios(DATA / "scenarios")}
+    assert Counter(item.persona for item in SETS["situations"]) == dict.fromkeys(demo, 3)
+    for item in SETS["situations"]:
+        assert item.persona and item.situation and item.situation not in scenarios
+        assert item.id == f"{item.persona.split('-')[1]}-{item.situation}"
+        assert words_of(item.text_prompt) == words_of(PERSONAS[item.persona].prompts[0])
+    assert len({item.situation for item in SETS["situations"]}) >= 8
+    assert not any(item.situation for item in ITEMS if item not in SETS["situations"])
+
+
+@pytest.mark.parametrize("item", [i for i in ITEMS if i not in SETS["situations"]], ids=item_id)
 def test_no_prompt_is_one_that_was_trained_on(item: EvaluationItem) -> None:
     trained = {" ".join(words_of(p)) for q in (*PERSONAS.values(), *OWNERS) for p in q.prompts}
     for prompt in (item.text_prompt, item.weak_prompt or ""):
@@ -122,7 +136,7 @@ def test_the_emotion_is_the_mood_of_the_type(name: str, domain: str) -> None:
     }
 
 
-@pytest.mark.parametrize("item", ASKING, ids=item_id)
+@pytest.mark.parametrize("item", [i for i in ASKING if i not in SETS["situations"]], ids=item_id)
 def test_each_conversation_asks_every_kind_of_question(item: EvaluationItem) -> None:
     kinds = Counter(turn.kind for turn in item.user_turns)
     assert set(kinds) == KINDS
@@ -313,6 +327,8 @@ def test_the_role_of_the_other_side_is_found() -> None:
         ("held-out-bruno", "And where did you fly in", "Lisbon!", "Rome."),
         ("long-brenda", "size of it", "Medium. As I said.", "Large."),
         ("long-rufus", "nineteen dollars", "That's too much, I only have ten.", "Here you go."),
+        ("oscar-film-crew", "full of nuts", "Almonds, I mean, hold on, yes.", "I'm fine."),
+        ("mei-fire-drill", "colour was the bench", "Red, I think.", "Green, I hope."),
         ("vet-worried", "bring him in", "I have no car, what do I do?", "Yes, I'm on my way."),
         ("vet-chatty-neville", "Wednesday", "Ah, only Mondays, I'm afraid.", "See you then!"),
     ],
