@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.page import change, sentence
+from benchmarks.claims.page import change, key_result, other_comparisons
 from benchmarks.claims.plan import Claim, Outcome, claim_names, load_claim
-from benchmarks.claims.tables import deciding, key_measure, outcome
+from benchmarks.claims.tables import VERDICTS, deciding, key_measure, outcome
 from duplex.files import write_atomic
 
 HEAD = """\
@@ -34,11 +34,16 @@ def write_index(folder: Path) -> None:
 
 def describe_index(results: Mapping[str, Mapping[str, Any]]) -> str:
     claims = {name: load_claim(name) for name in claim_names()}
-    lines = [HEAD, "| page | what was found |", "| --- | --- |"]
+    lines = [HEAD, "| page | what was found | of other comparisons | show a difference |"]
+    lines += ["| --- | --- | ---: | ---: |"]
     for name, claim in claims.items():
         if name in results:
-            found = sentence(claim, results[name]["measures"])
-            lines.append(f"| [{claim.title}]({name}.md) | {found} |")
+            measures = results[name]["measures"]
+            others = [row["word"] in VERDICTS for _, row in other_comparisons(claim, measures)]
+            lines.append(
+                f"| [{claim.title}]({name}.md) | {key_result(claim, measures)} "
+                f"| {len(others)} | {sum(others)} |"
+            )
     missing = [claim.title for name, claim in claims.items() if name not in results]
     if missing:
         lines += ["", f"Not measured yet: {'; '.join(missing)}."]

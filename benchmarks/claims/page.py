@@ -50,19 +50,8 @@ def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
 
 
 def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
-    """What the key measure shows, arm by arm, and how many of the others show something."""
-    one = key_measure(claim, measures)
-    rows = {row["arm"]: row for row in one["rows"]}
-    reference = rows.pop(claim.reference)
-    parts = [
-        f"`{arm}` {_value(one, row['value'])} ({change(one, row)})" for arm, row in rows.items()
-    ]
-    others = [
-        (other, row)
-        for other in measures
-        for row in other["rows"]
-        if row["arm"] != claim.reference and other is not one
-    ]
+    """What the key measure shows, arm by arm, and which of the others show something."""
+    others = other_comparisons(claim, measures)
     different = [(other, row) for other, row in others if row["word"] in VERDICTS]
     named = [
         f"{other['label']} `{row['arm']}` {row['word']}"
@@ -75,10 +64,34 @@ def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
     shaky = f" {apart} would, but for a seed." if apart else ""
     listed = f": {'; '.join(named)}{more}" if different else ""
     return (
-        f"{one['label']}: `{claim.reference}` {_value(one, reference['value'])}; "
-        f"{'; '.join(parts)}. Of {len(others)} other comparisons on its page {len(different)} show "
-        f"a difference{listed}.{shaky}"
+        f"{key_result(claim, measures)}. Of {len(others)} other comparisons on its page "
+        f"{len(different)} show a difference{listed}.{shaky}"
     )
+
+
+def key_result(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
+    """The key measure's values and verdicts, arm by arm."""
+    one = key_measure(claim, measures)
+    rows = {row["arm"]: row for row in one["rows"]}
+    reference = rows.pop(claim.reference)
+    parts = [
+        f"`{arm}` {_value(one, row['value'])} ({change(one, row)})" for arm, row in rows.items()
+    ]
+    values = "; ".join([f"`{claim.reference}` {_value(one, reference['value'])}", *parts])
+    return f"{one['label']}: {values}"
+
+
+def other_comparisons(
+    claim: Claim, measures: Sequence[Mapping[str, Any]]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Measure and row of each arm against the reference, without those of the key measure."""
+    one = key_measure(claim, measures)
+    return [
+        (other, row)
+        for other in measures
+        for row in other["rows"]
+        if row["arm"] != claim.reference and other is not one
+    ]
 
 
 def change(one: Mapping[str, Any], row: Mapping[str, Any]) -> str:
