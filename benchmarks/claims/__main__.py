@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.claims.cells import run_cell
+from benchmarks.claims.cells import rounding_of_cell, run_cell
 from benchmarks.claims.index import write_index
 from benchmarks.claims.page import describe
 from benchmarks.claims.plan import (
@@ -123,6 +123,8 @@ def run_grid(
     for number, cell in enumerate(cells, 1):
         started_s = time.monotonic()
         done.append(run_cell(cell, common, options.work, lambda line: None, options.processes))
+        if claim.survival:
+            done[-1]["rounding"] = rounding_of_cell(cell, common, options.work, lambda line: None)
         print(
             f"{name}: cell {number} of {len(cells)}, {cell.arm}, seed {cell.seed}: "
             f"{time.monotonic() - started_s:.0f} s",
@@ -169,8 +171,24 @@ def _arm(arm: str, overrides: dict[str, Any], cells: Sequence[dict[str, Any]]) -
         "clips": mean("clips"),
         "minutes": frames * FRAME_S / 60 if frames else None,
         "train_s": mean("train_s"),
-        "survived": mean("survived"),
-        "refused": ", ".join(cell["refused"] for cell in mine if cell.get("refused")),
+        "rounding": _mean_rounding(mine),
+        "refused": _refused([cell.get("refused") for cell in mine]),
+    }
+
+
+def _refused(reasons: Sequence[str | None]) -> str:
+    found = [reason for reason in reasons if reason]
+    if not found:
+        return ""
+    first = found[0].removeprefix("refused: ")  # as older cells have it
+    return f"refused with {len(found)} of {len(reasons)} seeds: {first}"
+
+
+def _mean_rounding(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    found = [cell["rounding"] for cell in cells if cell.get("rounding")]
+    return {
+        dtype: {key: sum(one[dtype][key] for one in found) / len(found) for key in found[0][dtype]}
+        for dtype in (found[0] if found else ())
     }
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.plan import BASE, Cell, Common
+from benchmarks.claims.rounding import rounding_of
 from duplex.base import canonical_json
 from duplex.characters import Persona
 from duplex.config import Config
@@ -52,8 +53,7 @@ def run_cell(
     Returns:
         `arm`, `seed`; `conversations` and `likelihood` as report.json has them, in part;
         `trained` (ids of personas), `clips` and `frames` trained on; and of a trained arm `curves`
-        (`found.training_curves`), `train_s` and `survived`, the share of the update that the
-        merge left, or why it was `refused`.
+        (`found.training_curves`), `train_s`, and where its merge was `refused`, why.
 
     Raises:
         DuplexError: what a stage or an evaluation raises.
@@ -108,6 +108,27 @@ def run_cell(
     return json.loads(kept.read_text()) | {"arm": cell.arm, "seed": cell.seed}
 
 
+def rounding_of_cell(
+    cell: Cell, common: Common, work: Path, report: Report
+) -> dict[str, dict[str, float]] | None:
+    """What rounding leaves of the cell's update (`rounding_of`), with the `dtype` of its merge;
+    None of the base. Kept beside the cells."""
+    if cell.arm == BASE:
+        return None
+    path = CHECKOUT / common.config
+    overrides = list(cell.overrides)
+    config = load_config(path, overrides)
+    run(config, path, work, Selection.of(last="train"), overrides=overrides, report=report)
+    train = plan(config, work)[STAGE_NAMES.index("train")].folder
+    assert train is not None
+    base = servable_checkpoint(config.model, work, report)
+    hangs_on = canonical_json([train.digest, model_identity(config.model), MergeStage.version])
+    kept = work / "cells" / f"rounding-{sha256_bytes(hangs_on.encode())[:16]}.json"
+    if not kept.exists():
+        write_json(kept, rounding_of(base.folder, train.artifact("adapter").parent))
+    return json.loads(kept.read_text())
+
+
 def refusal(steps: Sequence[Step]) -> str | None:
     """Why the merge was refused, where rounding took the update or drowns it (`training/merge.py`):
     a result, and no accident."""
@@ -116,7 +137,7 @@ def refusal(steps: Sequence[Step]) -> str | None:
     found = re.search(
         r"survive rounding, found [\d.]+%|its rounding error is .+ \(\w+\)", message or ""
     )
-    return f"refused: {found[0]}" if found else None
+    return found[0] if found else None
 
 
 def of_data(tensors: StageFolder, *, trained: bool) -> dict[str, Any]:
@@ -171,14 +192,10 @@ def evaluate(
     data = report_data([played], about={}, protocol={}, likelihood=likelihood)
     kept = ("item", "seed", "persona", "grade", "sums", "transcript")
     situations = {one.item.id: one.item.situation for one in spoken}
-    found: dict[str, Any] = {
+    return {
         "conversations": [
             {key: one[key] for key in kept} | {"situation": situations[one["item"]]}
             for one in data["conversations"]
         ],
         "likelihood": likelihood,
     }
-    if merge:
-        certificate = json.loads(merge.artifact("certificate").read_text())
-        found["survived"] = certificate["survived"]["total"]
-    return found

@@ -16,6 +16,7 @@ from benchmarks.claims.tables import (
     key_measure,
     outcome,
 )
+from duplex.config import MergeSection
 
 
 def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
@@ -124,11 +125,9 @@ def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
 
 
 def _arms(claim: Claim, result: Mapping[str, Any]) -> list[str]:
-    survival = claim.survival
     lines = [
-        "| arm | differs by | clips trained on | minutes | training, s "
-        + ("| update that the merge left |" if survival else "|"),
-        "| --- | --- | ---: | ---: | ---: " + ("| ---: |" if survival else "|"),
+        "| arm | differs by | clips trained on | minutes | training, s |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]
     for arm in result["arms"]:
         overrides = ", ".join(f"{key}: {value}" for key, value in arm["overrides"].items())
@@ -140,19 +139,34 @@ def _arms(claim: Claim, result: Mapping[str, Any]) -> list[str]:
             f"{arm['minutes']:.1f}" if trained else "",
             f"{arm['train_s']:.0f}" if trained else "",
         ]
-        if survival:
-            cells.append(_survived(arm))
         lines.append(f"| {' | '.join(cells)} |")
     seconds = (
         "Seconds are by the clock, on a machine that others used too: they are no measurement."
     )
-    return [*lines, "", seconds, ""]
+    return [*lines, "", seconds, "", *(_rounding(result) if claim.survival else [])]
 
 
-def _survived(arm: Mapping[str, Any]) -> str:
-    if arm.get("refused"):
-        return arm["refused"]
-    return f"{100 * arm['survived']:.1f} %" if arm["survived"] is not None else ""
+def _rounding(result: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## What rounding leaves of the update",
+        "",
+        "Of the weights that adapters target: those that differ from the base's in the type of the "
+        "merge, and the share of the update along its own direction that is left "
+        "(`training/apply.py`). Each arm's adapters in both types, whatever it merges to; means "
+        "over the seeds.",
+        "",
+        "| arm | merged to | weights changed | update left | the merge |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for arm in result["arms"]:
+        for dtype, one in arm["rounding"].items():
+            own = arm["overrides"].get("merge.dtype", MergeSection().dtype) == dtype
+            verdict = (arm["refused"] or "kept") if own else ""
+            lines.append(
+                f"| `{arm['arm']}` | {dtype} | {100 * one['changed']:.1f} % "
+                f"| {100 * one['survived']:.1f} % | {verdict} |"
+            )
+    return [*lines, ""]
 
 
 def _curves(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:

@@ -70,7 +70,9 @@ class Claim(_Model):
     expected: dict[str, tuple[float, ...]] = Field(
         default={}, description="curve -> its losses as the seeds expected them"
     )
-    survival: bool = Field(default=False, description="share of the update left by the merge")
+    survival: bool = Field(
+        default=False, description="what rounding leaves of the update, by dtype"
+    )
     groups: bool = Field(default=False, description="also by who was trained on")
     decides: tuple[str, ...] = ()
     knob: str = ""

@@ -67,8 +67,16 @@ def test_a_merge_that_is_refused_is_a_result(tmp_path):
     assert command.main(small("merge-dtype", tmp_path)) == 0
     result = json.loads((tmp_path / "out" / "merge-dtype.json").read_text())
     refused = {arm["arm"]: arm["refused"] for arm in result["arms"]}
-    assert {arm for arm, why in refused.items() if why} == {"1e-5, bfloat16"}
-    assert "| refused: its rounding error is " in (tmp_path / "out" / "merge-dtype.md").read_text()
+    assert {arm for arm, why in refused.items() if why} == {"1e-5, bfloat16", "2e-6, bfloat16"}
+    assert (
+        "| refused with 1 of 1 seeds: its rounding error is "
+        in (tmp_path / "out" / "merge-dtype.md").read_text()
+    )
+    rounding = {arm["arm"]: arm["rounding"] for arm in result["arms"]}
+    assert rounding["2e-6, float32"] == rounding["2e-6, bfloat16"]  # of the same adapters
+    both = rounding["2e-6, float32"]
+    assert both["float32"]["survived"] > 0.999 and both["float32"]["changed"] > 0.9
+    assert both["bfloat16"]["changed"] < 0.5 * both["float32"]["changed"]
     nll = next(one for one in result["measures"] if one["key"] == "nll_words")
     words = {row["arm"]: row.get("word") for row in nll["rows"]}
     assert words["1e-5, bfloat16"] == "not measured" != words["1e-5, float32"]
