@@ -54,15 +54,16 @@ class EvaluateStage(WholeStage):
     number = 9
     # 2: each slot draws by its own generator; 3: verdicts; 4: in batches, more measures;
     # 5: clips scored teacher-forced, which enter the verdicts; 6: each item draws by its own seed
-    version = 6
+    # 7: a prompt is swapped with other personas' alone
+    version = 7
     reads = ("personas", "tensors", "train", "merge")
 
     def engine(self, config: Config) -> str:
         return f"{espeak.revision()}, {model_identity(config.model)}"
 
     def files(self, config: Config) -> dict[str, str]:
-        """The items by the digest of their content: a comment in the YAML changes nothing. Base
-        clips by their bytes.
+        """The items by the digest of their content: a comment in the YAML changes nothing, and a
+        situation is a label. Base clips by their bytes.
 
         Raises:
             DataFileError: the file breaks its schema, or is not there.
@@ -71,7 +72,9 @@ class EvaluateStage(WholeStage):
         found = {}
         for name in config.evaluate.items:
             items = load_items(find_path(name))
-            content = canonical_json([item.model_dump(mode="json") for item in items])
+            content = canonical_json(
+                [item.model_dump(mode="json", exclude={"situation"}) for item in items]
+            )
             found[name] = sha256_bytes(content.encode())
         load_all_items(config.evaluate.items)
         section = config.evaluate

@@ -31,13 +31,14 @@ from training.loss import MASK_ROWS, MASK_ROWS_WITH_USER
 class Clip:
     """A training example. codes: int16 [17, T], undelayed; frames before `prompt_frames` are
     its prompt, frames before `loss_from` carry no loss. turns: (role, start, end) in frames;
-    empty where nobody knows."""
+    empty where nobody knows. persona_id: whose prompt it is; None where nobody knows."""
 
     id: str
     codes: np.ndarray
     prompt_frames: int
     loss_from: int
     turns: tuple[tuple[str, int, int], ...] = ()
+    persona_id: str | None = None
 
     @property
     def num_frames(self) -> int:
@@ -115,7 +116,14 @@ def _read_clip(
     codes = np.ascontiguousarray(tensor.numpy()[:, :crop_frames].astype(dtype))
     prompt_frames = max((span.end for span in record.prompt), default=0)
     turns = tuple((turn.label, turn.start, turn.end) for turn in record.turns)
-    return Clip(record.id, codes, prompt_frames, 0 if loss_on_prompt else prompt_frames, turns)
+    return Clip(
+        record.id,
+        codes,
+        prompt_frames,
+        0 if loss_on_prompt else prompt_frames,
+        turns,
+        record.persona_id,
+    )
 
 
 def _describe_faults(tensor: object, record: TensorClip, card: int, text_card: int) -> list[str]:

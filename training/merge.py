@@ -170,7 +170,7 @@ def _certificate(
         "modules_changed": sum(change.changed > 0 for change in changes),
         "logits": {"error": error, "tolerance": ROUNDING[dtype], "effect": effect},
         "survived": {
-            "total": survived_share(changes),
+            "total": _survived(changes),
             "least": least.survived,
             "least_module": least.module,
         },
@@ -208,7 +208,7 @@ def check_changes(changes: list[Change], plan: Plan) -> None:
             f"each of {plan.num_modules} targeted modules must differ from the base after the "
             f"merge, found {len(same)} unchanged (first {same[0]}). {advice}"
         )
-    survived = survived_share(changes)
+    survived = _survived(changes)
     if not survived >= LEAST_SURVIVED:
         raise MergeError(
             f"at least {LEAST_SURVIVED:.0%} of the update must survive rounding, found "
@@ -216,7 +216,7 @@ def check_changes(changes: list[Change], plan: Plan) -> None:
         )
 
 
-def survived_share(changes: list[Change]) -> float:
+def _survived(changes: list[Change]) -> float:
     """Over all modules: <W' - W, Δ> / |Δ|²."""
     squares = [change.delta_norm**2 for change in changes]
     along = sum(c.survived * square for c, square in zip(changes, squares, strict=True))

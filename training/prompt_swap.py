@@ -11,8 +11,10 @@ low the loss. Prompts differ in length, so a dialogue also moves along the posit
 of equal content would show what that costs, and no margin should be read without its interval:
 Student's, over clips, each one value (the swaps of one clip are not independent).
 
-Two clips with the same system text are never swapped, whoever's they are: nothing would differ
-that the dialogue should depend on. Cost: 1 + swaps forward passes of each clip, no gradient.
+A persona's clips are never swapped with each other: its wordings tell the same facts, and with
+one persona held out the margin would be one of paraphrases. Nor are two clips with the same system
+text, whoever's they are: nothing would differ that the dialogue should depend on. Cost: 1 + swaps
+forward passes of each clip, no gradient.
 Legend: B clips, K = 17 rows, T frames, P parts (`training/loss.py`).
 """
 
@@ -109,7 +111,8 @@ def held_out_clips(clips: Sequence[Clip], count: int, seed: int) -> list[Clip]:
 def plan_swaps(
     clips: Sequence[Clip], pools: Sequence[Sequence[Clip]], swaps: int, seed: int
 ) -> list[SwapTask]:
-    """For each clip, up to `swaps` clips with prompts that differ from its own and each other.
+    """For each clip, up to `swaps` clips of other personas, with prompts that differ from its own
+    and from each other.
 
     Args:
         pools: where prompts are taken from, in order of preference: the held-out clips, then
@@ -121,11 +124,17 @@ def plan_swaps(
         others: list[Clip] = []
         for pool in pools if prompt_tokens(clip) else ():
             for other in sorted(pool, key=lambda other: _rank(seed, f"{clip.id}\0{other.id}")):
-                if len(others) < swaps and prompt_tokens(other) not in taken:
+                if len(others) == swaps:
+                    break
+                if not _same_persona(clip, other) and prompt_tokens(other) not in taken:
                     taken.add(prompt_tokens(other))
                     others.append(other)
         tasks.append(SwapTask(_dialogue_alone(clip), tuple(others)))
     return tasks
+
+
+def _same_persona(clip: Clip, other: Clip) -> bool:
+    return clip.persona_id is not None and clip.persona_id == other.persona_id
 
 
 def swapped(clip: Clip, other: Clip) -> Clip:

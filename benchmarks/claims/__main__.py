@@ -124,7 +124,8 @@ def run_grid(
         started_s = time.monotonic()
         done.append(run_cell(cell, common, options.work, lambda line: None, options.processes))
         if claim.survival:
-            done[-1]["rounding"] = rounding_of_cell(cell, common, options.work, lambda line: None)
+            rounding = rounding_of_cell(cell, common, options.work, lambda line: None)
+            done[-1]["rounding"] = rounding
         print(
             f"{name}: cell {number} of {len(cells)}, {cell.arm}, seed {cell.seed}: "
             f"{time.monotonic() - started_s:.0f} s",
@@ -184,12 +185,9 @@ def _refused(reasons: Sequence[str | None]) -> str:
     return f"refused with {len(found)} of {len(reasons)} seeds: {first}"
 
 
-def _mean_rounding(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _mean_rounding(cells: Sequence[dict[str, Any]]) -> dict[str, float]:
     found = [cell["rounding"] for cell in cells if cell.get("rounding")]
-    return {
-        dtype: {key: sum(one[dtype][key] for one in found) / len(found) for key in found[0][dtype]}
-        for dtype in (found[0] if found else ())
-    }
+    return {key: sum(one[key] for one in found) / len(found) for key in (found or [{}])[0]}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 The run goes up to `merge` (`base`: to `tensors`), stage by stage in the run folder of --work, so
 that arms share what they have in common and a grid that was cut off goes on. The conversations are
 held and scored by the functions of the evaluate stage, and kept as JSON under the key of all that
-they hang on; the merged weights are deleted then.
+they hang on; so are the clips that are scored teacher-forced, apart, since either may be measured
+anew. The merged weights are deleted then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.plan import BASE, Cell, Common
-from benchmarks.claims.rounding import rounding_of
+from benchmarks.claims.rounding import ROUNDING_VERSION, rounding_of
 from duplex.base import canonical_json
 from duplex.characters import Persona
 from duplex.config import Config
@@ -31,7 +32,7 @@ from duplex.store import StageFolder
 from pipeline.engines.checkpoint import model_identity
 from pipeline.evaluate import EvaluateStage, require_proofs, settings_of_run, speak_items
 from pipeline.evaluation.found import report_data, training_curves
-from pipeline.evaluation.likelihood import teacher_force
+from pipeline.evaluation.likelihood import LIKELIHOOD_VERSION, teacher_force
 from pipeline.evaluation.measures import MEASURES_VERSION
 from pipeline.evaluation.offline import play_checkpoint
 from pipeline.merge import MergeStage
@@ -40,6 +41,7 @@ from training.device import cpu_name
 from training.servable import servable_checkpoint
 
 Report = Callable[[str], None]
+CONVERSATIONS_VERSION = 6  # raise it when conversations are held otherwise
 
 
 def run_cell(
@@ -75,10 +77,11 @@ def run_cell(
         "weights": [train.key, config.keyed("merge")] if trained else model_identity(config.model),
         "tensors": tensors.digest,
         "evaluate": config.keyed("evaluate") | {"files": EvaluateStage().files(config)},
-        "versions": [MergeStage.version, EvaluateStage.version, MEASURES_VERSION],
+        "versions": [MergeStage.version, CONVERSATIONS_VERSION, MEASURES_VERSION],
     }
-    kept = work / "cells" / f"{sha256_bytes(canonical_json(hangs_on).encode())[:16]}.json"
-    if not kept.exists():
+    kept = work / "cells" / f"{_digest(hangs_on)}.json"
+    scored = work / "cells" / f"likelihood-{_digest([hangs_on, LIKELIHOOD_VERSION])}.json"
+    if not (kept.exists() and scored.exists()):
         refused = None
         try:
             if trained:
@@ -89,30 +92,41 @@ def run_cell(
                 raise
         steps = plan(config, work)
         stages = {step.stage.name: step.folder for step in steps if step.folder and step.done}
-        found = of_data(stages["tensors"], trained=trained)
-        found |= of_training(stages["train"]) if trained else {}
-        if refused:
-            found |= {"refused": refused, "conversations": [], "likelihood": []}
-        else:
-            merge = stages["merge"] if trained else None
-            found |= evaluate(config, work, stages, merge, report, processes)
-        found["measured"] = (
-            f"{cpu_name()}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}, "
-            f"processes of an evaluation: {processes or os.cpu_count()}"
-        )
+        merge = None if refused or not trained else stages["merge"]
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found)
+        if not kept.exists():
+            found = of_data(stages["tensors"], trained=trained)
+            found |= of_training(stages["train"]) if trained else {}
+            found |= {"refused": refused} if refused else {}
+            held = [] if refused else evaluate(config, work, stages, merge, report, processes)
+            found["conversations"] = held
+            found["measured"] = (
+                f"{cpu_name()}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}, "
+                f"processes of an evaluation: {processes or os.cpu_count()}"
+            )
+            write_json(kept, found)
+        if not scored.exists():
+            clips = [] if refused else score_clips(config, work, stages, merge, report, processes)
+            write_json(scored, clips)
         merged = plan(config, work)[STAGE_NAMES.index("merge")].folder
         if trained and merged is not None:
             shutil.rmtree(merged.path)  # 56 MB of weights, which the adapter makes again
-    return json.loads(kept.read_text()) | {"arm": cell.arm, "seed": cell.seed}
+    return json.loads(kept.read_text()) | {
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "likelihood": json.loads(scored.read_text()),
+    }
+
+
+def _digest(hangs_on: Any) -> str:
+    return sha256_bytes(canonical_json(hangs_on).encode())[:16]
 
 
 def rounding_of_cell(
     cell: Cell, common: Common, work: Path, report: Report
-) -> dict[str, dict[str, float]] | None:
-    """What rounding leaves of the cell's update (`rounding_of`), with the `dtype` of its merge;
-    None of the base. Kept beside the cells."""
+) -> dict[str, float] | None:
+    """What rounding takes from the cell's update (`rounding_of`); None of the base. Kept beside
+    the cells."""
     if cell.arm == BASE:
         return None
     path = CHECKOUT / common.config
@@ -122,8 +136,8 @@ def rounding_of_cell(
     train = plan(config, work)[STAGE_NAMES.index("train")].folder
     assert train is not None
     base = servable_checkpoint(config.model, work, report)
-    hangs_on = canonical_json([train.digest, model_identity(config.model), MergeStage.version])
-    kept = work / "cells" / f"rounding-{sha256_bytes(hangs_on.encode())[:16]}.json"
+    hangs_on = [train.digest, model_identity(config.model), ROUNDING_VERSION]
+    kept = work / "cells" / f"rounding-{_digest(hangs_on)}.json"
     if not kept.exists():
         write_json(kept, rounding_of(base.folder, train.artifact("adapter").parent))
     return json.loads(kept.read_text())
@@ -135,7 +149,8 @@ def refusal(steps: Sequence[Step]) -> str | None:
     folder = next(step.folder for step in steps if step.stage.name == "merge")
     message = folder.failure() if folder else None
     found = re.search(
-        r"survive rounding, found [\d.]+%|its rounding error is .+ \(\w+\)", message or ""
+        r"survive rounding, found [\d.]+%|its rounding error is .+ \(\w+\)|found \d+ unchanged",
+        message or "",
     )
     return found[0] if found else None
 
@@ -166,17 +181,19 @@ def evaluate(
     merge: StageFolder | None,
     report: Report,
     processes: int | None,
-) -> dict[str, Any]:
-    """Talk to one model and score it teacher-forced, as the evaluate stage does with both.
+) -> list[dict[str, Any]]:
+    """Talk to one model and score it, as the evaluate stage does with both.
 
     Args:
         merge: whose model it is; None: the base.
+
+    Returns:
+        A conversation each, as report.json has them, in part, with its item's `situation`.
     """
     tensors, section = stages["tensors"], config.evaluate
-    base = servable_checkpoint(config.model, work, report)
-    label = "tuned" if merge else BASE
-    weights = merge.artifact("weights").parent if merge else base.folder
+    label, weights = _model(config, work, merge, report)
     spoken = speak_items(section)
+    base = servable_checkpoint(config.model, work, report)
     tokenizer = base.files()["tokenizer"].read_bytes()
     personas = [one for one in stages["personas"].records() if isinstance(one, Persona)]
     settings, voices = settings_of_run(config, spoken, personas, tensors, tokenizer)
@@ -186,16 +203,34 @@ def evaluate(
         slots=section.runtime.slots, processes=processes,
     )  # fmt: skip
     require_proofs([played])
-    likelihood = teacher_force(
-        {label: weights}, tensors, section, config.seed, report, processes=processes
-    )
-    data = report_data([played], about={}, protocol={}, likelihood=likelihood)
+    data = report_data([played], about={}, protocol={}, likelihood=[])
     kept = ("item", "seed", "persona", "grade", "sums", "transcript")
     situations = {one.item.id: one.item.situation for one in spoken}
-    return {
-        "conversations": [
-            {key: one[key] for key in kept} | {"situation": situations[one["item"]]}
-            for one in data["conversations"]
-        ],
-        "likelihood": likelihood,
-    }
+    return [
+        {key: one[key] for key in kept} | {"situation": situations[one["item"]]}
+        for one in data["conversations"]
+    ]
+
+
+def score_clips(
+    config: Config,
+    work: Path,
+    stages: Mapping[str, StageFolder],
+    merge: StageFolder | None,
+    report: Report,
+    processes: int | None,
+) -> list[dict[str, Any]]:
+    """Score one model teacher-forced, as the evaluate stage does with both."""
+    label, weights = _model(config, work, merge, report)
+    return teacher_force(
+        {label: weights}, stages["tensors"], config.evaluate, config.seed, report,
+        processes=processes,
+    )  # fmt: skip
+
+
+def _model(
+    config: Config, work: Path, merge: StageFolder | None, report: Report
+) -> tuple[str, Path]:
+    if merge is not None:
+        return "tuned", merge.artifact("weights").parent
+    return BASE, servable_checkpoint(config.model, work, report).folder

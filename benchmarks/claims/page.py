@@ -16,7 +16,6 @@ from benchmarks.claims.tables import (
     key_measure,
     outcome,
 )
-from duplex.config import MergeSection
 
 
 def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
@@ -148,23 +147,21 @@ def _arms(claim: Claim, result: Mapping[str, Any]) -> list[str]:
 
 def _rounding(result: Mapping[str, Any]) -> list[str]:
     lines = [
-        "## What rounding leaves of the update",
+        "## What rounding to bfloat16 takes",
         "",
-        "Of the weights that adapters target: those that differ from the base's in the type of the "
-        "merge, and the share of the update along its own direction that is left "
-        "(`training/apply.py`). Each arm's adapters in both types, whatever it merges to; means "
-        "over the seeds.",
+        "Of the weights that adapters target, in a base that bfloat16 can hold: those that "
+        "rounding lets change, the share of the update along its own direction that is left, and the size "
+        "of the rounding error against the update's (`benchmarks/claims/rounding.py`). Of each "
+        "arm's adapters, whatever it merges to; means over the seeds.",
         "",
-        "| arm | merged to | weights changed | update left | the merge |",
-        "| --- | --- | ---: | ---: | --- |",
+        "| arm | weights changed | update left | rounding error | its own merge |",
+        "| --- | ---: | ---: | ---: | --- |",
     ]
     for arm in result["arms"]:
-        for dtype, one in arm["rounding"].items():
-            own = arm["overrides"].get("merge.dtype", MergeSection().dtype) == dtype
-            verdict = (arm["refused"] or "kept") if own else ""
+        if one := arm["rounding"]:
             lines.append(
-                f"| `{arm['arm']}` | {dtype} | {100 * one['changed']:.1f} % "
-                f"| {100 * one['survived']:.1f} % | {verdict} |"
+                f"| `{arm['arm']}` | {100 * one['changed']:.1f} % | {100 * one['survived']:.1f} % "
+                f"| {one['error']:.2f} | {arm['refused'] or 'kept'} |"
             )
     return [*lines, ""]
 

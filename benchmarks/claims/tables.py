@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.claims.plan import KNOWN, Claim, Outcome
 from duplex.base import rounded
 from duplex.verdict import Finding, Pair, compare
-from pipeline.evaluation.likelihood import Likelihood
+from pipeline.evaluation.likelihood import HELD_OUT, Likelihood
 
 DISAGREE, UNMEASURED = "seeds disagree", "a seed measures nothing"
 VERDICTS = ("improved", "regressed", "differs")
@@ -55,8 +55,10 @@ def sums_of_cell(
 ) -> Sums:
     """Item or clip -> sum and count of a measure in one cell."""
     if isinstance(KNOWN[key], Likelihood):
+        # A run's own clips are of its seed; the base's are the same for all.
+        of = {HELD_OUT: f" {cell['seed']}"}
         return {
-            f"{one['group']} {one['clip']}": (one["values"][key], 1.0)
+            f"{one['group']} {one['clip']}{of.get(one['group'], '')}": (one["values"][key], 1.0)
             for one in cell["likelihood"]
             if one["values"].get(key) is not None
         }

@@ -31,6 +31,7 @@ from duplex.metrics import mean_interval
 from duplex.store import StageFolder
 from duplex.verdict import Better
 
+LIKELIHOOD_VERSION = 2  # 2: a prompt is swapped with other personas' alone
 WORKER = "pipeline.evaluation.likelihood_worker"
 ADVICE = (
     "Signal 9 that nobody sent is most often the system short of memory. evaluate.clips: 0 leaves "

@@ -1,6 +1,8 @@
 """The prompt-swap margin: above 0 for a model that reads its prompt, about 0 for one that
 does not, and plain arithmetic for forwards whose likelihoods are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,16 @@ def test_clips_with_one_prompt_text_are_not_swapped():
         hand_made_forward(lambda *_: 1), plan_swaps([same], [[same]], 3, seed=1), CPU
     )
     assert found.words is None and found.num_swaps == 0 and found.own.count[WORDS] > 0
+
+
+def test_a_persona_is_never_swapped_with_itself():
+    """Another wording of its own prompt tells the same facts."""
+    named = [replace(clip, persona_id=f"q{place // 2}") for place, clip in enumerate(CLIPS)]
+    training = [replace(persona_clip(f"t{i}", 10 + i), persona_id="q0") for i in range(3)]
+    for task in plan_swaps(named, [named, training], 9, seed=1):
+        own = next(clip.persona_id for clip in named if clip.id == task.own.id)
+        assert task.others and own not in {other.persona_id for other in task.others}
+    assert plan_swaps(named[:2], [named[:2], training], 9, seed=1)[0].others == ()
 
 
 def test_held_out_prompts_come_before_training_prompts():

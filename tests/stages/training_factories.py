@@ -86,7 +86,7 @@ def write_tensors_stage(
             fields: dict[str, Any] = {
                 "id": name,
                 "speech_id": name,
-                "persona_id": f"persona-{split}",
+                "persona_id": "persona-train" if split == "train" else f"persona-valid-{index}",
                 "tensor": blobs.put(content, ".pt"),
                 "num_frames": num_frames,
                 "prompt": (FrameSpan(label="text", start=0, end=PROMPT_FRAMES),),
