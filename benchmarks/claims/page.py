@@ -150,9 +150,9 @@ def _rounding(result: Mapping[str, Any]) -> list[str]:
         "## What rounding to bfloat16 takes",
         "",
         "Of the weights that adapters target, in a base that bfloat16 can hold: those that "
-        "rounding lets change, the share of the update along its own direction that is left, and the size "
-        "of the rounding error against the update's (`benchmarks/claims/rounding.py`). Of each "
-        "arm's adapters, whatever it merges to; means over the seeds.",
+        "rounding lets change, the share of the update along its own direction that is left, and "
+        "the size of the rounding error against the update's (`benchmarks/claims/rounding.py`). Of "
+        "each arm's adapters, whatever it merges to; means over the seeds.",
         "",
         "| arm | weights changed | update left | rounding error | its own merge |",
         "| --- | ---: | ---: | ---: | --- |",
