@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -155,18 +154,21 @@ def gpu_rows(
     return rows
 
 
-def demo_of(text: str) -> dict[str, Any]:
-    """Dialogues, minutes and the stages' seconds of the demo, as docs/results.md tells them.
+def demo_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Dialogues, minutes and the stages' seconds of docs/results/demo.json.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: a stage is not there.
     """
-    found = re.search(r"(\d+) recordings, ([\d.]+) minutes", text)
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \|", text, flags=re.MULTILINE)
-    seconds = {name: float(value) for name, value in rows if name in STAGES}
-    if not found or set(seconds) != set(STAGES):
-        raise ValueError("docs/results.md must have the demo's table of stages, found none")
-    return {"dialogues": int(found[1]), "minutes": float(found[2]), "stage_s": seconds}
+    stages = {one["stage"]: one for one in found["stages"]}
+    missing = [stage for stage in STAGES if stage not in stages]
+    if missing:
+        raise ValueError(f"the demo must have all stages, found no {', '.join(missing)}")
+    return {
+        "dialogues": stages["dialogues"]["records"],
+        "minutes": found["minutes"],
+        "stage_s": {stage: stages[stage]["seconds"] for stage in STAGES},
+    }
 
 
 def against_demo(
@@ -263,7 +265,7 @@ def main() -> None:
     results = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in SOURCES}
     gpus = load_gpus(GPUS)
     section = load_config(CHECKOUT / "configs" / "coffee.yaml").train
-    demo = demo_of((CHECKOUT / "docs" / "results.md").read_text())
+    demo = demo_of(json.loads((RESULTS / "demo.json").read_text()))
     text = page(capacity(results, gpus, section, demo))
     print(text)
     if options.write:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -35,11 +36,13 @@ from benchmarks.claims.plan import (
     load_common,
 )
 from benchmarks.claims.plots import draw_curves, draw_measures
-from benchmarks.claims.tables import compared, mean_curves
+from benchmarks.claims.tables import compared, held_out_personas, mean_curves
+from duplex.base import canonical_json
+from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.datafiles import CHECKOUT
 from duplex.errors import DuplexError
-from duplex.files import write_atomic, write_json
+from duplex.files import sha256_bytes, write_atomic, write_json
 from duplex.frames import FRAME_S
 
 OUT = CHECKOUT / "docs" / "results" / "claims"
@@ -54,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="where runs and cells are kept")
     parser.add_argument("--out", type=Path, default=OUT, help="where the pages go")
     parser.add_argument("--lane", help="a run folder of its own, to measure beside another process")
-    parser.add_argument("--processes", type=int, help="of an evaluation; without it a core each")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="of an evaluation; rounding hangs on it"
+    )
     parser.add_argument("--seeds", type=int, help="the first so many: a trial")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a trial")
     options = parser.parse_args(arguments)
@@ -105,7 +110,8 @@ def measure_claim(name: str, options: argparse.Namespace) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     result = json.loads(path.read_text())
-    write_atomic(options.out / f"{name}.svg", draw_measures(result["measures"], claim.reference))
+    figure = draw_measures(result["measures"], claim.reference, claim.key)
+    write_atomic(options.out / f"{name}.svg", figure)
     if claim.curves:
         curves = {arm: result["curves"][arm] for arm in claim.arms if arm in result["curves"]}
         figure = draw_curves(curves, claim.expected, result["steps_per_epoch"])
@@ -137,20 +143,25 @@ def run_grid(
 
 def result_of(claim: Claim, common: Common, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All that the page says, but for the claim's own words."""
-    first = next(cell for cell in cells_of(claim, common) if cell.arm == claim.reference)
-    config = load_config(CHECKOUT / common.config, list(first.overrides))
+    configs = {
+        cell.arm: load_config(CHECKOUT / common.config, list(cell.overrides))
+        for cell in cells_of(claim, common)
+    }
+    reference = configs[claim.reference]
     clips = max(
-        (cell["clips"] for cell in cells if cell["trained"]), default=config.train.batch_size
+        (cell["clips"] for cell in cells if cell["trained"]), default=reference.train.batch_size
     )
     return {
         "config": common.config,
+        "config_digest": config_digest(claim, common),
         "set": common.set | claim.set,
         "seeds": list(common.seeds),
         "measured": sorted({cell["measured"] for cell in cells}),
+        "held_out": held_out_personas(cells, claim.reference),
         "items": len({one["item"] for cell in cells for one in cell["conversations"]}),
-        "seconds": config.evaluate.seconds,
-        "steps_per_epoch": clips / config.train.batch_size,
-        "arms": [_arm(arm, claim.arms[arm], cells) for arm in claim.arms],
+        "seconds": reference.evaluate.seconds,
+        "steps_per_epoch": clips / reference.train.batch_size,
+        "arms": [_arm(arm, claim.arms[arm], configs[arm], cells) for arm in claim.arms],
         "measures": compared(claim, cells),
         "curves": {arm: mean_curves(cells, arm) for arm in claim.arms if arm != BASE}
         if claim.curves
@@ -158,20 +169,29 @@ def result_of(claim: Claim, common: Common, cells: Sequence[dict[str, Any]]) -> 
     }
 
 
-def _arm(arm: str, overrides: dict[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    mine = [cell for cell in cells if cell["arm"] == arm]
+def config_digest(claim: Claim, common: Common) -> str:
+    """Of all that the cells' configs set: a page of another digest is of another protocol."""
+    configs = [
+        load_config(CHECKOUT / common.config, list(cell.overrides)).model_dump(mode="json")
+        for cell in cells_of(claim, common)
+    ]
+    return sha256_bytes(canonical_json(configs).encode())[:16]
 
-    def mean(key: str) -> float | None:
-        values = [cell[key] for cell in mine if cell.get(key) is not None]
-        return sum(values) / len(values) if values else None
 
-    frames = mean("frames")
-    return {
-        "arm": arm,
-        "overrides": overrides,
-        "clips": mean("clips"),
-        "minutes": frames * FRAME_S / 60 if frames else None,
-        "train_s": mean("train_s"),
+def _arm(
+    arm: str, overrides: dict[str, Any], config: Config, cells: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    mine = [cell for cell in cells if cell["arm"] == arm and arm != BASE]
+    found: dict[str, Any] = {"arm": arm, "overrides": overrides, "clips": [], "refused": ""}
+    if not mine:
+        return found
+    frames, clips = (sum(cell[key] for cell in mine) / len(mine) for key in ("frames", "clips"))
+    return found | {
+        "clips": [cell["clips"] for cell in mine],
+        "minutes": frames * FRAME_S / 60,
+        "steps": config.train.steps,
+        "epochs": config.train.steps * config.train.batch_size / clips,
+        "train_s": statistics.median(cell["train_s"] for cell in mine),
         "rounding": _mean_rounding(mine),
         "refused": _refused([cell.get("refused") for cell in mine]),
     }

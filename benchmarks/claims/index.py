@@ -1,5 +1,5 @@
-"""docs/results/claims/README.md: what each page says, and what to try on the 7B, of the NAME.json
-that are there."""
+"""docs/results/claims/README.md: what each page says, what all arms gave, and what to try on the
+7B, of the NAME.json that are there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.page import change, key_result, other_comparisons
-from benchmarks.claims.plan import Claim, Outcome, claim_names, load_claim
-from benchmarks.claims.tables import VERDICTS, deciding, key_measure, outcome
+from benchmarks.claims.page import against, change, key_result, listing, shown
+from benchmarks.claims.plan import BASE, Claim, claim_names, load_claim
+from benchmarks.claims.tables import VERDICTS, beside, decided, key_measure
 from duplex.files import write_atomic
 
 HEAD = """\
@@ -18,9 +18,16 @@ HEAD = """\
 
 Each page holds one claim of the documents that the project started from against the pocket model,
 with its command. `python -m benchmarks.claims NAME` measures it again, `python -m benchmarks.claims
-index` writes this page. Three seeds and some dozens of items find large differences only: "no
-difference" means none that this size can show.
+index` writes this page. Three seeds and some dozens of items find large differences only:
+"inconclusive" means that this size cannot show any.
 """
+CLASSES = (
+    "another setting than ours did better, and no row of it worse",
+    "another setting did better, at a price",
+    "keep ours: no other did better, and some did worse",
+    "cannot be told",
+)
+AT_A_GLANCE = ("response_rate", "facts_said", "hallucinated")
 
 
 def write_index(folder: Path) -> None:
@@ -34,36 +41,46 @@ def write_index(folder: Path) -> None:
 
 def describe_index(results: Mapping[str, Mapping[str, Any]]) -> str:
     claims = {name: load_claim(name) for name in claim_names()}
-    lines = [HEAD, "| page | what was found | of other comparisons | show a difference |"]
-    lines += ["| --- | --- | ---: | ---: |"]
+    lines = [HEAD, "| page | against the claim | what was found |", "| --- | --- | --- |"]
     for name, claim in claims.items():
         if name in results:
             measures = results[name]["measures"]
-            others = [row["word"] in VERDICTS for _, row in other_comparisons(claim, measures)]
             lines.append(
-                f"| [{claim.title}]({name}.md) | {key_result(claim, measures)} "
-                f"| {len(others)} | {sum(others)} |"
+                f"| [{claim.title}]({name}.md) | {against(claim, measures)} "
+                f"| {key_result(claim, measures)} |"
             )
     missing = [claim.title for name, claim in claims.items() if name not in results]
     if missing:
         lines += ["", f"Not measured yet: {'; '.join(missing)}."]
-    lines += ["", "## What to try on the 7B, in this order", ""]
-    lines += [
-        "First where another setting than ours did better, then where ours was the best of those "
-        "tried, then where nothing can be told; in each by how far the difference is from 0, in "
-        "halves of its interval.",
-        "",
-        "| | knob | what was found | for a 7B run |",
-        "| ---: | --- | --- | --- |",
-    ]
-    for number, (name, found, row) in enumerate(ranked(claims, results), 1):
-        claim = claims[name]
-        lines.append(
-            f"| {number} | [{claim.knob}]({name}.md) "
-            f"| {_found(claim, results[name]['measures'], row)} "
-            f"| {getattr(claim.seven_b, found)} |"
-        )
+    lines += ["", *_to_try(claims, results), "", *_at_a_glance(claims, results)]
     return "\n".join([*lines, ""])
+
+
+def _to_try(claims: Mapping[str, Claim], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "## What to try on the 7B, in this order",
+        "",
+        "In four classes; within one by the difference against the least that each page says would "
+        "matter. What it means for a 7B run stands on each page.",
+    ]
+    number = 0
+    for place, title in enumerate(CLASSES):
+        mine = [one for one in ranked(claims, results) if one[1] == place]
+        if not mine:
+            continue
+        lines += [
+            "", f"**{title[0].upper()}{title[1:]}.**", "",
+            "| | knob | what was found | its price |", "| ---: | --- | --- | --- |",
+        ]  # fmt: skip
+        for name, _, row in mine:
+            number += 1
+            claim, measures = claims[name], results[name]["measures"]
+            price = listing(beside(claim, measures, [row["arm"]], ["regressed"]))
+            lines.append(
+                f"| {number} | [{claim.knob}]({name}.md) | {_found(claim, measures, row)} "
+                f"| {price if place == 1 else ''} |"
+            )
+    return lines
 
 
 def _found(claim: Claim, measures: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> str:
@@ -73,22 +90,48 @@ def _found(claim: Claim, measures: Sequence[Mapping[str, Any]], row: Mapping[str
 
 def ranked(
     claims: Mapping[str, Claim], results: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[str, Outcome, dict[str, Any]]]:
-    """Claims with a knob: name, outcome, and the row that says it most clearly."""
-    order: dict[Outcome, int] = {"better": 0, "worse": 1, "none": 2}
-    wanted = {"better": "improved", "worse": "regressed"}
-    rows: list[tuple[str, Outcome, dict[str, Any]]] = []
+) -> list[tuple[str, int, Mapping[str, Any]]]:
+    """Claims with a knob: name, class (of CLASSES), and the row that says it most clearly."""
+    found: list[tuple[str, int, Mapping[str, Any]]] = []
+    sizes: dict[str, float] = {}
     for name, result in results.items():
-        if claims[name].knob:
-            of_key = deciding(claims[name], result["measures"])
-            found = outcome(of_key)
-            said = [row for row in of_key if found == "none" or row["word"] == wanted[found]]
-            rows.append((name, found, max(said, key=clearness)))
-    return sorted(rows, key=lambda one: (order[one[1]], -clearness(one[2]), one[0]))
+        claim, measures = claims[name], result["measures"]
+        if not claim.knob:
+            continue
+        outcome, row = decided(claim, measures)
+        worse = beside(claim, measures, [row["arm"]], ["regressed"])
+        place = {"better": 1 if worse else 0, "worse": 2, "none": 3}[outcome]
+        found.append((name, place, row))
+        sizes[name] = abs(row.get("difference") or 0.0) / claim.least if claim.least else 0.0
+    return sorted(found, key=lambda one: (one[1], -sizes[one[0]], one[0]))
 
 
-def clearness(row: Mapping[str, Any]) -> float:
-    """The difference in halves of its 95 % interval; 0 where there is none."""
-    if row["low"] is None or row["high"] == row["low"]:
-        return 0.0
-    return 2 * abs(row["difference"]) / (row["high"] - row["low"])
+def _at_a_glance(
+    claims: Mapping[str, Claim], results: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Every arm that talked: what was tried for a larger effect, and what it gave."""
+    lines = [
+        "## All arms that were tried",
+        "",
+        "Pooled over items and seeds. Pages differ in their items and steps: compare within a "
+        "page. `*`: a verdict against its page's reference.",
+        "",
+        "| page | arm | turns answered | facts said | made up, of replies |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for name, result in results.items():
+        by_key = {one["key"]: one for one in result["measures"] if not one["group"]}
+        if not set(AT_A_GLANCE) & by_key.keys():
+            continue
+        for arm in claims[name].arms:
+            cells = [_glance(by_key.get(key), arm) for key in AT_A_GLANCE]
+            label = "base, no adapter" if arm == BASE else f"`{arm}`"
+            lines.append(f"| [{name}]({name}.md) | {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _glance(one: Mapping[str, Any] | None, arm: str) -> str:
+    row = next((row for row in one["rows"] if row["arm"] == arm), None) if one else None
+    if one is None or row is None:
+        return ""
+    return shown(one, row["value"]) + (" *" if row.get("word") in VERDICTS else "")

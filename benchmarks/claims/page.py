@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.claims.plan import BASE, Claim
+from benchmarks.claims.plan import Claim
 from benchmarks.claims.plots import CURVES
 from benchmarks.claims.tables import (
     DISAGREE,
     GROUPS,
+    TOO_FEW,
     UNMEASURED,
     VERDICTS,
-    deciding,
+    beside,
+    decided,
     key_measure,
-    outcome,
 )
 
 
 def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
     measures = result["measures"]
-    found = outcome(deciding(claim, measures))
     lines = [
         f"# {claim.title}",
         "",
@@ -30,14 +30,17 @@ def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
         "",
         f"**Result.** {sentence(claim, measures)}",
         "",
-        f"**For a 7B run.** {getattr(claim.seven_b, found)}",
+        f"**Against the claim.** {against(claim, measures)}",
+        "",
+        f"**For a 7B run.** {advice(claim, measures)}",
         "",
         *([f"**Why.** {claim.why}", ""] if claim.why else []),
         f"**What this does not say.** {claim.not_said}",
         "",
         f"![measures by arm]({name}.svg)",
         "",
-        f"Small dots: seeds; diamonds: all of them; the line: the reference, `{claim.reference}`.",
+        f"Differences from `{claim.reference}`, the mean over items, with its 95 % interval; dots: "
+        "the same of each seed. Filled: a verdict.",
         "",
         *_protocol(name, claim, result),
         *_arms(claim, result),
@@ -69,15 +72,47 @@ def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def against(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
+    """What becomes of the claim."""
+    found, row = decided(claim, measures)
+    return _filled(getattr(claim.against, found), claim, measures, row)
+
+
+def advice(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
+    """What it means for a 7B run, with what else the deciding arms change for the worse, or for
+    the better where they are not to be taken."""
+    found, row = decided(claim, measures)
+    text = _filled(getattr(claim.seven_b, found), claim, measures, row)
+    arms = [row["arm"]] if found != "none" else claim.deciding_arms
+    words = {"better": ("regressed",), "worse": ("improved",), "none": ("improved", "regressed")}
+    listed = beside(claim, measures, arms, words[found])
+    if not listed:
+        return text
+    said = {"better": "Its price", "worse": "To its credit", "none": "Other rows do differ"}
+    return f"{text} {said[found]}: {listing(listed)}."
+
+
+def listing(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    return "; ".join(f"{one['label']} `{row['arm']}` {change(one, row)}" for one, row in rows)
+
+
+def _filled(
+    text: str, claim: Claim, measures: Sequence[Mapping[str, Any]], row: Mapping[str, Any]
+) -> str:
+    one = key_measure(claim, measures)
+    by = shown(one, row["difference"], "+") if row.get("difference") is not None else "–"
+    return text.replace("{arm}", f"`{row['arm']}`").replace("{by}", by)
+
+
 def key_result(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
     """The key measure's values and verdicts, arm by arm."""
     one = key_measure(claim, measures)
     rows = {row["arm"]: row for row in one["rows"]}
     reference = rows.pop(claim.reference)
     parts = [
-        f"`{arm}` {_value(one, row['value'])} ({change(one, row)})" for arm, row in rows.items()
+        f"`{arm}` {shown(one, row['value'])} ({change(one, row)})" for arm, row in rows.items()
     ]
-    values = "; ".join([f"`{claim.reference}` {_value(one, reference['value'])}", *parts])
+    values = "; ".join([f"`{claim.reference}` {shown(one, reference['value'])}", *parts])
     return f"{one['label']}: {values}"
 
 
@@ -98,10 +133,11 @@ def change(one: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """The verdict of a row, and by how much where it says that there is a difference."""
     if row["word"] not in VERDICTS:
         return row["word"]
-    return f"{row['word']}, {_value(one, row['difference'], '+')}"
+    return f"{row['word']}, {shown(one, row['difference'], '+')}"
 
 
 def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
+    key = key_measure(claim, result["measures"])
     shared = ", ".join(f"`{key}: {value}`" for key, value in result["set"].items())
     seeds = ", ".join(map(str, result["seeds"]))
     return [
@@ -114,33 +150,53 @@ def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         f"scored teacher-forced. {'; '.join(result['measured'])}.",
         "",
         "A difference is the mean over items, each pooled over the seeds, with the 95 % interval "
-        "of a bootstrap over items; p by sign changes, corrected over the whole page (Holm; "
-        "[evaluation](../../evaluation.md)). A verdict takes p ≤ .05 and all seeds pointing one "
-        f"way; where they do not, it says `{DISAGREE}`. `all` pools what the seeds counted: "
-        "talkative items weigh more in it than in the difference. Differences of shares are in "
-        "percentage points (pp).",
+        "of a bootstrap over items, not corrected; p by sign changes "
+        "([evaluation](../../evaluation.md)), corrected (Holm) among the deciding arms "
+        f"({', '.join(f'`{arm}`' for arm in claim.deciding_arms)}) in {key['label']}, which were "
+        "chosen beforehand, and among all other rows. A verdict takes p ≤ .05 and all seeds "
+        f"pointing one way; where they do not, it says `{DISAGREE}`. `{TOO_FEW}` differ where no p "
+        "could pass. `all` pools what the seeds counted: talkative items weigh more in it than in "
+        "the difference. Differences of shares are in percentage points (pp).",
+        "",
+        *_held_out(result),
+    ]
+
+
+def _held_out(result: Mapping[str, Any]) -> list[str]:
+    """Who the held-out clips are of, by seed."""
+    found = result["held_out"]
+    if not found:
+        return []
+    listed = "; ".join(f"seed {seed}: {', '.join(names)}" for seed, names in found.items())
+    return [
+        f"Held-out clips are of {listed}. Clips of a seed share a trained model, and those of one "
+        "persona its voice and facts: what is said of them is said of these clips, not of new "
+        "personas or of training again.",
         "",
     ]
 
 
 def _arms(claim: Claim, result: Mapping[str, Any]) -> list[str]:
     lines = [
-        "| arm | differs by | clips trained on | minutes | training, s |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| arm | differs by | clips trained on, by seed | minutes | steps | epochs | training, s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for arm in result["arms"]:
         overrides = ", ".join(f"{key}: {value}" for key, value in arm["overrides"].items())
-        trained = arm["arm"] != BASE
+        trained = bool(arm["clips"])
         cells = [
             f"`{arm['arm']}`",
             overrides or ("no adapter" if not trained else "nothing"),
-            f"{arm['clips']:.0f}" if trained else "",
+            " · ".join(map(str, arm["clips"])) if trained else "",
             f"{arm['minutes']:.1f}" if trained else "",
+            str(arm["steps"]) if trained else "",
+            f"{arm['epochs']:.3g}" if trained else "",
             f"{arm['train_s']:.0f}" if trained else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     seconds = (
-        "Seconds are by the clock, on a machine that others used too: they are no measurement."
+        "Seconds are the median of the seeds, by the clock of a machine that others used too: they "
+        "tell arms apart only where they differ by far."
     )
     return [*lines, "", seconds, "", *(_rounding(result) if claim.survival else [])]
 
@@ -158,7 +214,7 @@ def _rounding(result: Mapping[str, Any]) -> list[str]:
         "| --- | ---: | ---: | ---: | --- |",
     ]
     for arm in result["arms"]:
-        if one := arm["rounding"]:
+        if one := arm.get("rounding"):
             lines.append(
                 f"| `{arm['arm']}` | {100 * one['changed']:.1f} % | {100 * one['survived']:.1f} % "
                 f"| {one['error']:.2f} | {arm['refused'] or 'kept'} |"
@@ -172,28 +228,32 @@ def _curves(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         "",
         f"![losses of held-out clips by epoch]({name}-curves.svg)",
         "",
-        "Means over the seeds, of held-out clips, at the first and the last step: `total` weighs "
-        "the terms as the arm does, so arms differ in it by the weight alone; the others are "
-        "plain nats, with the prompt's frames where an arm puts loss on them.",
+        "Means over the seeds, of held-out clips, after so many epochs: `total` weighs the terms "
+        "as the arm does, so arms differ in it by the weight alone; the others are plain nats, "
+        "with the prompt's frames where an arm puts loss on them.",
         "",
-        f"| arm | {' | '.join(CURVES.values())} |",
-        f"| --- | {' | '.join('---:' for _ in CURVES)} |",
     ]
-    for arm in claim.arms:
-        curves = result["curves"].get(arm, {})
-        if not curves:
-            continue
-        cells = []
-        for key in CURVES:
-            points = curves.get(key, {}).get("valid", [])
-            cells.append(f"{points[0][1]:.2f} → {points[-1][1]:.2f}" if points else "")
-        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
-    if claim.expected:
-        cells = [
-            " → ".join(f"{value:g}" for value in claim.expected.get(key, ())) for key in CURVES
+    for key, title in CURVES.items():
+        by_arm = {
+            arm: {round(step / result["steps_per_epoch"]): value for step, value in points}
+            for arm, curves in result["curves"].items()
+            if (points := curves.get(key, {}).get("valid"))
+        }
+        epochs = sorted({epoch for found in by_arm.values() for epoch in found})
+        expected = dict(enumerate(claim.expected.get(key, ()), 1))
+        lines += [
+            f"| {title}, after epoch | {' | '.join(map(str, epochs))} |",
+            f"| --- | {' | '.join('---:' for _ in epochs)} |",
         ]
-        lines.append(f"| the seeds expected, by epoch | {' | '.join(cells)} |")
-    return [*lines, ""]
+        for arm in claim.arms:
+            if arm in by_arm:
+                cells = [f"{by_arm[arm][e]:.2f}" if e in by_arm[arm] else "" for e in epochs]
+                lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+        if expected:
+            cells = [f"{expected[e]:g}" if e in expected else "" for e in epochs]
+            lines.append(f"| expected by the documents | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
 
 
 def _table(one: Mapping[str, Any], reference: str) -> list[str]:
@@ -211,8 +271,8 @@ def _table(one: Mapping[str, Any], reference: str) -> list[str]:
     for row in one["rows"]:
         cells = [
             f"`{row['arm']}`",
-            " · ".join(_value(one, value) for value in row["by_seed"]),
-            _value(one, row["value"]),
+            " · ".join(shown(one, value) for value in row["by_seed"]),
+            shown(one, row["value"]),
             f"{row['trials']:g}",
         ]
         if row["arm"] == reference:
@@ -221,22 +281,23 @@ def _table(one: Mapping[str, Any], reference: str) -> list[str]:
             cells += ["", "", "0", "", "not measured"]
         else:
             bounds = (
-                f"{_value(one, row['low'], '+')} to {_value(one, row['high'], '+')}"
+                f"{shown(one, row['low'], '+')} to {shown(one, row['high'], '+')}"
                 if row["low"] is not None
                 else ""
             )
             cells += [
-                _value(one, row["difference"], "+"),
+                shown(one, row["difference"], "+"),
                 bounds,
                 str(row["n"]),
-                f"{row['p_holm']:.3f}",
+                "< .001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}",
                 f"**{row['word']}**" if row["word"] in VERDICTS else row["word"],
             ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _value(one: Mapping[str, Any], value: float | None, sign: str = "") -> str:
+def shown(one: Mapping[str, Any], value: float | None, sign: str = "") -> str:
+    """A value of a measure, in its unit."""
     if value is None:
         return "–"
     if one["kind"] == "rate":

@@ -7,11 +7,14 @@
     arms         name -> overrides of that arm; `base` is the model without an adapter
     reference    the arm that all others are held against
     key          the measure that answers the question
-    measures     all that are shown; corrected together
+    least        the smallest difference of it that matters: under it the outcome is `none`
+    measures     all that are shown
     decides      arms that answer the question; all but the reference and `base` if not given
     knob         what one would turn on a 7B, for the list of what to try
-    seven_b      what it means for a 7B run, by the deciding arms: one is `better` than the
+    against      what becomes of the claim: by the deciding arms one is `better` than the
                  reference, none is and some are `worse`, or `none` of it can be told
+    seven_b      what it means for a 7B run, by the same. In both `{arm}` is the arm that says it
+                 most clearly, `{by}` its difference from the reference
     why          what was looked at to explain the result
     not_said     what the page cannot tell
 
@@ -51,7 +54,7 @@ class Common(_Model):
 Outcome = Literal["better", "worse", "none"]
 
 
-class SevenB(_Model):
+class ByOutcome(_Model):
     better: str
     worse: str
     none: str
@@ -65,6 +68,7 @@ class Claim(_Model):
     arms: dict[str, Overrides] = Field(min_length=2)
     reference: str
     key: str
+    least: float = Field(ge=0, description="in the unit of the key measure; shares in 0 to 1")
     measures: tuple[str, ...] = Field(min_length=1)
     curves: bool = Field(default=False, description="losses of training, by step and by epoch")
     expected: dict[str, tuple[float, ...]] = Field(
@@ -76,7 +80,8 @@ class Claim(_Model):
     groups: bool = Field(default=False, description="also by who was trained on")
     decides: tuple[str, ...] = ()
     knob: str = ""
-    seven_b: SevenB
+    against: ByOutcome
+    seven_b: ByOutcome
     why: str = Field(default="", description="what was looked at to explain it")
     not_said: str
 

@@ -9,31 +9,43 @@ from typing import Any
 CURVES = {"loss": "total", "text": "text", "semantic": "semantic", "acoustic": "acoustic"}
 _SETTINGS: dict[Any, Any] = {"svg.hashsalt": "claims", "font.size": 9, "svg.fonttype": "none"}
 _COLUMNS = 3
+_INK = "#1b1f24"
+_COLOURS = {"improved": "#2f8f5b", "regressed": "#d6522c", "differs": "#3f74c7"}
 
 
-def draw_measures(measures: Sequence[Mapping[str, Any]], reference: str) -> bytes:
-    """A panel a measure: an arm a line, a small dot a seed, a large one for all of them."""
-    panels = [one for one in measures if not one["group"]]
+def draw_measures(measures: Sequence[Mapping[str, Any]], reference: str, key: str) -> bytes:
+    """A panel a measure, the key's first: by arm the difference from the reference with its
+    interval, and the difference of each seed; filled where it is a verdict."""
+    panels = sorted((one for one in measures if not one["group"]), key=lambda m: m["key"] != key)
+    arms = [row["arm"] for row in panels[0]["rows"] if row["arm"] != reference]
     rows = -(-len(panels) // _COLUMNS)
-    arms = [row["arm"] for row in panels[0]["rows"]]
-    height = rows * (0.8 + 0.24 * len(arms))
+    height = rows * (0.9 + 0.26 * len(arms))
     with _figure(rows, min(_COLUMNS, len(panels)), (10, height)) as (figure, axes):
         for number, (one, axis) in enumerate(zip(panels, axes, strict=False)):
-            for place, row in enumerate(one["rows"]):
-                seeds = [value for value in row["by_seed"] if value is not None]
-                axis.plot(seeds, [place] * len(seeds), "o", ms=3.5, color="#8a94a6")
-                colour = "#1b1f24" if row["arm"] == reference else "#d6522c"
-                if row["value"] is not None:
-                    axis.plot([row["value"]], [place], "D", ms=6, color=colour)
-            value = next(row["value"] for row in one["rows"] if row["arm"] == reference)
-            if value is not None:
-                axis.axvline(value, color="#c3c9d2", lw=1, zorder=0)
+            scale = 100 if one["kind"] == "rate" else 1
+            axis.axvline(0, color="#8a94a6", lw=1, zorder=0)
+            for place, arm in enumerate(arms):
+                row = next((row for row in one["rows"] if row["arm"] == arm), {})
+                if row.get("difference") is None:
+                    axis.annotate("not measured", (0, place), fontsize=6, va="center")
+                    continue
+                seeds = [scale * d for d in row["seed_differences"] if d is not None]
+                axis.plot(seeds, [place + 0.18] * len(seeds), "o", ms=2.5, color="#8a94a6")
+                if row["low"] is not None:
+                    bounds = [scale * row["low"], scale * row["high"]]
+                    axis.plot(bounds, [place] * 2, "-", lw=1.6, color=_INK)
+                face = _COLOURS.get(row["word"], "white")
+                axis.plot(
+                    [scale * row["difference"]], [place], "D", ms=6, mfc=face, mec=_INK, mew=1
+                )
             first = number % _COLUMNS == 0
             axis.set_yticks(range(len(arms)), arms if first else [""] * len(arms))
             axis.set_ylim(len(arms) - 0.5, -0.5)
-            better = {"high": " (more is better)", "low": " (less is better)"}
-            share = "share" if one["kind"] == "rate" else one["unit"]
-            axis.set_title(f"{one['label']}, {share}{better.get(one['better'], '')}", fontsize=7)
+            better = {"high": ", more is better", "low": ", less is better"}.get(one["better"], "")
+            unit = "pp" if one["kind"] == "rate" else one["unit"]
+            weight = "bold" if one["key"] == key else "normal"
+            axis.set_title(f"{one['label']} ({unit}{better})", fontsize=7, fontweight=weight)
+            axis.tick_params(labelsize=7)
         for axis in axes[len(panels) :]:
             axis.remove()
         return _svg(figure)
@@ -45,7 +57,7 @@ def draw_curves(
     steps_per_epoch: float,
 ) -> bytes:
     """Validation losses by epoch, an arm a line, and beside them what the seeds expected."""
-    with _figure(1, len(CURVES), (11, 3)) as (figure, axes):
+    with _figure(1, len(CURVES), (11, 3.4)) as (figure, axes):
         for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
             for arm, found in curves.items():
                 points = found.get(key, {}).get("valid", [])
@@ -56,7 +68,7 @@ def draw_curves(
                 )  # fmt: skip
             if key in expected:
                 axis.plot(
-                    range(len(expected[key])), expected[key], "k:", lw=1.5, label="the seeds'"
+                    range(1, len(expected[key]) + 1), expected[key], "k:", lw=1.5, label="expected"
                 )
             axis.set_title(f"{title}, held-out clips", fontsize=9)
             axis.set_xlabel("epoch")
@@ -66,7 +78,8 @@ def draw_curves(
             # Within a power of ten the lines between the powers are all there is to read.
             axis.yaxis.set_minor_formatter(_plain if high < 10 * low else "")
             axis.tick_params(labelsize=7, which="both")
-        axes[-1].legend(fontsize=7)
+        lines, labels = axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, fontsize=7, loc="outside lower center", ncols=len(labels))
         return _svg(figure)
 
 

@@ -4,8 +4,9 @@ A value is pooled: hits over trials, or a sum over its count. A difference is ta
 `duplex.verdict`: the mean over items, each item pooled over the seeds of both arms, so that items
 are what is drawn. Three trained models are no sample to speak of: a verdict stands only where the
 same mean of each seed alone points its way too, else the word is `seeds disagree`; a seed without
-an item that both arms have is a word of its own. All measures, groups and arms of a page are
-corrected together (Holm).
+an item that both arms have is a word of its own. The deciding arms' differences in the key measure,
+over all items, were asked for beforehand and are corrected among themselves (Holm); all others of a
+page, its measures, groups and arms, are corrected together.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 
 from benchmarks.claims.plan import KNOWN, Claim, Outcome
 from duplex.base import rounded
-from duplex.verdict import Finding, Pair, compare
+from duplex.verdict import LEVEL, Finding, Pair, can_tell, compare
 from pipeline.evaluation.likelihood import HELD_OUT, Likelihood
 
 DISAGREE, UNMEASURED = "seeds disagree", "a seed measures nothing"
+TOO_FEW = "too few items"  # that differ: whatever they said, p could not pass
 VERDICTS = ("improved", "regressed", "differs")
 Sums = dict[str, tuple[float, float]]  # item -> sum and count
 
@@ -131,12 +133,16 @@ def compared(claim: Claim, cells: Sequence[Mapping[str, Any]]) -> list[dict[str,
                     "rows": rows,
                 }
             )
-    verdicts = compare(asked)
-    for one in found:
-        for row in one["rows"]:
-            finding = verdicts.get(f"{one['key']}/{one['group']}/{row['arm']}")
-            if finding is not None:
-                row |= asdict(finding) | {"word": _word(finding, row["seed_differences"])}
+    primary = {f"{claim.key}//{arm}" for arm in claim.deciding_arms} & asked.keys()
+    for family in (primary, asked.keys() - primary):
+        verdicts = compare({key: asked[key] for key in asked if key in family})
+        size = sum(can_tell(finding.differ) for finding in verdicts.values())
+        for one in found:
+            for row in one["rows"]:
+                finding = verdicts.get(f"{one['key']}/{one['group']}/{row['arm']}")
+                if finding is not None:
+                    word = _word(finding, row["seed_differences"], size)
+                    row |= asdict(finding) | {"word": word}
     return [_rounded(one) for one in found]
 
 
@@ -187,7 +193,9 @@ def mean_difference(pairs: Sequence[Pair]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _word(finding: Finding, by_seed: Sequence[float | None]) -> str:
+def _word(finding: Finding, by_seed: Sequence[float | None], family: int) -> str:
+    if finding.word == "inconclusive" and 2.0 ** (1 - finding.differ) * family > LEVEL:
+        return TOO_FEW
     if finding.word not in VERDICTS:
         return finding.word
     if None in by_seed:
@@ -208,11 +216,54 @@ def deciding(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> list[dict[s
     ]
 
 
-def outcome(rows: Sequence[Mapping[str, Any]]) -> Outcome:
-    """`better`: some arm improves on the reference; `worse`: none does, and some regress; `none`:
+def decided(
+    claim: Claim, measures: Sequence[Mapping[str, Any]]
+) -> tuple[Outcome, Mapping[str, Any]]:
+    """The outcome, and the deciding row that says it most clearly. `better`: some arm improves on
+    the reference by `least` or more; `worse`: none does, and some regress by that; `none`:
     neither can be told."""
-    words = {row["word"] for row in rows}
-    return "better" if "improved" in words else "worse" if "regressed" in words else "none"
+    rows = deciding(claim, measures)
+    words: dict[Outcome, str] = {"better": "improved", "worse": "regressed"}
+    for found, word in words.items():
+        said = [r for r in rows if r["word"] == word and abs(r["difference"]) >= claim.least]
+        if said:
+            return found, max(said, key=clearness)
+    return "none", max(rows, key=clearness)
+
+
+def clearness(row: Mapping[str, Any]) -> float:
+    """The difference in halves of its 95 % interval; 0 where there is none."""
+    if row.get("low") is None or row["high"] == row["low"]:
+        return 0.0
+    return 2 * abs(row["difference"]) / (row["high"] - row["low"])
+
+
+def beside(
+    claim: Claim, measures: Sequence[Mapping[str, Any]], arms: Iterable[str], words: Iterable[str]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Measure and row of `arms` that has one of `words`, over all items, besides the key's."""
+    return [
+        (one, row)
+        for one in measures
+        for row in one["rows"]
+        if not one["group"] and one["key"] != claim.key
+        and row["arm"] in arms and row.get("word") in words
+    ]  # fmt: skip
+
+
+def held_out_personas(cells: Sequence[Mapping[str, Any]], reference: str) -> dict[str, list[str]]:
+    """Seed -> personas of the clips that the reference was not trained on, by the clips' ids."""
+    return {
+        str(cell["seed"]): sorted(
+            {
+                one["clip"].partition(".")[0]
+                for one in cell["likelihood"]
+                if one["group"] == HELD_OUT
+            }
+        )
+        for cell in cells
+        if cell["arm"] == reference and cell["likelihood"]
+    }
 
 
 def mean_curves(cells: Sequence[Mapping[str, Any]], arm: str) -> dict[str, dict[str, list[Any]]]:

@@ -112,7 +112,9 @@ def items_played(played: Sequence[Played]) -> list[dict[str, Any]]:
             "first_speaker": item.first_speaker,
             "user": list(spoken.texts),
             "user_audio": sha256_bytes(spoken.samples.tobytes()),
-            "judged_by": sha256_bytes(canonical_json(item.model_dump(mode="json")).encode()),
+            "judged_by": sha256_bytes(
+                canonical_json(item.model_dump(mode="json", exclude={"situation"})).encode()
+            ),
             "frames": spoken.num_frames,
         }
     return list(found.values())

@@ -74,18 +74,15 @@ def test_a_gpu_costs_its_hours_and_an_unknown_one_is_left_out():
     assert 15 < row["need_gb"] < 24
 
 
-def test_the_demo_is_read_from_its_table_and_held_against_the_model():
-    text = (
-        "| stage | seconds | what |\n| --- | --- | --- |\n| personas | 1.0 | 6 |\n"
-        "| dialogues | 2.5 | 24 |\n| voices | 1.2 | 6 |\n"
-        "| speech | 6.0 | 24 recordings, 12.0 minutes |\n| tensors | 17.0 | 24 |\n| train | 9 | |\n"
-    )
-    demo = demo_of(text)
+def test_the_demo_is_read_from_its_result_and_held_against_the_model():
+    seconds = {"personas": 1.0, "dialogues": 2.5, "voices": 1.2, "speech": 6.0, "tensors": 17.0}
+    stages = [{"stage": name, "seconds": s, "records": 24} for name, s in seconds.items()]
+    demo = demo_of({"minutes": 12.0, "stages": stages})
     assert demo["minutes"] == 12.0 and demo["stage_s"]["tensors"] == 17.0
     (row,) = against_demo([StageCost("speech", 2.0, 0.5, 0, "x")], demo, minutes_each=0.5)
     assert row == {"stage": "speech", "model_s": 14.0, "demo_s": 6.0, "ratio": 14 / 6}
-    with pytest.raises(ValueError, match="must have the demo's table"):
-        demo_of("nothing")
+    with pytest.raises(ValueError, match="must have all stages, found no tensors"):
+        demo_of({"minutes": 12.0, "stages": stages[:-1]})
 
 
 def test_the_pages_are_what_the_files_give():
@@ -96,7 +93,7 @@ def test_the_pages_are_what_the_files_give():
     }
     gpus = load_gpus(GPUS)
     section = load_config(CHECKOUT / "configs" / "coffee.yaml").train
-    demo = demo_of((DOCS / "results.md").read_text())
+    demo = demo_of(json.loads((DOCS / "results" / "demo.json").read_text()))
     found = capacity.capacity(results, gpus, section, demo)
     assert (DOCS / "capacity.md").read_text() == capacity.page(found)
     assert (DOCS / "results" / "runners.md").read_text() == runners.page(results["runners"])

@@ -19,6 +19,8 @@ def claim_of(**more):
     given = {
         "title": "T", "claim": "C", "question": "Q", "reference": "old", "key": "facts_said",
         "arms": {"old": {}, "new": {"train.steps": 3}}, "measures": ["facts_said", "nll_words"],
+        "least": 0.1,
+        "against": {"better": "Held by {arm} ({by}).", "worse": "Refuted.", "none": "Open."},
         "seven_b": {"better": "It does.", "worse": "It harms.", "none": "Who knows."},
         "not_said": "Much.",
     }  # fmt: skip
@@ -76,9 +78,10 @@ def test_values_are_pooled_and_differences_are_over_items():
 
 def test_a_seed_that_points_the_other_way_takes_the_verdict():
     away = cells_with([[4] * ITEMS, [4] * ITEMS, [0] * ITEMS])
-    found = row_of(tables.compared(claim_of(), away))
+    measures = tables.compared(claim_of(), away)
+    found = row_of(measures)
     assert found["p_holm"] <= 0.05 and found["word"] == tables.DISAGREE
-    assert tables.outcome([found]) == "none"
+    assert tables.decided(claim_of(), measures) == ("none", found)
 
 
 def test_a_seed_that_measures_nothing_takes_the_verdict_and_says_so():
@@ -103,10 +106,18 @@ def test_seeds_agree_by_items_and_not_by_what_talks_most():
 def test_the_base_and_arms_beside_the_question_decide_nothing():
     cells = cells_with([[4] * ITEMS] * 3) + [cell("base", s, [1] * ITEMS) for s in (1, 2, 3)]
     claim = claim_of(arms={"old": {}, "new": {}, "base": {}})
-    rows = tables.deciding(claim, tables.compared(claim, cells))
-    assert [row["arm"] for row in rows] == ["new"] and tables.outcome(rows) == "better"
+    measures = tables.compared(claim, cells)
+    assert [row["arm"] for row in tables.deciding(claim, measures)] == ["new"]
+    assert tables.decided(claim, measures) == ("better", row_of(measures))
     with pytest.raises(ValueError, match="decides must be arms besides"):
         claim_of(decides=["old"])
+
+
+def test_a_difference_too_small_to_matter_decides_nothing():
+    measures = tables.compared(claim_of(), cells_with([[3] * ITEMS] * 3))
+    assert row_of(measures)["difference"] == 0.5
+    assert tables.decided(claim_of(least=0.5), measures)[0] == "better"
+    assert tables.decided(claim_of(least=0.51), measures)[0] == "none"
 
 
 def test_a_refused_merge_is_a_row_without_values():
@@ -124,6 +135,34 @@ def test_measures_arms_and_groups_are_corrected_together():
     arms = {"old": {}, "new": {}, "third": {}}
     among = row_of(tables.compared(claim_of(measures=["facts_said"], arms=arms), cells))
     assert among["p_holm"] == pytest.approx(2 * alone["p_holm"], abs=1e-5)
+
+
+def test_the_deciding_rows_of_the_key_are_a_family_of_their_own():
+    cells = cells_with([[3] * ITEMS] * 3)
+    for one in cells:
+        for talk in one["conversations"]:
+            talk["sums"]["due_said"] = talk["sums"]["facts_said"]
+    shown = ["facts_said", "due_said"]
+    found = tables.compared(claim_of(measures=shown, groups=True), cells)
+    key, other = row_of(found), row_of(found, key="due_said")
+    assert key["p_holm"] == key["p"] == other["p"]
+    assert other["p_holm"] > other["p"]  # with its own groups and the key's
+    arms = {"old": {}, "new": {}, "third": {}}
+    cells += [cell("third", seed, [3] * ITEMS) for seed in (1, 2, 3)]
+    few = claim_of(measures=["facts_said"], arms=arms, decides=["third"])
+    found = tables.compared(few, cells)
+    assert [row_of(found, arm=arm)["p_holm"] for arm in ("new", "third")] == [key["p"]] * 2
+
+
+def test_too_few_items_is_a_word_of_its_own():
+    """Five items that differ could pass alone (p = 1/16 would not, six do), not among many."""
+    five = [[3] * 5 + [1] * (ITEMS - 5)] * 3
+    assert row_of(tables.compared(claim_of(), cells_with(five)))["word"] == tables.TOO_FEW
+    six = [[3] * 6 + [1] * (ITEMS - 6)] * 3
+    assert row_of(tables.compared(claim_of(), cells_with(six)))["word"] == "improved"
+    cells = cells_with(six) + [cell("third", seed, six[0]) for seed in (1, 2, 3)]
+    arms = {"old": {}, "new": {}, "third": {}}
+    assert row_of(tables.compared(claim_of(arms=arms), cells))["word"] == tables.TOO_FEW
 
 
 def test_groups_are_by_what_any_arm_of_the_seed_was_trained_on():
@@ -224,7 +263,12 @@ WRITTEN = sorted(path.stem for path in command.OUT.glob("*.json"))
 def test_a_page_is_of_the_figures_beside_it(name):
     claim, result = plan.load_claim(name), json.loads((command.OUT / f"{name}.json").read_text())
     assert (command.OUT / f"{name}.md").read_text() == page.describe(name, claim, result)
-    assert list(claim.arms) == [arm["arm"] for arm in result["arms"]]
+    common = plan.load_common()
+    assert {arm["arm"]: arm["overrides"] for arm in result["arms"]} == claim.arms
+    assert (result["set"], result["seeds"]) == (common.set | claim.set, list(common.seeds))
+    assert {one["key"] for one in result["measures"]} == set(claim.measures)
+    # Else its numbers are of another protocol than the files say: measure it again.
+    assert result["config_digest"] == command.config_digest(claim, common)
     assert (command.OUT / f"{name}.svg").exists()
 
 
@@ -246,15 +290,17 @@ def test_the_page_says_what_the_key_measure_shows():
     claim, result = result_with([[3] * ITEMS] * 3)
     text = page.describe("x", claim, result)
     assert "It does." in text and "It harms." not in text
+    assert "**Against the claim.** Held by `new` (+50.0 pp)." in text
     assert "| `new` | 75.0 % · 75.0 % · 75.0 % | 75.0 % |" in text
-    assert "| `old` | 3.00 → 1.00 |" in text
+    assert "| total, after epoch | 0 | 8 |" in text and "| `old` | 3.00 | 1.00 |" in text
+    assert "Held-out clips are of seed 1: c0, c1; " in text
     claim, nothing = result_with([[1] * ITEMS] * 3)
     assert "Who knows." in page.describe("x", claim, nothing)
     _, harm = result_with([[0] * ITEMS] * 3)
     assert "It harms." in page.describe("x", claim, harm)
-    drawn = draw_measures(result["measures"], "old")
-    assert drawn == draw_measures(copy.deepcopy(result["measures"]), "old")
-    assert drawn != draw_measures(nothing["measures"], "old")
+    drawn = draw_measures(result["measures"], "old", "facts_said")
+    assert drawn == draw_measures(copy.deepcopy(result["measures"]), "old", "facts_said")
+    assert drawn != draw_measures(nothing["measures"], "old", "facts_said")
     assert b"<svg" in draw_curves(result["curves"], {"loss": (9, 3)}, 5)
 
 
@@ -266,6 +312,22 @@ def test_what_did_better_is_tried_first():
     claims = dict.fromkeys("abcd", claim)
     results = {"a": better, "b": none, "c": worse, "d": clearly}
     found = index.ranked(claims, results)
-    assert [(name, outcome) for name, outcome, _ in found] == [
-        ("d", "better"), ("c", "worse"), ("a", "none"), ("b", "none"),
-    ]  # fmt: skip
+    assert [(name, place) for name, place, _ in found] == [("d", 0), ("c", 2), ("a", 3), ("b", 3)]
+
+
+def test_what_did_better_at_a_price_comes_behind_and_names_it():
+    _, free = result_with([[2] * ITEMS] * 3)
+    claim = claim_of(knob="It")
+    cells = cells_with([[4] * ITEMS] * 3)
+    for one in cells:
+        extra = [copy.deepcopy(one["likelihood"][0]) | {"clip": f"d{i}"} for i in range(ITEMS)]
+        one["likelihood"] += extra
+        for clip in one["likelihood"]:
+            clip["values"]["nll_words"] += one["arm"] == "new"
+    dear = command.result_of(claim, plan.load_common(), cells)
+    results = {"dear": dear, "free": free}
+    found = index.ranked(dict.fromkeys(results, claim), results)
+    assert [(name, place) for name, place, _ in found] == [("free", 0), ("dear", 1)]
+    assert "It does. Its price: NLL of words, held-out clips `new` regressed, +1." in page.advice(
+        claim, dear["measures"]
+    )
