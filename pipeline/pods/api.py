@@ -83,8 +83,8 @@ class Refused(ApiTrouble):
 
 @dataclass(frozen=True)
 class Pod:
-    """What the API says of a pod. usd_h None: it named no price. started_s None: not yet, or it
-    does not say. When a pod ended is nowhere in v2.
+    """What the API says of a pod. usd_h None: it named no price. started_s: since when it runs, or
+    was made where it has not started; None: it does not say. When a pod ended is nowhere in v2.
 
     status: one of `RUNNING`, EXITED (stopped), TERMINATED.
     """
@@ -314,7 +314,7 @@ def read_pod(value: object) -> Pod | None:
         name=name if isinstance(name, str) else "",
         status=str(value.get("status", ""))[:32].upper(),
         usd_h=price if price is not None and 0 < price < 1000 else None,
-        started_s=parse_time(value.get("startedAt")),
+        started_s=parse_time(value.get("startedAt") or value.get("createdAt")),
     )
 
 

@@ -31,6 +31,7 @@ LAG_S = 120.0  # and behind a delete
 CLOCK_SLACK_S = 300.0  # how far RunPod's clock and ours may differ
 CREATE_ROUNDS, ROUND_WAIT_S = 3, 60.0
 END_TRIES, END_WAIT_S = 6, 5.0
+IN_VAIN_S = 900.0  # a watchdog asks ten times to be ended, half a minute and some answers apart
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,14 @@ class Control:
     def _end_of(self, entry: PodEntry) -> tuple[float, float]:
         """When a pod ended that no longer runs, and how much of that is a guess, in seconds.
 
-        The API does not say. It is taken to have run until now, or until its own budget.
+        The API does not say. It is taken to have run until now, or until its own budget and the time
+        in which its watchdog may have asked in vain.
         """
         now = self._clock.now()
         first = entry.spans[-1].start_s if entry.spans else entry.asked_s
         seen = min(max(entry.seen_s, first), now)
         left_h = hours_left(entry.budget_usd, self.book.read().spent_usd(seen), entry.usd_h)
-        ended = min(now, seen + left_h * HOUR_S)
+        ended = min(now, seen + left_h * HOUR_S + IN_VAIN_S)
         return ended, ended - seen
 
     def _end_surplus(self, state: PodState) -> None:

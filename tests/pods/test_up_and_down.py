@@ -251,7 +251,7 @@ def test_an_error_that_quotes_the_request_shows_no_secret(desk, capsys):
     desk.environment["OPENAI_API_KEY"] = "hidden-away-from-all-eyes"
     desk.environment["VENDOR_PASSWORD"] = "open-sesame"
     text = f"bad env: {KEY} {token} hidden-away-from-all-eyes open-sesame"
-    desk.fake.faults = [Fault("POST", "pods", 400, text)]
+    desk.fake.faults = [Fault("POST", "pods", 400, text, times=99)]
     with pytest.raises(PodError, match="bad env") as caught:
         desk.up(env=("VENDOR_PASSWORD",))
     captured = capsys.readouterr()
