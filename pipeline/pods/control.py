@@ -116,8 +116,8 @@ class Control:
     def _end_of(self, entry: PodEntry) -> tuple[float, float]:
         """When a pod ended that no longer runs, and how much of that is a guess, in seconds.
 
-        The API does not say. It is taken to have run until now, or until its own budget and the time
-        in which its watchdog may have asked in vain.
+        The API does not say. It is taken to have run until now, or until its own budget and the
+        time in which its watchdog may have asked in vain.
         """
         now = self._clock.now()
         first = entry.spans[-1].start_s if entry.spans else entry.asked_s
@@ -306,8 +306,8 @@ class Control:
             if refused.status != CONFLICT:
                 raise
             raise PodError(
-                f"{refused}. It may cost money. A pod in the state ERROR cannot be stopped: `duplex "
-                "pod down --delete` ends it, and its own volume with it."
+                f"{refused}. It may cost money. A pod in the state ERROR cannot be stopped: "
+                "`duplex pod down --delete` ends it, and its own volume with it."
             ) from None
         else:
             self.book.ended(entry.name, self._clock.now(), gone=False)

@@ -209,10 +209,10 @@ class Image:
         self, more: Sequence[str], lines: Sequence[str], command: Sequence[str]
     ) -> list[str]:
         """`env -C` changes to the working directory after the root was changed."""
-        inside = ["chroot", str(self.root), "/usr/bin/env", "-C", self.folder, *command]
-        script = "\n".join(["set -e", f"PATH={DOCKER_PATH}:$PATH", *lines,
-                            f"PATH={shlex.quote(self.env['PATH'])} exec "
-                            + shlex.join([shutil.which("chroot") or "chroot", *inside[1:]])])  # fmt: skip
+        chroot = shutil.which("chroot") or "chroot"
+        inside = [chroot, str(self.root), "/usr/bin/env", "-C", self.folder, *command]
+        last = f"PATH={shlex.quote(self.env['PATH'])} exec {shlex.join(inside)}"
+        script = "\n".join(["set -e", f"PATH={DOCKER_PATH}:$PATH", *lines, last])
         return [*DIES_WITH_US, *OWN, *more, "/bin/sh", "-c", script]
 
     def _usual_mounts(self) -> list[str]:

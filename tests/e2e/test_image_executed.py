@@ -1,20 +1,20 @@
 """runpod/Dockerfile executed step by step in a bare root, and its entry point run there to a served
 model. No container engine: chroot, in namespaces of its own for each step (`chroot_image.py`).
 
-**Executed for real**, in the file's order and as it says: apt-get, useradd, COPY with .dockerignore,
-the installation of every package, compiling, the link, the steps with secrets, ENV, ARG, WORKDIR;
-then the health check's command and the entry point as process 1, by root, with a volume of root's
-over /workspace, 64 MB of shared memory and no network but loopback.
+**Executed for real**, in the file's order and as it says: apt-get, useradd, COPY with
+.dockerignore, the installation of every package, compiling, the link, the steps with secrets, ENV,
+ARG, WORKDIR; then the health check's command and the entry point as process 1, by root, with a
+volume of root's over /workspace, 64 MB of shared memory and no network but loopback.
 
 **Stands for something else**, so untested: the base is a Debian of this machine's release and not
-Ubuntu with CUDA (whether its apt-get, useradd and libraries do the same, and whether torch finds its
-driver); uv is this environment's and not the stage's; wheels come from this machine's cache where it
-has them. Where the interpreter that uv manages cannot be downloaded, the base's own python3.11
-takes its place: that one flag is changed, a warning says so, and /opt/python is not tested then.
-Never tested: layers, image size, pushing, what RunPod does with the image.
+Ubuntu with CUDA (whether its apt-get, useradd and libraries do the same, and whether torch finds
+its driver); uv is this environment's and not the stage's; wheels come from this machine's cache
+where it has them. Where the interpreter that uv manages cannot be downloaded, the base's own
+python3.11 takes its place: that one flag is changed, a warning says so, and /opt/python is not
+tested then. Never tested: layers, image size, pushing, what RunPod does with the image.
 
 Needs root, debootstrap (Debian's package of that name), a registry, 12 GB of disk for a while, and
-about ten minutes.
+about a quarter of an hour.
 """
 
 import os
@@ -58,7 +58,7 @@ def index_settings(folder: Path) -> tuple[Path, list[Path]]:
     """The file of the secret uv_index, and what it names: this machine's own settings where it has
     any, what it trusts, and a setting that harms nothing and is looked for later."""
     wheels = folder / INDEX_SECRET
-    wheels.mkdir(exist_ok=True)
+    wheels.mkdir()
     lines = {"UV_FIND_LINKS": f"/run/secrets/{INDEX_SECRET}"}
     lent = [wheels]
     for name in ("UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_EXTRA_INDEX_URL"):

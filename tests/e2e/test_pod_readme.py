@@ -22,7 +22,7 @@ from tests.e2e.conftest import ROOT, environment
 
 README = (ROOT / "runpod" / "README.md").read_text()
 UsageError = typer.BadParameter.__base__  # of the click that Typer brings with it
-ELSEWHERE = {"docker", "curl", "sed", "printf", "rsync"}
+ELSEWHERE = {"docker", "curl", "sed", "printf", "rsync", "sky", "ssh"}
 
 
 def commands(kind):
