@@ -217,7 +217,8 @@ class Image:
 
     def _usual_mounts(self) -> list[str]:
         for name in ("/etc/resolv.conf", "/etc/hosts"):
-            self.path(name).touch()
+            if not self.path(name).exists():
+                self.path(name).touch()
         return [
             f"mount -t proc proc {self._quoted('/proc')}",
             f"mount --bind -o ro /sys {self._quoted('/sys')}",

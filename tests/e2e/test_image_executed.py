@@ -17,6 +17,7 @@ Needs root, debootstrap (Debian's package of that name), a registry, 12 GB of di
 about a quarter of an hour.
 """
 
+import json
 import os
 import random
 import re
@@ -40,15 +41,16 @@ from tests.e2e.chroot_image import (
 from tests.e2e.conftest import ROOT, SMALL
 from tests.e2e.image import context_files
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 
 UV = Path(sysconfig.get_paths()["scripts"]) / "uv"
 INDEX_SECRET, HUB_SECRET = "planted-index-secret-93ab", "hf_plantedhubtoken-61cd"
 TOKEN = "planted-pod-token-5f2c"
 PROBE = "http://127.0.0.1:8998/?text_prompt=You%20are%20Marcus%2C%20a%20customer."
-GET = (
+GET = (  # as a browser: a page's token becomes a cookie
     "import sys, urllib.request as u\n"
-    "try: a = u.urlopen(sys.argv[1], timeout=5); print(a.status, a.read(300))\n"
+    "opener = u.build_opener(u.HTTPCookieProcessor())\n"
+    "try: a = opener.open(sys.argv[1], timeout=5); print(a.status, a.read(300))\n"
     "except u.HTTPError as e: print(e.code, '')\n"
     "except OSError as e: print(0, e)\n"
 )
@@ -218,7 +220,7 @@ def wait_for(container, look, within_s: float, what: str) -> None:
     while not look():
         assert container.process.poll() is None, f"the container ended:\n{container.output()}"
         assert time.monotonic() < deadline, f"no {what}:\n{container.output()}"
-        time.sleep(0.5)
+        time.sleep(2)  # asking takes an interpreter each time
 
 
 def test_the_entry_point_killed_twice_ends_in_a_served_model(image, volume, tmp_path):
@@ -242,13 +244,13 @@ def test_the_entry_point_killed_twice_ends_in_a_served_model(image, volume, tmp_
         try:
             wait_for(container, lambda c=container: ask(c, "/ping").startswith("204"), 30, "/ping")
             assert container.run(image.healthcheck).returncode == 0
-            wait_for(container, begun(container, stage), 600, f"stage {stage}")
+            wait_for(container, begun(container, stage), 1200, f"stage {stage}")
             time.sleep(draw.uniform(0, 5))
         finally:
             container.kill()
     container = image.start(volume, out, variables)
     try:
-        wait_for(container, lambda: ask(container, "/ping").startswith("200"), 900, "served model")
+        wait_for(container, lambda: ask(container, "/ping").startswith("200"), 2400, "served model")
         assert container.run(image.healthcheck).returncode == 0
         assert ask(container, "/").startswith("401")
         page = ask(container, f"/?token={TOKEN}")
@@ -258,10 +260,11 @@ def test_the_entry_point_killed_twice_ends_in_a_served_model(image, volume, tmp_
         assert proof.returncode == 0, said(proof)
         sets = [part for line in settings().splitlines() for part in ("--set", line)]
         status = container.run(
-            ["duplex", "status", "/app/configs/pocket.yaml", "--runs", "/workspace/runs", *sets],
-            user="duplex", HOME="/home/duplex",
+            ["duplex", "status", "/app/configs/pocket.yaml", "--runs", "/workspace/runs", *sets,
+             "--json"], user="duplex", HOME="/home/duplex",
         )  # fmt: skip
-        assert status.stdout.count(" done ") == 9, said(status)
+        states = [row["state"] for row in json.loads(status.stdout)["stages"]]
+        assert states == ["done"] * 9, said(status)
         lines = container.run(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"]).stdout
         assert "pipeline.serving.app" in lines and TOKEN not in lines
     finally:
