@@ -283,7 +283,8 @@ class Container:
 
     def kill(self) -> None:
         """The whole container at once: the kernel ends what is left with process 1."""
-        os.kill(self.first, signal.SIGKILL)
+        if self.process.poll() is None:
+            os.kill(self.first, signal.SIGKILL)
         self.process.wait(20)
 
     def stop(self, within_s: float = 20) -> tuple[int, float]:

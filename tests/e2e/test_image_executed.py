@@ -267,8 +267,9 @@ def test_the_entry_point_killed_twice_ends_in_a_served_model(image, volume, tmp_
         assert states == ["done"] * 9, said(status)
         lines = container.run(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"]).stdout
         assert "pipeline.serving.app" in lines and TOKEN not in lines
-    finally:
         code, seconds = container.stop()
+    finally:
+        container.kill()
     assert code == 0 and seconds < 10, container.output()
     assert "staying root" not in container.output() and "as duplex" in container.output()
     owner = int(image.run(["id", "-u", "duplex"]).stdout)

@@ -120,6 +120,17 @@ def test_a_body_that_breaks_the_schema_is_refused_once_with_what_is_wrong(desk, 
     assert len(desk.bodies()) == 1
 
 
+def test_stopping_what_somebody_else_has_stopped_is_no_error(desk):
+    """v2 calls it a conflict, as it calls what cannot be stopped."""
+    desk.up()
+    desk.fake.running()
+    desk.fake.end(desk.fake.pods["pod0001x"])
+    session = desk.session()
+    session.api.stop("pod0001x")
+    session.close()
+    assert desk.fake.requests[-2][2] == {"action": "stop"}
+
+
 def test_a_pod_that_cannot_be_stopped_is_not_called_stopped(desk):
     desk.up()
     desk.fake.pods["pod0001x"].status = "ERROR"
