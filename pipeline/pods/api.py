@@ -1,8 +1,8 @@
 """RunPod's REST API v2: pods are listed, created, started, stopped, deleted. Over httpx.
 
 Shapes as in its OpenAPI schema (https://docs.runpod.io/api-reference-v2/overview); the pages of a
-list, which the schema of August 2026 lacks, as RunPod's own runpodctl reads them. v1 was retired in
-November 2026.
+list, which the schema of August 2026 lacks, as RunPod's own runpodctl reads them. For v1 RunPod
+named November 15, 2026 as the end.
 
 What comes back is a stranger's: sizes are bounded, ids are checked before they go into a host
 name, and a server's text reaches a message short and without keys. Met here, most of it of v1: a
