@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.pods.gpus import holds
+
 FAR_OFF = 2.0  # a factor between model and measurement that is pointed at
 
 
@@ -102,7 +104,7 @@ def _training(found: Mapping[str, Any]) -> list[str]:
         "| --- | ---: | ---: | " + " | ".join("---:" for _ in found["scales"]) + " |",
     ]
     for row in found["gpus"]:
-        fits = "" if row["need_gb"] < row["memory_gb"] else ": does not fit"
+        fits = "" if holds(row["memory_gb"], row["need_gb"]) else ": does not fit"
         cells = [
             row["name"],
             f"{row['usd_per_hour']:.2f}, {row['as_of'] or 'undated'}",

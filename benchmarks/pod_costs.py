@@ -4,7 +4,7 @@
     python -m benchmarks.pod_costs --write    # to runpod/README.md, docs/results/pod_costs.json
 
     memory    training.estimate.estimate_memory, which `duplex doctor` shows
-    settings  the first of `SETTINGS` whose memory, `with_margin`, the GPU holds
+    settings  the first of `SETTINGS` whose memory the GPU `holds`, with a margin
     speed     data/gpu_speed.yaml: measured where somebody has, else moshi-finetune's published
               speed scaled by the chips' bf16 peaks; settings that compute again are not counted
     training  steps x batch_size x frames of a clip / speed
@@ -34,7 +34,7 @@ from duplex.errors import DataFileError
 from duplex.frames import FRAME_RATE
 from duplex.streams import CODEBOOKS
 from pipeline.doctor import GB, TURN_S, model_sizes, set_size
-from pipeline.pods.gpus import CONTEXT_GB, MARGIN, GpuType, load_gpus, with_margin
+from pipeline.pods.gpus import CONTEXT_GB, MARGIN, GpuType, holds, load_gpus
 from training.estimate import estimate_memory, parameter_count
 
 CONFIG = CHECKOUT / "configs" / "coffee.yaml"
@@ -138,7 +138,7 @@ def fitting_settings(
     """The first settings whose training a GPU of `gb` holds, with their memory in GB."""
     for settings, section in overrides_to_train:
         need_gb = estimate_memory(sizes, section).total / GB
-        if with_margin(need_gb) <= gb:
+        if holds(gb, need_gb):
             return settings, section, need_gb
     return None
 

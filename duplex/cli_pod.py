@@ -42,9 +42,6 @@ Ready = Annotated[
 ]
 Hours = Annotated[float | None, typer.Option(min=0, help="How long you expect: for the estimate.")]
 Cloud = Annotated[str, typer.Option(help="secure or community.")]
-Interruptible = Annotated[
-    bool, typer.Option("--interruptible", help="Cheaper, and taken away at any time.")
-]
 Volume = Annotated[
     str | None, typer.Option("--network-volume", metavar="ID", help="Outlives every pod.")
 ]
@@ -103,7 +100,6 @@ def _rents(name: str, text: str) -> None:
         ready_minutes: Ready = 30,
         hours: Hours = None,
         cloud: Cloud = "secure",
-        interruptible: Interruptible = False,
         network_volume: Volume = None,
         volume_gb: VolumeGb = 100,
         disk_gb: DiskGb = 50,
@@ -120,7 +116,7 @@ def _rents(name: str, text: str) -> None:
         options = _options(
             image, template, gpu, data_center, env, gpu_memory=gpu_memory, max_usd_h=max_usd_h,
             budget_usd=budget_usd, idle_minutes=idle_minutes, ready_minutes=ready_minutes,
-            hours=hours, cloud=cloud, interruptible=interruptible, network_volume=network_volume,
+            hours=hours, cloud=cloud, network_volume=network_volume,
             volume_gb=volume_gb, disk_gb=disk_gb, config_in_pod=config_in_pod,
             abandon_volume=abandon_volume, yes=yes,
         )  # fmt: skip

@@ -32,6 +32,7 @@ from pipeline.engines.neural import cached
 from pipeline.engines.same_speaker import missing_same_speaker
 from pipeline.engines.speaker import somebody_listens
 from pipeline.needs import needed_stages
+from pipeline.pods.gpus import holds, with_margin
 from pipeline.run import STAGE_NAMES, STAGES
 from training.estimate import MOSHI_7B, MemoryEstimate, estimate_memory, parameter_count
 
@@ -284,16 +285,16 @@ def _gpus(count: int, asked: int) -> dict[str, str]:
 
 
 def _memory(config: Config, name: str, held: float) -> dict[str, str]:
-    """Whether a GPU of `held` bytes holds what each process trains with."""
+    """Whether a GPU of `held` bytes holds what each process trains with, by the margin that also
+    chooses a pod's GPU."""
     memory = training_memory(config)
-    text = f"{name}, {held / GB:.0f} GB; training takes {_describe_memory(memory)}"
-    if memory.total < held:
+    need = f"{with_margin(memory.total / GB):.1f} GB with a margin for what that leaves out"
+    text = f"{name}, {held / GB:.0f} GB; training takes {_describe_memory(memory)}; {need}"
+    if holds(held / GB, memory.total / GB):
         return _check("device", "ok", text)
-    if memory.fixed < held:
-        advice = (
-            "raise train.accumulate, set train.runtime.checkpointing: full, or lower "
-            "train.crop_frames"
-        )
+    if holds(held / GB, memory.fixed / GB):
+        advice = "raise train.accumulate, set train.runtime.checkpointing: full, or lower "
+        advice += "train.crop_frames"
         return _check("device", "warn", f"{text}; the activations may not fit: {advice}")
     if config.train.dtype == "float32":
         advice = "set train.dtype: bfloat16"
@@ -356,11 +357,10 @@ def _space(
             need += written * (4 if config.merge.dtype == "float32" else 2)
         cut = any((runs_root / MODELS_FOLDER).glob("cut-*"))
         need += written * 2 if written != parameters and not cut else 0  # the base as it is served
-    state = "ok" if free > need else "fail"
     text = (
         f"{free / GB:.1f} GB free at {place.resolve()}, about {need / GB:.1f} GB needed (computed)"
     )
-    return [_check("disk", state, text)]
+    return [_check("disk", "ok" if free > need else "fail", text)]
 
 
 def _base_is_here(config: Config) -> bool:

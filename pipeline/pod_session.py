@@ -42,7 +42,6 @@ class PodOptions:
     ready_minutes: float = 30.0
     hours: float | None = None
     cloud: str = "secure"
-    interruptible: bool = False
     network_volume: str | None = None
     volume_gb: int = 100
     disk_gb: int = 50
@@ -153,7 +152,6 @@ class Session:
             volume_gb=options.volume_gb,
             network_volume=volume,
             data_centers=options.data_centers,
-            interruptible=options.interruptible,
             budget_usd=options.budget_usd,
             idle_minutes=options.idle_minutes,
             env={**self._passed_on(options.env), **self.place.pod_secrets(self.book.make_token())},

@@ -1,9 +1,13 @@
-"""RunPod's REST API v1: pods are listed, created, started, stopped, deleted. Over httpx.
+"""RunPod's REST API v2: pods are listed, created, started, stopped, deleted. Over httpx.
+
+Shapes as in its OpenAPI schema (https://docs.runpod.io/api-reference-v2/overview); the pages of a
+list, which the schema of August 2026 lacks, as RunPod's own runpodctl reads them. For v1 RunPod
+named November 15, 2026 as the end.
 
 What comes back is a stranger's: sizes are bounded, ids are checked before they go into a host
-name, and a server's text reaches a message short and without keys. Known of this API, and met
-here: it has answered 500 to a create that made the pod; lists lag behind creates; prices come as
-strings; what is refused for want of a GPU comes as 4xx or 500 with a sentence.
+name, and a server's text reaches a message short and without keys. Met here, most of it of v1: a
+create that answered 500 and made the pod; lists that lag behind creates; prices as strings; what is
+refused for want of a GPU comes as 4xx or 500 with a sentence and no code of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -25,14 +30,20 @@ from pipeline.engines.redaction import redacted
 from pipeline.pods.bill import parse_time
 from pipeline.pods.clock import Clock
 
-BASE_URL = "https://rest.runpod.io/v1"
+BASE_URL = "https://api.runpod.io/v2"
 KEY_NAME = "RUNPOD_API_KEY"
 USER_AGENT = "duplex-workbench"
 MAX_REPLY_BYTES = 16 << 20
 TIMEOUT_S = 60.0
 ATTEMPTS = 5
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0
+PAGE_SIZE, MAX_PAGES = 1000, 20
 
+# What is paid for. ERROR too, on the safe side: v2 says of EXITED and TERMINATED alone that they
+# cost nothing, and RunPod's runpodctl counts it as asked to run.
+RUNNING = frozenset({"PROVISIONING", "STARTING", "RUNNING", "ERROR"})
+
+BAD_REQUEST, CONFLICT = 400, 409
 _POD_ID = re.compile(r"[A-Za-z0-9]{1,64}")
 _NO_CAPACITY = re.compile(
     r"no longer any instances|no instances currently available|not have the resources"
@@ -72,9 +83,10 @@ class Refused(ApiTrouble):
 
 @dataclass(frozen=True)
 class Pod:
-    """What the API says of a pod. usd_h None: it named no price.
+    """What the API says of a pod. usd_h None: it named no price. started_s: since when it runs, or
+    was made where it has not started; None: it does not say. When a pod ended is nowhere in v2.
 
-    status: RUNNING (paid for, ready or not), EXITED (stopped), TERMINATED.
+    status: one of `RUNNING`, EXITED (stopped), TERMINATED.
     """
 
     id: str
@@ -82,11 +94,11 @@ class Pod:
     status: str
     usd_h: float | None = None
     started_s: float | None = None
-    changed_s: float | None = None
 
     @property
     def is_running(self) -> bool:
-        return self.status == "RUNNING"
+        """Whether it is paid for, ready or not."""
+        return self.status in RUNNING
 
 
 class RunPod:
@@ -127,10 +139,23 @@ class RunPod:
             ApiTrouble: no answer that can be read, after all attempts.
             RequestError: the key is not accepted.
         """
-        value = self._patiently("GET", "pods")
-        if not isinstance(value, list):
-            raise ApiTrouble(f"the list of pods must be an array, found {type(value).__name__}")
-        return [pod for entry in value if (pod := read_pod(entry)) is not None]
+        entries: list[object] = []
+        cursor = ""
+        for _ in range(MAX_PAGES):
+            path = f"pods?limit={PAGE_SIZE}" + (
+                f"&cursor={quote(cursor, safe='')}" if cursor else ""
+            )
+            page = self._patiently("GET", path)
+            found = page.get("pods") if isinstance(page, dict) else page
+            if not isinstance(page, dict) or not isinstance(found, list):
+                raise ApiTrouble(
+                    f"the list of pods must be an array under `pods`, found {type(found).__name__}"
+                )
+            entries += found
+            cursor = _next_page(page)
+            if not cursor:
+                return [pod for entry in entries if (pod := read_pod(entry)) is not None]
+        raise ApiTrouble(f"the list of pods must end within {MAX_PAGES} pages, found more")
 
     def create(self, body: Mapping[str, Any]) -> Pod:
         """Asks once: a second request might make a second pod. 429 is tried again, since that one
@@ -150,11 +175,24 @@ class RunPod:
         Raises:
             Refused, NoCapacity: its host has no GPU free. NotThere. ApiTrouble.
         """
-        self._patiently("POST", f"pods/{_checked(pod_id)}/start", wants_json=False)
+        self._act(pod_id, "start")
 
     def stop(self, pod_id: str) -> None:
-        """Stopping a stopped pod is no error at the API; one that is gone raises NotThere."""
-        self._patiently("POST", f"pods/{_checked(pod_id)}/stop", wants_json=False)
+        """The API calls stopping a stopped pod a conflict, and it is none here.
+
+        Raises:
+            NotThere: it is gone. Refused: it runs, and cannot be stopped. ApiTrouble.
+        """
+        try:
+            self._act(pod_id, "stop")
+        except Refused as refused:
+            if refused.status != CONFLICT or self.get(pod_id).is_running:
+                raise
+
+    def _act(self, pod_id: str, action: str) -> None:
+        self._patiently(
+            "POST", f"pods/{_checked(pod_id)}/action", {"action": action}, wants_json=False
+        )
 
     def delete(self, pod_id: str) -> None:
         """Deletes it; one that is gone already is as good."""
@@ -211,7 +249,10 @@ class RunPod:
             raise ApiTrouble(
                 f"{place} must answer, found {self.clean(str(error) or type(error).__name__)}"
             ) from None
-        status, said = response.status_code, self.clean(content.decode("utf-8", "replace"))
+        status = response.status_code
+        said = self.clean(
+            _problem(content) if status >= 400 else content.decode("utf-8", "replace")
+        )
         if status in (401, 403):
             raise RequestError(
                 f"{place} must accept the key of {KEY_NAME}, answered {status}. It comes from the "
@@ -267,15 +308,35 @@ def read_pod(value: object) -> Pod | None:
     pod_id, name = value.get("id"), value.get("name")
     if not isinstance(pod_id, str) or not _POD_ID.fullmatch(pod_id):
         return None
-    price = _number(value.get("costPerHr"))
+    price = _number(value.get("cost"))
     return Pod(
         id=pod_id,
         name=name if isinstance(name, str) else "",
-        status=str(value.get("desiredStatus", ""))[:32].upper(),
+        status=str(value.get("status", ""))[:32].upper(),
         usd_h=price if price is not None and 0 < price < 1000 else None,
-        started_s=parse_time(value.get("lastStartedAt")),
-        changed_s=parse_time(value.get("lastStatusChange")),
+        started_s=parse_time(value.get("startedAt") or value.get("createdAt")),
     )
+
+
+def _next_page(page: Mapping[str, Any]) -> str:
+    """Where the list goes on; empty: nowhere."""
+    pagination = page.get("pagination")
+    cursor = pagination.get("nextCursor") if isinstance(pagination, dict) else None
+    return cursor if isinstance(cursor, str) else ""
+
+
+def _problem(content: bytes) -> str:
+    """What an error says (RFC 9457: `detail`, and `errors` where the request breaks the schema);
+    all of it where it is written otherwise."""
+    text = content.decode("utf-8", "replace")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(value, dict) or not isinstance(value.get("detail"), str):
+        return text
+    errors = value.get("errors")
+    return "; ".join(map(str, [value["detail"], *(errors if isinstance(errors, list) else [])]))
 
 
 def _number(value: object) -> float | None:

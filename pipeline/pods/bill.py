@@ -1,11 +1,10 @@
 """What pods cost: seconds between start and stop, times the price of an hour. Pure.
 
-RunPod bills by the second. Storage is billed apart and is in no `costPerHr`: it is not in here.
+RunPod bills by the second. Storage is billed apart and is in no pod's `cost`: it is not in here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
@@ -54,17 +53,12 @@ def hours_left(budget_usd: float, spent: float, usd_h: float) -> float:
 
 # -- the API's times
 
-_STAMP = re.compile(r"[A-Z][a-z]{2} \d{1,2} \d{4} \d{2}:\d{2}:\d{2} GMT[+-]\d{4}")
-
 
 def parse_time(text: object) -> float | None:
-    """Seconds of an ISO time, or of the time inside a `lastStatusChange`, as in
-    `Exited by Runpod: Fri Jul 12 2024 15:14:40 GMT-0400 (Eastern Daylight Time)`."""
+    """Seconds of an ISO time."""
     if not isinstance(text, str) or len(text) > 200:
         return None
     try:
-        if found := _STAMP.search(text):
-            return datetime.strptime(found[0], "%b %d %Y %H:%M:%S GMT%z").timestamp()
         moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):

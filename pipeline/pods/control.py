@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from duplex.errors import PodError
-from pipeline.pods.api import ApiTrouble, NoCapacity, NotThere, Pod, Refused, RunPod
+from pipeline.pods.api import (
+    BAD_REQUEST,
+    CONFLICT,
+    ApiTrouble,
+    NoCapacity,
+    NotThere,
+    Pod,
+    Refused,
+    RunPod,
+)
 from pipeline.pods.bill import HOUR_S, hours_left, plausible
 from pipeline.pods.book import UNANSWERED_S, Book, PodEntry, PodState
 from pipeline.pods.clock import Clock
@@ -22,6 +31,7 @@ LAG_S = 120.0  # and behind a delete
 CLOCK_SLACK_S = 300.0  # how far RunPod's clock and ours may differ
 CREATE_ROUNDS, ROUND_WAIT_S = 3, 60.0
 END_TRIES, END_WAIT_S = 6, 5.0
+IN_VAIN_S = 900.0  # a watchdog asks ten times to be ended, half a minute and some answers apart
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Control:
             since = plausible(pod.started_s, first, now)
             self.book.running(entry.name, pod.id, pod.usd_h, since or first, now)
             return
-        ended, unseen_s = self._end_of(entry, pod.changed_s)
+        ended, unseen_s = self._end_of(entry)
         self.book.ended(
             entry.name, ended, gone=pod.status == "TERMINATED", pod_id=pod.id, unseen_s=unseen_s
         )
@@ -100,22 +110,20 @@ class Control:
             self._gone(entry)
 
     def _gone(self, entry: PodEntry) -> None:
-        ended, unseen_s = self._end_of(entry, None)
+        ended, unseen_s = self._end_of(entry)
         self.book.ended(entry.name, ended, gone=True, unseen_s=unseen_s)
 
-    def _end_of(self, entry: PodEntry, changed_s: float | None) -> tuple[float, float]:
+    def _end_of(self, entry: PodEntry) -> tuple[float, float]:
         """When a pod ended that no longer runs, and how much of that is a guess, in seconds.
 
-        The API's clock may differ from ours, which knows between which moments it must be. Where
-        the API does not say, it is taken to have run until now, or until its own budget.
+        The API does not say. It is taken to have run until now, or until its own budget and the
+        time in which its watchdog may have asked in vain.
         """
         now = self._clock.now()
         first = entry.spans[-1].start_s if entry.spans else entry.asked_s
-        if changed_s is not None:
-            return min(max(changed_s, first), now), 0.0
         seen = min(max(entry.seen_s, first), now)
         left_h = hours_left(entry.budget_usd, self.book.read().spent_usd(seen), entry.usd_h)
-        ended = min(now, seen + left_h * HOUR_S)
+        ended = min(now, seen + left_h * HOUR_S + IN_VAIN_S)
         return ended, ended - seen
 
     def _end_surplus(self, state: PodState) -> None:
@@ -140,15 +148,21 @@ class Control:
                 self._clock.sleep(ROUND_WAIT_S)
                 if (late := self._late()) is not None:
                     return late
+            refused: list[Refused] = []
             for gpu in gpus:
                 try:
                     return self._create_one(wish, gpu)
                 except NoCapacity:
                     self._report(f"no {gpu.id} is free" + "; trying the next" * (gpu != gpus[-1]))
+                except Refused as error:
+                    refused.append(error)
+                    self._report(f"{gpu.id}: {error}" + "; trying the next" * (gpu != gpus[-1]))
                 except ApiTrouble as error:
                     trouble = error
                     self._report(f"{error}; no pod has shown up")
                     break
+            if len(refused) == len(gpus):  # so it is no matter of the type
+                raise PodError(f"{refused[-1]}. Nothing was rented.")
         if trouble is not None:
             raise PodError(
                 f"{trouble}. No pod has shown up. If one does later, `duplex pod status` finds it "
@@ -172,7 +186,8 @@ class Control:
     def _create_one(self, wish: Wish, gpu: GpuType) -> PodEntry:
         """
         Raises:
-            NoCapacity: no machine with that GPU is free. ApiTrouble: nobody knows of a pod.
+            NoCapacity: no machine with that GPU is free. Refused: so it may be, or a rule is
+                broken, for which the API has the same code. ApiTrouble: nobody knows of a pod.
             PodError: the API refuses what is asked for.
         """
         price, now = gpu.usd_h * wish.gpu_count, self._clock.now()
@@ -188,7 +203,7 @@ class Control:
             pod = self._find(entry.name, tries=1 if is_no else FIND_TRIES)
             if pod is None and is_no:
                 self.book.ended(entry.name, now, gone=True)
-            if pod is None and isinstance(trouble, Refused):
+            if pod is None and isinstance(trouble, Refused) and trouble.status != BAD_REQUEST:
                 raise PodError(f"{trouble}. Nothing was rented.") from None
             if pod is None:
                 raise
@@ -287,6 +302,13 @@ class Control:
             self._confirm_end(entry.id)
         except NotThere:
             self._gone(entry)
+        except Refused as refused:
+            if refused.status != CONFLICT:
+                raise
+            raise PodError(
+                f"{refused}. It may cost money. A pod in the state ERROR cannot be stopped: "
+                "`duplex pod down --delete` ends it, and its own volume with it."
+            ) from None
         else:
             self.book.ended(entry.name, self._clock.now(), gone=False)
 

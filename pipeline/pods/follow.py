@@ -172,7 +172,7 @@ class Follower:
         if why is Why.TOO_MANY_STARTS:
             raise PodError(
                 f"a pod must stay up, it went away {rules.max_starts} times. What it finished is "
-                "on its volume; --cloud secure without --interruptible is steadier."
+                "on its volume; --cloud secure is steadier than community."
             )
         raise PodError(
             f"the pod must make progress within {rules.deadline_s / 60:.0f} minutes, found "

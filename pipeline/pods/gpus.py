@@ -46,6 +46,13 @@ def with_margin(estimate_gb: float) -> float:
     return estimate_gb * MARGIN + CONTEXT_GB
 
 
+def holds(memory_gb: float, estimate_gb: float) -> bool:
+    """Whether a GPU of `memory_gb` holds what is estimated to take `estimate_gb`. The choice of a
+    pod's GPU, `duplex doctor` and the tables of costs all judge by this, so that no pod is rented
+    which its own doctor then refuses."""
+    return memory_gb >= with_margin(estimate_gb)
+
+
 def fitting(
     gpus: Sequence[GpuType],
     memory_gb: float,

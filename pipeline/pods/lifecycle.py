@@ -6,8 +6,8 @@
       └────────────────┘             │
          replace ◀── start refused ──┘   the host's GPU is taken
 
-Readiness is what the service in the pod says; the API's `desiredStatus` only says whether it is
-paid for.
+Readiness is what the service in the pod says; the API's `status` only says whether it is paid
+for.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 RUNPOD_API_KEY       of the account; read here, sent as a header, written nowhere
 DUPLEX_POD_API_KEY   what a pod gets to stop itself: a key with fewer rights; the same if unset
-DUPLEX_RUNPOD_URL    another base than https://rest.runpod.io/v1
+DUPLEX_RUNPOD_URL    another base than https://api.runpod.io/v2
 DUPLEX_POD_URL       another template than https://{pod}-{port}.proxy.runpod.net
 """
 

@@ -1,9 +1,9 @@
 """What is asked of RunPod's REST API for one pod. Pure: settings in, JSON body out.
 
-Field names as in the API's reference for `POST /pods` (v1): `gpuTypeIds`, `ports`,
-`dockerStartCmd` are arrays, `env` is an object. A template's image would win over an image name,
-so only one of both is sent. The volume covers `/workspace`, whatever the image has there: code is
-in `/app`, and the command has an absolute path, since entry points change the working directory.
+Field names as in the API's reference for `POST /v2/pods`, which refuses unknown ones. Of image and
+template one is sent: an image name would win over the template's. The volume covers `/workspace`,
+whatever the image has there: code is in `/app`. No start command is sent: the image's entry point
+is start.sh, and a template's command stays its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, Literal
 SERVE_PORT, AGENT_PORT = 8998, 8999
 MOUNT = "/workspace"
 RUNS_IN_POD = f"{MOUNT}/runs"
-START_COMMAND = ("/app/runpod/start.sh",)
+# Of the image's CUDA: on a host with an older driver the container does not start, and is billed.
+MIN_CUDA = "12.8"
 PREFIX = "duplex-"
 _NAME = re.compile(
     rf"{PREFIX}(?P<config>[a-z0-9][a-z0-9_.-]*)-(?P<job>[0-9a-f]{{8}})-(?P<n>[0-9]+)"
@@ -37,7 +38,6 @@ class Wish:
     volume_gb: int = 100
     network_volume: str | None = None
     data_centers: tuple[str, ...] = ()
-    interruptible: bool = False
     budget_usd: float = 10.0
     idle_minutes: float = 30.0
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -77,28 +77,23 @@ def pod_env(wish: Wish, *, job: str, usd_h: float, spent_usd: float) -> dict[str
 
 
 def create_body(wish: Wish, name: str, gpu: str, env: Mapping[str, str]) -> dict[str, Any]:
-    """The body of `POST /pods`, for one GPU type: which one was rented is then known."""
+    """The body of `POST /v2/pods`, for one GPU type: which one was rented is then known."""
     body: dict[str, Any] = {
         "name": name,
-        "computeType": "GPU",
-        "cloudType": wish.cloud,
-        "gpuTypeIds": [gpu],
-        "gpuCount": wish.gpu_count,
-        "containerDiskInGb": wish.container_disk_gb,
-        "volumeMountPath": MOUNT,
+        "cloud": wish.cloud,
+        "gpu": {"id": gpu, "count": wish.gpu_count, "minCudaVersion": MIN_CUDA},
+        "disk": wish.container_disk_gb,
         "ports": [f"{SERVE_PORT}/http", f"{AGENT_PORT}/http"],
         "env": dict(env),
-        "dockerStartCmd": list(START_COMMAND),
-        "interruptible": wish.interruptible,
     }
     if wish.template is not None:
         body["templateId"] = wish.template
     else:
-        body["imageName"] = wish.image
+        body["image"] = wish.image
     if wish.network_volume is not None:
-        body["networkVolumeId"] = wish.network_volume
+        body["mounts"] = {"network": [{"volumeId": wish.network_volume, "path": MOUNT}]}
     else:
-        body["volumeInGb"] = wish.volume_gb
+        body["mounts"] = {"persistent": {"size": wish.volume_gb, "path": MOUNT}}
     if wish.data_centers:
         body["dataCenterIds"] = list(wish.data_centers)
     return body

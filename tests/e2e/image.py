@@ -6,14 +6,17 @@ a folder of its own. An interpreter that only root may reach is copied, as the i
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import pytest
 from tests.e2e.conftest import ROOT
 
 DOCKERFILE = ROOT / "runpod" / "Dockerfile"
+REMOVED_WITHIN_S = 20
 SKIPPED_OF_PYTHON = shutil.ignore_patterns(
     "site-packages", "test", "tests", "idlelib", "tkinter", "ensurepip", "config-*", "__pycache__"
 )
@@ -148,4 +152,23 @@ def make_user(home: Path) -> Somebody:
 
 
 def remove_user(user: Somebody) -> None:
+    """Once none of their processes is left: userdel refuses before that. What was killed a moment
+    ago may take another to be gone, on a busy machine a few seconds."""
+    deadline = time.monotonic() + REMOVED_WITHIN_S
+    while (left := processes_of(user.uid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(0.5)
     subprocess.run(["userdel", user.name], check=True, capture_output=True)
+    assert left == [], f"processes of {user.name} outlived what started them"
+
+
+def processes_of(uid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if entry.stat().st_uid == uid:
+                found.append(int(entry.name))
+    return found

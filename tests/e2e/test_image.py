@@ -1,9 +1,11 @@
 """The image: its Dockerfile by a linter and by the rules that cost a pod, its steps as far as they
 run without a container engine, and the template.
 
-Executed here: COPY with .dockerignore (emulated), the compile step, and the shell of the two steps
-with secrets, with uv and hf replaced by programs that note how they are called. Not executed: the
-base image, apt-get, useradd, the installation itself, the health check's schedule.
+Executed here, without root: COPY with .dockerignore (emulated), the compile step, and the shell of
+the two steps with secrets, with uv and hf replaced by programs that note how they are called.
+`test_image_executed.py` (slow, as root) executes every step in a bare root, with nothing replaced
+but the base image, and runs the entry point there. Executed nowhere: the CUDA base itself, the
+download of models, the health check's schedule.
 """
 
 import json
@@ -17,8 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT
+from duplex.configfile import load_config
+from pipeline.pods.request import MIN_CUDA
+from tests.e2e.conftest import ROOT, SMALL
 from tests.e2e.image import DOCKERFILE, Step, context_files, ignored, lay_out, steps
+from tests.e2e.test_image_executed import settings
 
 SCRIPTS = Path(sysconfig.get_paths()["scripts"])
 STEPS = steps(DOCKERFILE.read_text())
@@ -47,6 +52,7 @@ def test_the_linter_would_find_something(tmp_path):
 def test_base_and_python():
     base = only("FROM")[-1]
     assert re.fullmatch(r"nvidia/cuda:12\.8\.\d+-cudnn-runtime-ubuntu2[24]\.04", base)
+    assert base.startswith(f"nvidia/cuda:{MIN_CUDA}.")  # a host with less cannot start it
     install = next(text for text in only("RUN") if "uv pip install" in text)
     assert "--python 3.11" in install and "--constraint constraints.txt" in install
     extras = re.search(r"\.\[([\w,]+)\]", install)
@@ -116,7 +122,7 @@ def executed(shell: str, root: Path, **variables: str) -> subprocess.CompletedPr
             f'case "$*" in *fails*) exit 1;; esac\n'
         )
         program.chmod(0o755)
-    for place in ("/app", "/usr/local/bin", "/run/secrets"):
+    for place in ("/app", "/opt", "/usr/local/bin", "/run/secrets"):
         (root / place[1:]).mkdir(parents=True, exist_ok=True)
         shell = re.sub(rf"(?<![\w.-]){place}(?=[/\s\"')]|$)", str(root) + place, shell)
     return subprocess.run(
@@ -167,19 +173,27 @@ def test_the_copied_files_compile_and_are_for_everybody(tmp_path):
     assert (tmp_path / "usr/local/bin/duplex").is_symlink()
 
 
+def test_the_settings_by_which_the_executed_image_runs_small():
+    config = load_config(ROOT / "configs" / "pocket.yaml", settings().splitlines())
+    assert config.train.steps == SMALL["train"]["steps"] and len(config.personas.only) == 3
+
+
 def test_the_template_fits_image_and_start_script():
     template = json.loads((ROOT / "runpod" / "template.json").read_text())
-    # Of `POST /v1/templates`, as RunPod's reference has it.
+    # Of `POST /v2/templates`, as RunPod's reference has it: others are refused.
     known = {
-        "name", "imageName", "category", "isPublic", "isServerless", "containerDiskInGb",
-        "volumeInGb", "volumeMountPath", "ports", "env", "dockerEntrypoint", "dockerStartCmd",
-        "readme", "containerRegistryAuthId",
+        "name", "image", "category", "public", "serverless", "disk", "mounts", "ports", "env",
+        "startJupyter", "startSsh", "allowedCudaVersions", "args", "registry",
     }  # fmt: skip
     assert set(template) <= known
+    volume = template["mounts"]["persistent"]
+    assert set(template["mounts"]) == {"persistent"} and set(volume) == {"size", "path"}
+    # On unless it is said: the image has neither.
+    assert template["startJupyter"] is False and template["startSsh"] is False
     assert isinstance(template["ports"], list) and isinstance(template["env"], dict)
     exposed = Step("EXPOSE", only("EXPOSE")[0]).text.split()
     assert [port.partition("/")[0] for port in template["ports"]] == exposed
-    assert template["env"]["DUPLEX_RUNS"].startswith(template["volumeMountPath"] + "/")
+    assert template["env"]["DUPLEX_RUNS"].startswith(volume["path"] + "/")
     config = Path(template["env"]["DUPLEX_CONFIG"])
     assert (ROOT / config.relative_to("/app")).is_file()
     script = (ROOT / "runpod" / "start.sh").read_text()

@@ -37,6 +37,15 @@ def with_key(runs):
             continue  # it has ended
 
 
+def started_by(pod):
+    """Ids and command lines of this pod's processes, as others are at work on this machine too."""
+    runs = f"DUPLEX_RUNS={pod.environment['DUPLEX_RUNS']}\0".encode()
+    for pid, line in command_lines():
+        with contextlib.suppress(OSError):
+            if runs in Path(f"/proc/{pid}/environ").read_bytes():
+                yield pid, line
+
+
 def in_a_pod(fresh, tmp_path, app=ROOT, **variables):
     """With limits, and an API that nobody answers for."""
     return Pod(
@@ -71,7 +80,7 @@ def test_in_a_pod_a_failed_pipeline_is_said_and_waited_out(fresh, tmp_path):
         status = told_by_the_agent(pod, 90, look=lambda: seen.update(with_key(fresh.runs)))
         assert "duplex run ended with exit code" in status["message"], status
         assert pod.get("/ping") == 204
-        lines = [line for _, line in command_lines() if "pipeline.pods." in line]
+        lines = [line for _, line in started_by(pod)]
         for program in ("agent", "watchdog"):
             assert any(f"pipeline.pods.{program}" in line for line in lines)
         assert told_by_the_agent(pod, 30)["message"] == status["message"]
@@ -130,9 +139,7 @@ def test_root_starts_agent_and_watchdog_as_the_user_it_becomes(bare_root, tmp_pa
     pod.environment = {k: v for k, v in pod.environment.items() if not k.startswith("PYTEST_")}
     with ended(pod.start()):
         assert "no secrets" in told_by_the_agent(pod, 60)["message"]
-        ours = [
-            pid for pid, line in command_lines() if str(app) in line or "pipeline.pods." in line
-        ]
+        ours = [pid for pid, _ in started_by(pod)]
         owners = {Path(f"/proc/{pid}").stat().st_uid for pid in ours}
         assert len(ours) >= 5 and owners == {user.uid}
         code, seconds = pod.stop()

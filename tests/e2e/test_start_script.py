@@ -149,7 +149,8 @@ def test_a_run_that_is_done_is_served_again_when_it_dies_and_stops_on_sigterm(wo
         # Nobody at first, for as long as bash and python take to start; from then on somebody.
         assert pod.wait_for("/ping", 204, 5) in ([204], [None, 204])
         assert pod.get("/api/chat") == 503
-        assert pod.wait_for("/ping", 200, 90) == [204, 200]
+        # Nobody for the moment in which the port changes hands, if somebody asks just then.
+        assert pod.wait_for("/ping", 200, 90) in ([204, 200], [204, None, 204, 200])
         running = [line for line in pod.output().splitlines() if line.endswith(": running …")]
         # The place of the persona files, which `start_here` changes, is in that stage's key.
         assert running == ["1 personas: running …"] and pod.output().count(": done (") == 9
@@ -269,11 +270,13 @@ def bare_root():
     of pytest's own folder, which only root may enter."""
     root = Path(tempfile.mkdtemp(prefix="duplex-pod-"))
     root.chmod(0o755)
-    user = make_user(root / "home")
     try:
-        yield root, lay_out(root), user
+        user = make_user(root / "home")
+        try:
+            yield root, lay_out(root), user
+        finally:
+            remove_user(user)
     finally:
-        remove_user(user)
         shutil.rmtree(root)
 
 
@@ -307,7 +310,7 @@ def test_killed_again_and_again_as_a_fresh_user_it_ends_served_with_equal_digest
             else:
                 pod.kill()
         pod.start()
-        pod.wait_for("/ready", 200, 400)
+        pod.wait_for("/ready", 200, 900)
         url = PROBE.format(port=pod.port) + f"&token={TOKEN}"
         assert workplace.duplex("probe", url, timeout=60).returncode == 0
         owners = {path.lstat().st_uid for path in workplace.runs.rglob("*")}

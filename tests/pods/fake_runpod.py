@@ -1,4 +1,4 @@
-"""RunPod's REST API v1 and its pod proxy on loopback, with state, faults and a bill to the second.
+"""RunPod's REST API v2 and its pod proxy on loopback, with state, faults and a bill to the second.
 
 The time is a `FakeClock`'s: it passes when somebody sleeps on it, and what is due happens at its
 own moment, however late somebody looks. Real time passes for the sockets alone.
@@ -17,8 +17,12 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from tests.pods.schema_v2 import ACTIONS, faults_of_create, problem
+
 KEY = "rpa_FAKE0KEY0THAT0MUST0NOT0BE0SEEN"
 HANG_S = 0.8  # longer than the tests' clients wait
+PAGE_SIZE = 2  # pods on a page of the list, however many are asked for
+PROVISIONING_S = 15.0
 
 
 class FakeClock:
@@ -48,12 +52,11 @@ class FakePod:
     spans: list[list[float | None]] = field(default_factory=list)
     ready_s: float = 0.0
     host_taken: bool = False
-    changed_s: float = 0.0
     forward: dict[int, str] = field(default_factory=dict)  # port -> a real service's URL
 
     @property
     def network_volume(self) -> str | None:
-        return self.body.get("networkVolumeId")
+        return next((m["volumeId"] for m in self.body["mounts"].get("network", ())), None)
 
     def usd(self, now_s: float) -> float:
         seconds = sum((now_s if end is None else end) - start for start, end in self.spans)  # type: ignore[operator]
@@ -132,7 +135,7 @@ class FakeRunPod:
         if pod.spans and pod.spans[-1][1] is None:
             pod.spans[-1][1] = self._moment
             self._bank_work(pod, self._moment)
-        pod.status, pod.changed_s = status, self._moment
+        pod.status = status
 
     def preempt(self, *, vanish: bool = False) -> None:
         for pod in list(self.pods.values()):
@@ -140,7 +143,7 @@ class FakeRunPod:
                 self.end(pod, "TERMINATED" if vanish else "EXITED")
 
     def _begin(self, pod: FakePod) -> None:
-        pod.status, pod.changed_s = "RUNNING", self._moment
+        pod.status = "RUNNING"
         pod.spans.append([self._moment, None])
         pod.ready_s = float("inf") if self.boot_s is None else self._moment + self.boot_s
 
@@ -149,9 +152,9 @@ class FakeRunPod:
 
     def _create(self, body: dict[str, Any]) -> FakePod:
         self._number += 1
-        gpu = body["gpuTypeIds"][0]
+        gpu = body["gpu"]
         pod = FakePod(
-            f"pod{self._number:04d}x", body, self.prices.get(gpu, 1.0) * body["gpuCount"],
+            f"pod{self._number:04d}x", body, self.prices.get(gpu["id"], 1.0) * gpu["count"],
             forward=dict(self.forward),
         )  # fmt: skip
         self._begin(pod)
@@ -161,18 +164,21 @@ class FakeRunPod:
     def describe(self, pod: FakePod) -> dict[str, Any]:
         start = pod.spans[-1][0]
         assert start is not None
-        changed = datetime.fromtimestamp(pod.changed_s, UTC)
-        has_price = self.clock.now() - start >= self.price_lag_s
+        since_s = self.clock.now() - start
+        runs = pod.status == "RUNNING"
+        provisioning = runs and since_s < PROVISIONING_S
+        moment = datetime.fromtimestamp(start, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         return {
             "id": pod.id,
             "name": pod.body["name"],
-            "desiredStatus": pod.status,
-            # A string, as the reference's example has it.
-            "costPerHr": f"{pod.usd_h:.2f}" if has_price else None,
+            "image": pod.body.get("image", "of-the-template"),
+            "status": "PROVISIONING" if provisioning else pod.status,
+            "actions": ACTIONS["PROVISIONING" if provisioning else pod.status],
+            "cost": pod.usd_h if runs and since_s >= self.price_lag_s else 0.0,
             "env": pod.body["env"],
-            "lastStartedAt": datetime.fromtimestamp(start, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            "lastStatusChange": changed.strftime("Exited by Runpod: %a %b %d %Y %H:%M:%S GMT+0000")
-            + " (Coordinated Universal Time)",
+            "mounts": pod.body["mounts"],
+            "createdAt": moment,
+            "startedAt": None if provisioning else moment,
         }
 
     # -- the API
@@ -184,7 +190,8 @@ class FakeRunPod:
         body = json.loads(content) if content else None
         self.requests.append((request.method, path, body))
         self.keys.append(request.headers.get("Authorization"))
-        fault = self._fault(request.method, path)
+        asked = f"{path}/{body['action']}" if path.endswith("/action") else path
+        fault = self._fault(request.method, asked)
         if fault is not None and not fault.acts:
             return await self._faulty(fault)
         answer = self._answer(request, path, body)
@@ -204,29 +211,36 @@ class FakeRunPod:
 
     def _answer(self, request: web.Request, path: str, body: Any) -> web.StreamResponse:
         if request.headers.get("Authorization") != f"Bearer {KEY}":
-            return web.Response(status=401, text="unauthorized")
+            return problem(401, "Unauthorized", "the key is not known")
         parts = path.split("/")
         if parts[0] != "pods":
-            return web.Response(status=404, text="not found")
+            return problem(404, "Not Found", "no such path")
         if request.method == "POST" and len(parts) == 1:
-            for name, kind in (("gpuTypeIds", list), ("ports", list), ("env", dict)):
-                if not isinstance(body.get(name), kind):
-                    return web.json_response({"error": f"{name}: wrong type"}, status=400)
-            if body["gpuTypeIds"][0] in self.taken:
+            if faults := faults_of_create(body):
+                return problem(422, "Unprocessable Entity", "the body breaks the schema", faults)
+            if body["gpu"]["id"] in self.taken:
                 text = (
                     "There are no longer any instances available with the requested specifications."
                 )
-                return web.json_response({"error": text}, status=500)
+                return problem(400, "Bad Request", text)
             return web.json_response(self.describe(self._create(body)), status=201)
         if len(parts) == 1:
             visible = [
                 pod for pod in self.pods.values()
                 if pod.status != "GONE" and self.clock.now() - pod.spans[0][0] >= self.list_lag_s  # type: ignore[operator]
             ]  # fmt: skip
-            return web.json_response([self.describe(pod) for pod in visible])
+            first = int(request.query.get("cursor") or 0)
+            last = first + min(PAGE_SIZE, int(request.query["limit"]))
+            return web.json_response(
+                {
+                    "pods": [self.describe(pod) for pod in visible[first:last]],
+                    "pagination": {"nextCursor": str(last) if last < len(visible) else None,
+                                   "hasNextPage": last < len(visible)},
+                }
+            )  # fmt: skip
         pod = self.pods.get(parts[1])
         if pod is None or pod.status == "GONE":
-            return web.json_response({"error": "pod not found"}, status=404)
+            return problem(404, "Not Found", "pod not found")
         if request.method == "GET":
             return web.json_response(self.describe(pod))
         if request.method == "DELETE":
@@ -235,18 +249,20 @@ class FakeRunPod:
         if request.method == "PATCH":
             pod.body["env"] = body["env"]
             return web.json_response(self.describe(pod))
-        if parts[-1] == "stop":
+        if parts[2:] != ["action"] or set(body) != {"action"}:
+            return problem(404, "Not Found", "no such path")
+        if body["action"] not in ACTIONS[pod.status]:
+            text = f"{body['action']} is not valid for a pod that is {pod.status}"
+            return problem(409, "Conflict", text)
+        if body["action"] == "stop":
             if pod.network_volume:
-                text = "pods with a network volume cannot be stopped"
-                return web.json_response({"error": text}, status=400)
-            if pod.status == "RUNNING":
-                self.end(pod)
+                return problem(400, "Bad Request", "pods with a network volume cannot be stopped")
+            self.end(pod)
             return web.json_response(self.describe(pod))
         if pod.host_taken:
             text = "There are not enough free GPUs on the host machine to start this pod."
-            return web.json_response({"error": text}, status=500)
-        if pod.status == "EXITED":
-            self._begin(pod)
+            return problem(400, "Bad Request", text)
+        self._begin(pod)
         return web.json_response(self.describe(pod))
 
     # -- the proxy
@@ -324,7 +340,7 @@ class FakeRunPod:
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         app = web.Application()
-        app.router.add_route("*", "/v1/{path:.+}", self._api)
+        app.router.add_route("*", "/v2/{path:.+}", self._api)
         app.router.add_route("GET", "/proxy/{pod}/{port}/{path:.*}", self._proxy)
         app.router.add_route("*", "/{path:.*}", self._astray)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -345,7 +361,7 @@ class FakeRunPod:
 
     @property
     def api_url(self) -> str:
-        return f"{self.url}/v1"
+        return f"{self.url}/v2"
 
     @property
     def pod_url(self) -> str:

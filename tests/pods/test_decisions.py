@@ -20,6 +20,7 @@ from pipeline.pods.lifecycle import FAILED_LOOKS, Act, Rules, View, Why, next_st
 from pipeline.pods.request import Wish, create_body, pod_env, pod_name, read_name
 from tests.factories import write_yaml
 from tests.pods.conftest import ROOT
+from tests.pods.schema_v2 import ACTIONS, faults_of_create
 
 TABLE = load_gpus(ROOT / "data" / "gpus.yaml")
 
@@ -110,7 +111,7 @@ def test_a_bill_never_shrinks_and_is_that_of_its_seconds(gaps, usd_h):
 
 
 def test_the_apis_times():
-    stamp = "Exited by Runpod: Fri Jul 12 2024 15:14:40 GMT-0400 (Eastern Daylight Time)"
+    stamp = "2024-07-12T15:14:40-04:00"
     assert parse_time(stamp) == parse_time("2024-07-12T19:14:40.000Z") == 1720811680
     for strange in (None, 7, "", "yesterday", "x" * 1000, "9999999-01-01", "Exited: Fri 99"):
         assert parse_time(strange) is None
@@ -118,10 +119,15 @@ def test_the_apis_times():
 
 
 def test_a_pod_of_the_apis():
-    pod = read_pod({"id": "abc123", "name": "n", "desiredStatus": "RUNNING", "costPerHr": "0.74"})
-    assert pod is not None and pod.is_running and pod.usd_h == 0.74
+    pod = read_pod({"id": "abc123", "name": "n", "status": "RUNNING", "cost": 0.74,
+                    "startedAt": "2024-07-12T19:14:40Z"})  # fmt: skip
+    assert pod is not None and pod.is_running and pod.usd_h == 0.74 and pod.started_s == 1720811680
+    for status in ACTIONS:  # what v2 knows; it says of two of them that they cost nothing
+        pod = read_pod({"id": "abc123", "status": status, "startedAt": None})
+        assert pod is not None and pod.started_s is None
+        assert pod.is_running == (status not in ("EXITED", "TERMINATED"))
     for cost in (None, "NaN", "inf", -1, 0, "dear", True, [], 1e9):
-        odd = read_pod({"id": "abc123", "costPerHr": cost})
+        odd = read_pod({"id": "abc123", "cost": cost})
         assert odd is not None and odd.usd_h is None
     # An id goes into a host name.
     for pod_id in ("evil.example/", "a.b", "", None, 7, "a" * 65, "abc\n", "../x"):
@@ -139,15 +145,14 @@ WISH = Wish(config="coffee", config_in_pod="configs/coffee.yaml", image="someone
 def test_a_body_has_the_apis_shapes():
     env = pod_env(WISH, job="0123abcd", usd_h=0.79, spent_usd=1.5)
     body = create_body(WISH, "duplex-coffee-0123abcd-0", "NVIDIA RTX A6000", env)
-    assert isinstance(body["gpuTypeIds"], list) and isinstance(body["ports"], list)
-    assert isinstance(body["env"], dict) and all(isinstance(v, str) for v in body["env"].values())
-    assert body["dockerStartCmd"][0].startswith("/app/")
+    assert faults_of_create(body) == []
     assert body["env"]["DUPLEX_SPENT_USD"] == "1.500000"
     assert body["env"]["DUPLEX_DATA_OUTLIVES_POD"] == "0"
     kept = replace(WISH, network_volume="vol1", template="tpl", image=None)
     body = create_body(kept, "n", "g", pod_env(kept, job="0123abcd", usd_h=1, spent_usd=0))
-    assert body["networkVolumeId"] == "vol1" and "volumeInGb" not in body
-    assert body["templateId"] == "tpl" and "imageName" not in body
+    assert faults_of_create(body) == []
+    assert body["mounts"] == {"network": [{"volumeId": "vol1", "path": "/workspace"}]}
+    assert body["templateId"] == "tpl" and "image" not in body
     assert body["env"]["DUPLEX_DATA_OUTLIVES_POD"] == "1"
 
 

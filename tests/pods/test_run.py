@@ -41,8 +41,8 @@ def test_preemption_is_started_again_and_goes_on_where_it_was(desk, capsys, vani
     assert desk.clock.now() - began < 3000 + 2 * 120 + 4 * POLL_S
     assert "the pod was taken away" in capsys.readouterr().out
     assert len(desk.fake.pods) == (2 if vanish else 1)
-    assert all(body["networkVolumeId"] == "vol1" for body in desk.bodies())
-    assert all("volumeInGb" not in body for body in desk.bodies())
+    mounts = {"network": [{"volumeId": "vol1", "path": "/workspace"}]}
+    assert all(body["mounts"] == mounts for body in desk.bodies())
 
 
 def test_a_taken_host_is_left_for_another_on_the_same_volume(desk, capsys):

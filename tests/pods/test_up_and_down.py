@@ -9,6 +9,7 @@ import pytest
 
 from duplex.errors import BudgetError, PodError, RequestError, StageFailedError
 from pipeline import pod_command
+from pipeline.pods import request
 from pipeline.pods.request import read_name
 from tests.pods.conftest import CHEAPEST, NEXT, TYPES
 from tests.pods.fake_runpod import KEY, Fault
@@ -17,13 +18,12 @@ from tests.pods.fake_runpod import KEY, Fault
 def test_up_rents_the_cheapest_that_fits_and_asks_as_the_api_wants_it(desk, capsys):
     desk.up()
     (body,) = desk.bodies()
-    assert body["gpuTypeIds"] == [CHEAPEST] and body["ports"] == ["8998/http", "8999/http"]
-    # The volume covers /workspace, and entry points change the working directory.
-    assert body["volumeMountPath"] == "/workspace" and body["volumeInGb"] == 100
-    assert body["dockerStartCmd"] == ["/app/runpod/start.sh"]
+    assert body["gpu"] == {"id": CHEAPEST, "count": 1, "minCudaVersion": "12.8"}
+    assert body["ports"] == ["8998/http", "8999/http"]
+    assert body["mounts"] == {"persistent": {"size": 100, "path": "/workspace"}}
     assert body["env"]["DUPLEX_RUNS"] == "/workspace/runs"
-    assert body["imageName"] == "someone/duplex" and "templateId" not in body
-    assert 50 <= body["containerDiskInGb"] <= 100
+    assert body["image"] == "someone/duplex" and "templateId" not in body
+    assert 50 <= body["disk"] <= 100
     assert read_name(body["name"])[0] == "small"
     limits = {name: body["env"][f"DUPLEX_{name}"] for name in ("BUDGET_USD", "PRICE_USD_H",
                                                               "IDLE_MINUTES")}  # fmt: skip
@@ -47,7 +47,7 @@ def test_a_price_that_comes_late_counts_from_the_start(desk, capsys):
 def test_a_template_is_sent_without_an_image_since_it_would_win(desk):
     desk.up(template="tpl123")
     (body,) = desk.bodies()
-    assert body["templateId"] == "tpl123" and "imageName" not in body
+    assert body["templateId"] == "tpl123" and "image" not in body
 
 
 def test_ready_is_what_the_service_says_not_what_the_api_says(desk):
@@ -66,7 +66,7 @@ def test_up_twice_is_one_pod(desk):
 def test_no_capacity_takes_the_next_type_and_says_so(desk, capsys):
     desk.fake.taken = {CHEAPEST}
     desk.up()
-    assert [body["gpuTypeIds"] for body in desk.bodies()] == [[CHEAPEST], [NEXT]]
+    assert [body["gpu"]["id"] for body in desk.bodies()] == [CHEAPEST, NEXT]
     assert f"no {CHEAPEST} is free; trying the next" in capsys.readouterr().out
 
 
@@ -91,7 +91,67 @@ def test_a_refusal_that_made_a_pod_all_the_same_is_noticed_later(desk):
 
 def test_more_memory_takes_a_larger_gpu(desk):
     desk.up(gpu_memory=60)
-    assert desk.bodies()[0]["gpuTypeIds"][0] in ("NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB")
+    assert desk.bodies()[0]["gpu"]["id"] in ("NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB")
+
+
+def test_a_refusal_without_a_code_takes_the_next_type(desk, capsys):
+    """400 is what v2 answers to a rule that is broken and to a GPU that cannot be had there."""
+    text = '{"title": "Bad Request", "status": 400, "detail": "could not be placed"}'
+    desk.fake.faults = [Fault("POST", "pods", 400, text)]
+    desk.up()
+    assert [body["gpu"]["id"] for body in desk.bodies()] == [CHEAPEST, NEXT]
+    said = capsys.readouterr().out
+    assert (
+        f"{CHEAPEST}: RunPod's API (POST /pods) answered 400: could not be placed; trying" in said
+    )
+
+
+def test_what_is_refused_for_every_type_is_not_asked_for_again(desk):
+    desk.fake.faults = [Fault("POST", "pods", 400, "no such data center", times=99)]
+    with pytest.raises(PodError, match=r"no such data center\. Nothing was rented"):
+        desk.up()
+    assert len(desk.bodies()) == len(TYPES) and desk.session().left_running() == []
+
+
+def test_a_body_that_breaks_the_schema_is_refused_once_with_what_is_wrong(desk, monkeypatch):
+    monkeypatch.setattr(request, "MIN_CUDA", 12.8)
+    with pytest.raises(PodError, match=r"breaks the schema; gpu\.minCudaVersion\. Nothing"):
+        desk.up()
+    assert len(desk.bodies()) == 1
+
+
+def test_stopping_what_somebody_else_has_stopped_is_no_error(desk):
+    """v2 calls it a conflict, as it calls what cannot be stopped."""
+    desk.up()
+    desk.fake.running()
+    desk.fake.end(desk.fake.pods["pod0001x"])
+    session = desk.session()
+    session.api.stop("pod0001x")
+    session.close()
+    assert desk.fake.requests[-2][2] == {"action": "stop"}
+
+
+def test_a_pod_that_cannot_be_stopped_is_not_called_stopped(desk):
+    desk.up()
+    desk.fake.pods["pod0001x"].status = "ERROR"
+    with pytest.raises(
+        PodError, match=r"not valid for a pod that is ERROR.*may cost money.*--delete"
+    ):
+        desk.down()
+    assert desk.session().book.read().current.runs
+    desk.fake.pods["pod0001x"].status = "RUNNING"
+
+
+def test_a_pod_on_a_later_page_of_the_list_is_found(desk):
+    stranger = {"gpu": {"id": CHEAPEST, "count": 1}, "env": {}, "mounts": {}}
+    for number in range(5):
+        desk.fake._create(stranger | {"name": f"other-{number}"})
+    desk.fake.faults = [Fault("POST", "pods", 500, acts=True)]
+    desk.up()
+    assert len(desk.bodies()) == 1 and desk.session().book.read().current.id == "pod0006x"
+    for pod in desk.fake.running():
+        if pod.body["name"].startswith("other"):
+            desk.fake.end(pod, "GONE")
 
 
 def test_a_create_that_answers_500_and_made_the_pod_is_found_by_its_name(desk, capsys):
@@ -202,7 +262,7 @@ def test_an_error_that_quotes_the_request_shows_no_secret(desk, capsys):
     desk.environment["OPENAI_API_KEY"] = "hidden-away-from-all-eyes"
     desk.environment["VENDOR_PASSWORD"] = "open-sesame"
     text = f"bad env: {KEY} {token} hidden-away-from-all-eyes open-sesame"
-    desk.fake.faults = [Fault("POST", "pods", 400, text)]
+    desk.fake.faults = [Fault("POST", "pods", 400, text, times=99)]
     with pytest.raises(PodError, match="bad env") as caught:
         desk.up(env=("VENDOR_PASSWORD",))
     captured = capsys.readouterr()
@@ -302,7 +362,7 @@ def test_another_job_has_a_budget_of_its_own(desk):
 
 def test_strays_are_listed_and_left_alone_until_asked_for(desk, capsys):
     desk.up()
-    stranger = {"gpuTypeIds": [CHEAPEST], "gpuCount": 1, "env": {}}
+    stranger = {"gpu": {"id": CHEAPEST, "count": 1}, "env": {}, "mounts": {}}
     desk.fake._create(stranger | {"name": "duplex-small-0123abcd-0"})
     desk.fake._create(stranger | {"name": "other-peoples-pod"})
     desk.fake._create(stranger | {"name": "duplex-small-multi-0123abcd-0"})

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.pods import watchdog
 from pipeline.pods.api import RunPod
+from pipeline.pods.control import IN_VAIN_S
 from pipeline.pods.inside import Inside, is_work, pipeline_runs
 from pipeline.pods.usage import (
     Usage,
@@ -19,7 +20,14 @@ from pipeline.pods.usage import (
     usage_path,
     write_usage,
 )
-from pipeline.pods.watchdog import TICK_S, Watchdog, conversations, read_metric
+from pipeline.pods.watchdog import (
+    STOP_TRIES,
+    STOP_WAIT_S,
+    TICK_S,
+    Watchdog,
+    conversations,
+    read_metric,
+)
 from tests.pods.conftest import CHEAPEST
 from tests.pods.fake_runpod import KEY, Fault
 
@@ -79,10 +87,15 @@ def test_on_a_network_volume_the_pod_is_deleted_since_it_cannot_be_stopped(desk)
     kennel = Kennel(desk, budget_usd=0.1, network_volume="vol1")
     assert kennel.watch() == "budget"
     assert kennel.pod.status == "GONE"
-    # Days later nobody can say when it went: at its own budget, at the latest.
+    # Days later nobody can say when it went: at its own budget, and a few orders in vain later.
     desk.clock.sleep(3 * 86400)
     desk.status()
-    assert desk.unseen_usd() > 0 and desk.ours_usd() <= 0.1 + 1e-9
+    assert desk.unseen_usd() > 0 and desk.ours_usd() <= 0.1 + 0.55 * IN_VAIN_S / 3600 + 1e-9
+
+
+def test_the_bill_allows_for_every_order_in_vain():
+    """Each order is followed by a look, and each of both may be asked for three times."""
+    assert STOP_TRIES * 2 * STOP_WAIT_S <= IN_VAIN_S
 
 
 def test_an_api_in_trouble_is_asked_again(desk):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from duplex.config import Config
 from duplex.datafiles import CHECKOUT
 from pipeline import doctor
+from pipeline.pod_session import GPUS, PodOptions, Session
+from pipeline.pods.clock import WallClock
+from pipeline.pods.gpus import load_gpus, with_margin
 from training.estimate import MOSHI_7B, estimate_memory, parameter_count
 
 MOSHIKO, PERSONAPLEX = "kyutai/moshiko-pytorch-bf16", "nvidia/personaplex-7b-v1"
@@ -29,14 +33,32 @@ def memory_of(config):
 def test_what_fits_and_what_would_help():
     whole = config()
     memory = memory_of(whole)
-    assert doctor._memory(whole, "GPU", memory.total + 1)["state"] == "ok"
-    tight = doctor._memory(whole, "GPU", memory.total - 1)
+    need, least = (with_margin(size / 1e9) * 1e9 for size in (memory.total, memory.fixed))
+    assert need > memory.total + 1e9  # CUDA's own memory alone is that much
+    assert doctor._memory(whole, "GPU", need + 1)["state"] == "ok"
+    tight = doctor._memory(whole, "GPU", need - 1)
     assert tight["state"] == "warn" and "checkpointing: full" in tight["found"]
-    small = doctor._memory(whole, "GPU", memory.fixed - 1)
+    small = doctor._memory(whole, "GPU", least - 1)
     assert small["state"] == "fail" and "quantize: nf4" in small["found"]
     assert "computed, never measured" in small["found"]
     single = config(dtype="float32")
     assert "dtype: bfloat16" in doctor._memory(single, "GPU", 1.0)["found"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "frames", "smallest_gb"),
+    [(1, 400, 24), (1, 1250, 48), (4, 1250, 48), (8, 1250, 80), (12, 1250, 94)],
+)
+def test_the_doctor_and_the_choice_of_a_pods_gpu_agree(batch, frames, smallest_gb, tmp_path):
+    """On every GPU of the table. The second needs 22 GB, and 25.7 with what that leaves out."""
+    asked = config(batch_size=batch, crop_frames=frames)
+    session = Session(asked, Path("x.yaml"), tmp_path, {"RUNPOD_API_KEY": "rpa_x"}, WallClock(),
+                      as_json=False)  # fmt: skip
+    table = load_gpus(CHECKOUT / GPUS)
+    passed = [gpu for gpu in table if doctor._memory(asked, gpu.id, gpu.memory_gb * 1e9)["state"]
+              == "ok"]  # fmt: skip
+    assert set(session.gpus(PodOptions())) == set(passed)
+    assert min(gpu.memory_gb for gpu in passed) == smallest_gb
 
 
 @pytest.mark.parametrize(("asked", "state"), [(1, "warn"), (2, None), (4, "fail")])
