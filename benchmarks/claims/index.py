@@ -22,10 +22,10 @@ index` writes this page. Three seeds and some dozens of items find large differe
 "inconclusive" means that this size cannot show any.
 """
 CLASSES = (
-    "another setting than ours did better, and no row of it worse",
-    "another setting did better, at a price",
-    "keep ours: no other did better, and some did worse",
-    "cannot be told",
+    "another setting than the reference did better, and no row of it worse",
+    "another setting than the reference did better, at a price",
+    "keep the reference: no other did better by as much as matters, and some did worse",
+    "too small to matter, or not to be told",
 )
 AT_A_GLANCE = ("response_rate", "facts_said", "hallucinated")
 
@@ -70,15 +70,16 @@ def _to_try(claims: Mapping[str, Claim], results: Mapping[str, Mapping[str, Any]
             continue
         lines += [
             "", f"**{title[0].upper()}{title[1:]}.**", "",
-            "| | knob | what was found | its price |", "| ---: | --- | --- | --- |",
+            f"| | knob | what was found |{' its price |' if place == 1 else ''}",
+            f"| ---: | --- | --- |{' --- |' if place == 1 else ''}",
         ]  # fmt: skip
         for name, _, row in mine:
             number += 1
             claim, measures = claims[name], results[name]["measures"]
             price = listing(beside(claim, measures, [row["arm"]], ["regressed"]))
             lines.append(
-                f"| {number} | [{claim.knob}]({name}.md) | {_found(claim, measures, row)} "
-                f"| {price if place == 1 else ''} |"
+                f"| {number} | [{claim.knob}]({name}.md) | {_found(claim, measures, row)} |"
+                f"{f' {price} |' if place == 1 else ''}"
             )
     return lines
 

@@ -53,22 +53,14 @@ def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
 
 
 def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
-    """What the key measure shows, arm by arm, and which of the others show something."""
+    """What the key measure shows, arm by arm, and how many of the others show something."""
     others = other_comparisons(claim, measures)
-    different = [(other, row) for other, row in others if row["word"] in VERDICTS]
-    named = [
-        f"{other['label']} `{row['arm']}` {row['word']}"
-        for other, row in different
-        if not other["group"]
-    ]
-    within = len(different) - len(named)
-    more = f"{'; and ' if named else ''}{within} within groups" if within else ""
+    different = sum(row["word"] in VERDICTS for _, row in others)
     apart = sum(row["word"] in (DISAGREE, UNMEASURED) for _, row in others)
-    shaky = f" {apart} would, but for a seed." if apart else ""
-    listed = f": {'; '.join(named)}{more}" if different else ""
+    shaky = f"; {apart} would, but for a seed" if apart else ""
     return (
-        f"{key_result(claim, measures)}. Of {len(others)} other comparisons on its page "
-        f"{len(different)} show a difference{listed}.{shaky}"
+        f"{key_result(claim, measures)}. Of {len(others)} other comparisons below {different} show "
+        f"a difference{shaky}."
     )
 
 

@@ -194,7 +194,7 @@ def mean_difference(pairs: Sequence[Pair]) -> float | None:
 
 
 def _word(finding: Finding, by_seed: Sequence[float | None], family: int) -> str:
-    if finding.word == "inconclusive" and 2.0 ** (1 - finding.differ) * family > LEVEL:
+    if finding.word == "inconclusive" and 2.0 ** (1 - finding.differ) * max(family, 1) > LEVEL:
         return TOO_FEW
     if finding.word not in VERDICTS:
         return finding.word
