@@ -59,7 +59,7 @@ def take_part(config: Config, runs_root: Path, report: Callable[[str], None]) ->
         host=split_address(runtime.main_address)[0],
     ) as team:
         folder, tensors = _folders_soon(config, runs_root)
-        team.introduce(folder.work, claims_of(config, folder, tensors), report)
+        team.introduce(folder.path.parent, claims_of(config, folder, tensors), report)
         report(f"training in {team.place.here} of {team.place.world} processes")
         version = _train_step(config, runs_root).stage.version
         job = Job(config, runs_root, tensors, folder.work, version)

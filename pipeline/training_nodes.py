@@ -67,7 +67,7 @@ def first_node(
         processes=config.train.processes,
         nodes=runtime.nodes,
         join_timeout_s=runtime.join_timeout_s,
-        folder=folder.work,
+        folder=folder.path.parent,  # the stage folder of other settings is another
         claims=claims_of(config, folder, tensors),
         report=report,
     )

@@ -47,8 +47,8 @@ HELLO_S = 30.0  # for a node to say who it is
 SEEN_WITHIN_S = 10.0  # a network file system may be late
 RETRY_S = 0.5
 MOST_STRANGERS = 32  # connections that have not yet said who they are
-PROOF_PREFIX = "join-"
-_PROOF_NAME = re.compile(rf"{PROOF_PREFIX}[0-9a-f]{{16}}")
+PROOF_PREFIX = ".join-"
+_PROOF_NAME = re.compile(re.escape(PROOF_PREFIX) + "[0-9a-f]{16}")
 
 
 class Team:

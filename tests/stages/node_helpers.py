@@ -41,12 +41,14 @@ def free_address(host: str = "127.0.0.1") -> str:
 
 def own_host() -> str | None:
     """An address of this machine that is not loopback's."""
-    for name, addresses in psutil.net_if_addrs().items():
-        for one in addresses:
-            if one.family == socket.AF_INET and psutil.net_if_stats()[name].isup:
-                if not one.address.startswith("127."):
-                    return one.address
-    return None
+    stats = psutil.net_if_stats()
+    found = [
+        one.address
+        for name, addresses in psutil.net_if_addrs().items()
+        for one in addresses
+        if one.family == socket.AF_INET and stats[name].isup
+    ]
+    return next((address for address in found if not address.startswith("127.")), None)
 
 
 @dataclass
@@ -81,19 +83,19 @@ class Place:
         return [json.loads(line) for line in lines]
 
     def start(
-        self, rank: int = 0, address: str | None = None, *, nodes: int = 2, runs: Path | None = None,
-        environment: dict[str, str] | None = None, module: str = "duplex.cli", **train: Any,
+        self, rank: int = 0, address: str | None = None, *, runs: Path | None = None,
+        environment: dict[str, str] | None = None, **train: Any,
     ) -> subprocess.Popen[str]:  # fmt: skip
         """A node's own process, in a folder of its own; without an address, the only one."""
         home = self.folder / f"node-{rank}"
         home.mkdir(exist_ok=True)
         runtime = TRAIN["runtime"] | train.pop("runtime", {})
         if address is not None:
-            runtime |= {"nodes": nodes, "node_rank": rank, "main_address": address}
+            runtime |= {"nodes": 2, "node_rank": rank, "main_address": address}
         section = TRAIN | train | {"runtime": runtime}
         config = {"name": NAME, "model": {"base": str(self.checkpoint)}, "train": section}
         (home / "config.yaml").write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", module, "run", "config.yaml", "--only", "train"]
+        command = [sys.executable, "-m", "duplex.cli", "run", "config.yaml", "--only", "train"]
         return subprocess.Popen(
             [*command, "--runs", str(runs or self.runs)],
             cwd=home, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -2,7 +2,6 @@
 ones here, without torch. Real training on two nodes: test_train_nodes.py."""
 
 import json
-import os
 import socket
 import threading
 import time
@@ -137,7 +136,7 @@ def test_the_processes_of_three_nodes_get_their_places_and_the_first_ones_result
     assert {tuple(p[4:]) for p in places} == {("127.0.0.1", places[0][5], "lo")}
     assert any("node 1 (" in line and "has joined" in line for line in three.said)
     assert three.said.count("rank 0") == 1 and "rank 2" not in three.said
-    assert not list(shared.glob("join-*"))
+    assert not list(shared.glob(".join-*"))
 
 
 def test_an_error_of_ours_on_one_node_ends_the_other_with_it(two):
@@ -151,7 +150,7 @@ def test_a_process_that_dies_on_the_first_node_ends_the_other_with_the_same_word
     two.start(fault="death on 0")
     with pytest.raises(WorkError, match="rank 0 on node 0 dead by exit code 3"):
         two.first(fault="death on 0")
-    assert "rank 0 on node 0 dead by exit code 3" in str(two.outcome())
+    assert str(two.outcome()).startswith("all 4 processes must live until the end, found rank 0 on")
     assert two.running() == []
 
 
@@ -175,7 +174,7 @@ def test_a_first_node_that_falls_silent_is_gone_too(two, monkeypatch):
     """As with a cable that is pulled: no end of the connection is ever seen."""
     monkeypatch.setattr(links, "SILENCE_S", 1.0)
     secret = "s" * 32
-    (two.shared / ("join-" + "0" * 16)).write_text(secret)
+    (two.shared / (".join-" + "0" * 16)).write_text(secret)
     host, port = "127.0.0.1", int(two.address.split(":")[1])
     with socket.create_server((host, port)) as listener:
         two.start(fault="wait")
@@ -186,7 +185,7 @@ def test_a_first_node_that_falls_silent_is_gone_too(two, monkeypatch):
             lines.write(json.dumps(message) + "\n")
             lines.flush()
 
-        say(duplex=1, proof="join-" + "0" * 16, challenge="c")
+        say(duplex=1, proof=".join-" + "0" * 16, challenge="c")
         hello = json.loads(lines.readline())
         assert hello["proof"].encode() == nodes._sign(secret, "c")
         say(welcome=True)
@@ -257,9 +256,13 @@ def test_a_rank_that_is_there_already_is_refused(worker, shared):
 def test_strangers_neither_join_nor_disturb(two):
     host, port = two.address.split(":")
 
+    lines = (
+        b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100, b'{"node": 1, "proof": ""}\n', b'["a"]\n',
+        b'{"proof": "x", "claims": 3}\n', b"[" * 100_000 + b"\n",
+    )  # fmt: skip
+
     def knock():
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100, b'{"node": 1, "proof": ""}\n',
-                      b'["a"]\n', b'{"proof": "x", "claims": 3}\n', b"[" * 100_000 + b"\n"):  # fmt: skip
+        for words in lines:
             with socket.create_connection((host, int(port)), timeout=20) as stranger:
                 greeting = json.loads(stranger.makefile("rb").readline())
                 with suppress(OSError):
@@ -286,7 +289,7 @@ def test_a_node_that_never_comes_is_named_in_time(two):
     two.timeout_s = 0.5
     with pytest.raises(WorkError, match=r"join within 0\.5 s .*found node 1 missing.*node_rank"):
         two.first()
-    assert not list(two.shared.glob("join-*"))
+    assert not list(two.shared.glob(".join-*"))
 
 
 def test_a_first_node_that_never_comes_is_named_in_time():
@@ -401,4 +404,4 @@ def test_a_node_without_the_tensors_is_told_to_share_the_run_root(
     config = make_config(tiny_checkpoint, processes=2, runtime=place)
     with pytest.raises(RequestError, match=r"share the run root.*holds no finished tensors here"):
         run_beside(two, lambda: join_training.take_part(config, tmp_path / "empty", print))
-    assert not (tmp_path / "empty").exists() and os.listdir(two.shared) != []
+    assert not (tmp_path / "empty").exists()
