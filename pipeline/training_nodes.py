@@ -14,7 +14,7 @@ from duplex.datafiles import CHECKOUT
 from duplex.store import StageFolder
 from pipeline.engines.checkpoint import model_identity
 from pipeline.training_data import base_folders, keyed_section, start_files
-from training.nodes import FirstNode
+from training.nodes import KEY, FirstNode
 
 PACKAGES = ("accelerate", "moshi", "numpy", "peft", "safetensors", "torch")
 CODE = ("duplex", "pipeline", "training")
@@ -40,7 +40,7 @@ def claims_of(config: Config, folder: StageFolder, tensors: StageFolder) -> dict
         "model": model_identity(config.model),
         "the adapter to go on from": ", ".join(sorted(start_files(config.train).values())),
         "the tensors' digest": tensors.digest,
-        "the key of the train stage": folder.key,
+        KEY: folder.key,
         "the code (the checkout's .py files)": code_digest(CHECKOUT),
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: metadata.version(name) for name in PACKAGES},

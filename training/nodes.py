@@ -43,6 +43,7 @@ from duplex.files import write_atomic
 from training.links import Event, Link, Place, free_port, interface_of
 
 PROTOCOL = 1
+KEY = "the key of the train stage"  # the claim that covers all settings and data
 HELLO_S = 30.0  # for a node to say who it is
 SEEN_WITHIN_S = 10.0  # a network file system may be late
 RETRY_S = 0.5
@@ -347,14 +348,14 @@ def connect(address: str, timeout_s: float, wait: Callable[[], bool] = lambda: T
     return None
 
 
-def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What two nodes do not have in common, by name."""
-    names = sorted(ours.keys() | theirs.keys())
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What two nodes do not have in common, by name; `KEY` only where nothing else says it."""
+    names = [n for n in (ours | theirs) if ours.get(n) != theirs.get(n)]
     return [
         f"{name} must be the same on all nodes, found {_shown(ours.get(name))} on node 0 and "
         f"{_shown(theirs.get(name))} here"
         for name in names
-        if ours.get(name) != theirs.get(name)
+        if name != KEY or len(names) == 1
     ]
 
 

@@ -118,6 +118,7 @@ def test_each_node_is_killed_in_turn_and_they_go_on(tiny_checkpoint, tmp_path):
     ((code, said),) = ended(place.start(1, address, **LONGER, learning_rate=1e-3))
     assert code == 2, said
     assert "train.learning_rate must be the same on all nodes, found 0.005 on node 0 and" in said
+    assert said.count("  - ") == 1, said
     second = place.start(1, address, **LONGER)
     kill_after_checkpoint(place, 2, second)
     killed, followed = all_of(first), time.monotonic()
