@@ -150,8 +150,10 @@ def state_from_first(state: TrainState | None, ranks: Ranks) -> TrainState | Non
         return None
     step, log, stopped, chosen = plain
     tensors = ranks.tensors_from_first(state.tensors if state else {})
+    best = None
     if chosen is not None:
-        best = Best(*chosen, ranks.tensors_from_first(best.tensors if best else {}))
+        mine = state.best.tensors if state and state.best else {}
+        best = Best(chosen[0], chosen[1], ranks.tensors_from_first(mine))
     return TrainState(step, tensors, log, best, stopped)
 
 

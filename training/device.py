@@ -22,7 +22,8 @@ def wants_cpu(device: str) -> bool:
     if device != "cpu" and torch.cuda.is_available() and place >= torch.cuda.device_count():
         raise RequestError(
             "train.processes on a node must be at most the number of its GPUs, found "
-            f"{place + 1} or more and {torch.cuda.device_count()}. Lower it, or set train.runtime.device=cpu."
+            f"{place + 1} or more and {torch.cuda.device_count()}. Lower it, or set "
+            "train.runtime.device=cpu."
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError(

@@ -82,6 +82,10 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def wait(self) -> None:
+        if self.count > 1:
+            distributed.barrier()
+
     def tensors_from_first(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The first rank's tensors on all of them, on the CPU. The others' argument is unused."""
         if self.count == 1:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from duplex.config_train import split_address
 from duplex.errors import RequestError, WorkError
@@ -84,7 +84,7 @@ class Team:
         interface = interface_of(local_host)
         self.place = Place(here, self._processes, self.node * here, host, port, interface)
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -127,7 +127,7 @@ class FirstNode(Team):
         self._refused: list[str] = []
         self._listener: socket.socket | None = None
 
-    def __enter__(self) -> FirstNode:
+    def __enter__(self) -> Self:
         """
         Raises:
             RequestError: the address cannot be listened at.
