@@ -262,9 +262,8 @@ def _device(config: Config) -> list[dict[str, str]]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         checks = [_memory(config, properties.name, properties.total_memory)]
-        count = torch.cuda.device_count()
-        asked = config.train.processes // config.train.runtime.nodes
-        if asked != count:
+        count, train = torch.cuda.device_count(), config.train
+        if (asked := train.processes // train.runtime.nodes) != count:
             checks.append(_gpus(count, asked))
         return checks
     if is_pocket and config.train.processes == 1:
