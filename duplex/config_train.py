@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,18 @@ from duplex.sections import Probability, Runtime, Section, StageSection
 Device = Literal["auto", "cpu", "cuda"]
 TargetGroup = Literal["attention", "mlp", "depth", "heads", "text"]
 TARGET_GROUPS: tuple[TargetGroup, ...] = ("attention", "mlp", "depth", "heads", "text")
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """HOST:PORT or [IPv6]:PORT -> host, port.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]+)):(\d{1,5})", address)
+    if found is None or not 0 < int(found[3]) < 65536:
+        raise ValueError(f"main_address must read HOST:PORT, as in 10.0.0.5:29400, found {address}")
+    return found[1] or found[2], int(found[3])
 
 
 class LoraSection(Section):
@@ -77,6 +90,30 @@ class TrainRuntime(Runtime):
         default="none",
         description="activations made again in the backward pass: of every second layer, or all",
     )
+    nodes: int = Field(
+        default=1, ge=1, le=64, description="machines that the processes are spread over evenly"
+    )
+    node_rank: int = Field(
+        default=0, ge=0, le=63, description="which of them this one is; 0 writes the run folder"
+    )
+    main_address: str | None = Field(
+        default=None, description="HOST:PORT of node 0, as the others reach it"
+    )
+    join_timeout_s: float = Field(
+        default=600, gt=0, description="longest wait for the other nodes, and to connect them all"
+    )
+
+    @model_validator(mode="after")
+    def _places(self) -> TrainRuntime:
+        if self.node_rank >= self.nodes:
+            raise ValueError(
+                f"node_rank must be below nodes, found {self.node_rank} and {self.nodes}"
+            )
+        if self.nodes > 1 and self.main_address is None:
+            raise ValueError("nodes above 1 needs main_address, HOST:PORT of node 0, found none")
+        if self.main_address is not None:
+            split_address(self.main_address)
+        return self
 
 
 class TrainSection(StageSection):
@@ -132,6 +169,11 @@ class TrainSection(StageSection):
             raise ValueError(
                 "batch_size must be a multiple of accumulate * processes, found "
                 f"{self.batch_size} and {self.accumulate} * {self.processes}"
+            )
+        if self.processes % self.runtime.nodes:
+            raise ValueError(
+                "processes must be a multiple of runtime.nodes, found "
+                f"{self.processes} and {self.runtime.nodes}"
             )
         if self.quantize == "nf4" and self.processes > 1:
             raise ValueError(

@@ -263,8 +263,8 @@ def _device(config: Config) -> list[dict[str, str]]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         checks = [_memory(config, properties.name, properties.total_memory)]
-        count, asked = torch.cuda.device_count(), config.train.processes
-        if asked != count:
+        count, train = torch.cuda.device_count(), config.train
+        if (asked := train.processes // train.runtime.nodes) != count:
             checks.append(_gpus(count, asked))
         return checks
     if is_pocket and config.train.processes == 1:
@@ -278,7 +278,7 @@ def _device(config: Config) -> list[dict[str, str]]:
 
 
 def _gpus(count: int, asked: int) -> dict[str, str]:
-    text = f"train.processes is {asked}, here {'is' if count == 1 else 'are'} {count}"
+    text = f"train.processes is {asked} on a node, here {'is' if count == 1 else 'are'} {count}"
     if asked > count:
         return _check("gpus", "fail", f"{text}: each process needs one; set it to {count}")
     return _check("gpus", "warn", f"{text}: the others stay idle")

@@ -15,6 +15,7 @@ from duplex.configfile import load_config
 from duplex.errors import EXIT_DONE, EXIT_WORK_FAILED, DuplexError
 from duplex.lock import RunLock, inherited_lock
 from duplex.store import StageFolder
+from pipeline.join_training import take_part
 from pipeline.needless import keep_out_bitsandbytes
 from pipeline.run import (
     STAGE_NAMES,
@@ -41,6 +42,9 @@ def main(name: str, arguments: list[str] | None = None) -> int:
     folder: StageFolder | None = None
     try:
         config = load_config(options.config, options.set)
+        if name == "train" and config.train.runtime.node_rank:
+            take_part(config, options.runs, print)
+            return EXIT_DONE
         check_request(config)
         run_folder = run_folder_of(config, options.runs)
         with contextlib.nullcontext() if inherited_lock() else RunLock(run_folder):

@@ -113,6 +113,11 @@ class Session:
         Raises:
             RequestError: what cannot be asked for, and why.
         """
+        if self.config.train.runtime.nodes > 1:
+            raise RequestError(
+                "a pod is one machine: train.runtime.nodes must be 1, found "
+                f"{self.config.train.runtime.nodes}. A pod may have several GPUs: train.processes"
+            )
         if options.cloud not in ("secure", "community"):
             raise RequestError(f"--cloud must be secure or community, found {options.cloud}")
         for name in ("budget_usd", "idle_minutes", "ready_minutes"):

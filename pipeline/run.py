@@ -178,6 +178,8 @@ def run(
 ) -> list[Step]:
     """Run the selected stages that have work; returns the plan as it stands at the end.
 
+    A node of training other than the first takes part in that stage alone, and takes no lock.
+
     Args:
         runner: who makes the records of map stages, one of `pipeline.runners.RUNNERS`.
 
@@ -187,6 +189,12 @@ def run(
         StageFailedError: a stage ended without its manifest.
     """
     check_request(config)
+    if config.train.runtime.node_rank:
+        from pipeline.join_training import take_part
+
+        _check_alone(selection, config.train.runtime.node_rank)
+        take_part(config, runs_root, report)
+        return plan(config, runs_root)
     run_folder = run_folder_of(config, runs_root)
     is_written = plan(config, runs_root)[STAGE_NAMES.index("dialogues")].done
     if "dialogues" in selection.names and not is_written:
@@ -214,6 +222,14 @@ def run(
                 )
             report(describe_step(step) + f" in {time.monotonic() - started:.1f} s")
     return plan(config, runs_root)
+
+
+def _check_alone(selection: Selection, node: int) -> None:
+    if selection.names != ("train",):
+        raise RequestError(
+            f"node {node} (train.runtime.node_rank) must take part in training alone: --only "
+            f"train; found {', '.join(selection.names)}. Node 0 runs the other stages."
+        )
 
 
 def planned_cost(config: Config, runs_root: Path, selection: Selection) -> str:

@@ -30,7 +30,7 @@ from duplex.clips import (
     turn_spans,
 )
 from duplex.config import Config, TensorsSection
-from duplex.errors import CorruptFileError, RecordError
+from duplex.errors import CorruptFileError, RecordError, RequestError
 from duplex.frames import (
     FRAME_SAMPLES,
     frames_to_seconds,
@@ -155,6 +155,10 @@ class TensorsStage(MapStage):
         device = runtime.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RequestError(
+                "tensors.runtime.device: cuda needs a GPU, torch finds none; use cpu, or auto"
+            )
         if device == "cpu":
             keep_freed_memory()
         checkpoint = resolve_checkpoint(context.config.model, context.runs_root)

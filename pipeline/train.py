@@ -32,6 +32,7 @@ from pipeline.training_data import (
     keyed_section,
     start_files,
 )
+from pipeline.training_nodes import first_node
 from pipeline.training_run import ADAPTER, LAST, Job, run_job, validation_facts, with_steps
 from training.process import prepare_process
 
@@ -69,7 +70,7 @@ class TrainStage(WholeStage):
             RequestError: clips of another codec or tokenizer, or none to train on.
             DeadAdapterError: an adapter that would get no gradient; nothing was trained.
             WorkError: a loss that is not finite, too little memory, a full disk, a process of
-                several that died; the last checkpoint is kept.
+                several that died, a node that is gone; the last checkpoint is kept.
         """
         prepare_process()
         job = Job(
@@ -81,13 +82,18 @@ class TrainStage(WholeStage):
         )
         processes = context.config.train.processes
         if processes == 1:
-            result = run_job(job, context.report)
-        else:
-            from training.launch import run_workers
+            return _hand_in(context, writer, run_job(job, context.report))
+        from training.launch import run_workers
 
+        if context.config.train.runtime.nodes == 1:
             context.report(f"training in {processes} processes")
             result = run_workers(WORKER, job.as_json(), processes, context.report)
-        return _hand_in(context, writer, result)
+            return _hand_in(context, writer, result)
+        # The other nodes wait until the files are in their places: they end as this one does.
+        with first_node(context.config, writer.folder, job.tensors, context.report) as team:
+            context.report(f"training in {processes} processes on {team.nodes} nodes")
+            result = run_workers(WORKER, job.as_json(), processes, context.report, team=team)
+            return _hand_in(context, writer, result)
 
 
 def _handed_in(facts: dict[str, Any]) -> str:

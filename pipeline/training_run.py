@@ -359,7 +359,15 @@ def _do(job: dict[str, Any], report: Report) -> dict[str, Any]:
     return run_job(Job.of_json(job), report, rank=int(os.environ["RANK"]))
 
 
+def _meet(job: dict[str, Any]) -> None:
+    prepare_process()
+    from training.device import wants_cpu
+    from training.distributed import meet
+
+    meet(wants_cpu(Job.of_json(job).config.train.runtime.device))
+
+
 if __name__ == "__main__":
     from training.launch import work
 
-    work(_do)
+    work(_do, _meet)

@@ -87,7 +87,7 @@ LAYERS = [
     (3, ("pipeline.runners", "pipeline.imported")),
     (4, ("pipeline.engines", "training", "pipeline.serving", "pipeline.evaluation")),
     (4, ("pipeline.pages", "pipeline.training_data", "pipeline.training_model")),
-    (4, ("pipeline.training_run", "pipeline.pods")),
+    (4, ("pipeline.training_run", "pipeline.training_nodes", "pipeline.pods")),
     (5, tuple(f"pipeline.{stage}" for stage in STAGE_MODULES)),
     (
         6,

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from duplex.errors import WorkError
 from duplex.files import atomic_path, sha256_file, write_json
+from training.distributed import Ranks
 from training.failures import full_disk_explained
 
 KEPT = 2
@@ -133,6 +134,27 @@ def latest_checkpoint(folder: Path, identity: str) -> TrainState | None:
         _remove(folder, step)
     _remove_unused_bests(folder)
     return state
+
+
+def state_from_first(state: TrainState | None, ranks: Ranks) -> TrainState | None:
+    """What the first rank found, on all of them: elsewhere a network file system may be late."""
+    if ranks.count == 1:
+        return state
+    best = state.best if state else None
+    plain = ranks.from_first(
+        None
+        if state is None
+        else (state.step, state.log, state.stopped, best and (best.step, best.score))
+    )
+    if plain is None:
+        return None
+    step, log, stopped, chosen = plain
+    tensors = ranks.tensors_from_first(state.tensors if state else {})
+    best = None
+    if chosen is not None:
+        mine = state.best.tensors if state and state.best else {}
+        best = Best(chosen[0], chosen[1], ranks.tensors_from_first(mine))
+    return TrainState(step, tensors, log, best, stopped)
 
 
 def _read(folder: Path, step: int, identity: str) -> TrainState | None:

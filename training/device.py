@@ -21,8 +21,9 @@ def wants_cpu(device: str) -> bool:
     place = int(os.environ.get("LOCAL_RANK", "0"))
     if device != "cpu" and torch.cuda.is_available() and place >= torch.cuda.device_count():
         raise RequestError(
-            f"train.processes must be at most the number of GPUs, found {place + 1} or more and "
-            f"{torch.cuda.device_count()}. Lower it, or set train.runtime.device=cpu."
+            "train.processes on a node must be at most the number of its GPUs, found "
+            f"{place + 1} or more and {torch.cuda.device_count()}. Lower it, or set "
+            "train.runtime.device=cpu."
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError(

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,21 @@ class Ranks:
         if self.count > 1:
             distributed.barrier()
 
+    def tensors_from_first(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The first rank's tensors on all of them, on the CPU. The others' argument is unused."""
+        if self.count == 1:
+            return tensors
+        shapes = self.from_first({name: (t.shape, t.dtype) for name, t in tensors.items()})
+        found = {}
+        for name, (shape, dtype) in shapes.items():
+            if self.first:
+                sent = tensors[name].to(self.device).contiguous()
+            else:
+                sent = torch.empty(shape, dtype=dtype, device=self.device)
+            distributed.broadcast(sent, src=0)
+            found[name] = sent.cpu()
+        return found
+
     def check_equal(self, tensors: dict[str, torch.Tensor], what: str) -> None:
         """
         Raises:
@@ -102,6 +118,23 @@ class Ranks:
                 "was written; the checkpoint before this one is kept. Run on one process, or on "
                 "GPUs of one kind."
             )
+
+
+def meet(cpu: bool) -> None:
+    """Make the process group that accelerate will find, and wait until all ranks are in it.
+
+    Before anything is loaded: ranks on several machines may not reach each other. It ends by
+    itself after torch's own timeouts, 10 to 30 minutes; whoever started this process ends it
+    sooner.
+    """
+    if cpu:
+        distributed.init_process_group("gloo")
+        distributed.barrier()
+        return
+    place = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(place)
+    distributed.init_process_group("nccl")
+    distributed.barrier(device_ids=[place])
 
 
 def digest_of(tensors: dict[str, torch.Tensor]) -> str:

@@ -37,7 +37,13 @@ from duplex.config_train import TrainSection
 from duplex.errors import RequestError, WorkError
 from duplex.stage import record_seed
 from training.batches import Clip, make_batch
-from training.checkpoint import Best, TrainState, latest_checkpoint, save_checkpoint
+from training.checkpoint import (
+    Best,
+    TrainState,
+    latest_checkpoint,
+    save_checkpoint,
+    state_from_first,
+)
 from training.device import deterministic, wants_cpu
 from training.distributed import Ranks, gathered, shard
 from training.failures import (
@@ -351,12 +357,10 @@ class Trainer:
 
     def _resume(self) -> TrainState | None:
         """Go back to the last checkpoint of this run, if there is one."""
-        folder = self._work / CHECKPOINTS
-        if not self._ranks.first:
-            self._ranks.wait()  # the first one removes what cannot be used
-        state = latest_checkpoint(folder, self._identity)
-        if self._ranks.first:
-            self._ranks.wait()
+        state = None
+        if self._ranks.first:  # which removes what cannot be used
+            state = latest_checkpoint(self._work / CHECKPOINTS, self._identity)
+        state = state_from_first(state, self._ranks)
         self._log.restart(state.log if state else [])
         if state is None:
             return None

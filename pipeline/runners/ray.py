@@ -180,6 +180,7 @@ class Crew:
         self._suspects: deque[Task] = deque()  # any of them may have taken its worker along
         self._taken_along: Counter[str] = Counter()  # by task: the workers that died of it
         self._failed_starts = 0  # in a row
+        self._said: set[str] = set()  # notes of workers
         self.deaths = 0
 
     def work(self, tasks: Iterable[Task]) -> Generator[Outcome, None, None]:
@@ -269,6 +270,9 @@ class Crew:
             raise answer
         if not hand.ready:
             hand.ready, self._failed_starts = True, 0
+            if isinstance(answer, str) and answer not in self._said:
+                self._said.add(answer)
+                self._report(answer)
             return
         del hand.sent[next(iter(hand.sent))]
         self._see_blobs(answer)

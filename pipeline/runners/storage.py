@@ -3,7 +3,7 @@
     <url>/blobs/<sha256><suffix>                          of all stages and runs
     <url>/folders/<stage folder>-<digest>/manifest.json   of finished stages, with parts/
 
-`url` is whatever fsspec opens: s3://bucket/prefix (pip install s3fs), gs://, file://, memory://.
+`url` is s3://bucket/prefix (`s3.py`) or whatever fsspec opens: gs://, file://, memory://.
 The driver lends its input folders before a stage starts; a worker fetches what it reads, and puts
 what it makes; the driver fetches that into the run folder before the ledger names it. Names are
 digests and are checked at each end, so a store can be slow or damaged, not wrong.
@@ -24,6 +24,7 @@ from duplex.errors import CorruptFileError, StageFailedError
 from duplex.files import atomic_path, sha256_file
 from duplex.stage import StageContext
 from duplex.store import MANIFEST, StageFolder
+from pipeline.runners.s3 import advice_on, open_s3, put_object
 
 KEPT_BLOBS = 256  # fetched ones that a worker keeps at a time
 SCRATCH = "duplex-worker-"
@@ -41,9 +42,10 @@ class Storage:
         import fsspec
 
         self._name = url.rpartition("@")[2]
+        self._is_s3 = url.startswith("s3://")
         try:
-            self._files, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
+            self._files, self._root = open_s3(url) if self._is_s3 else fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError, OSError) as error:
             raise self._failed("opened", error) from None
 
     def put(self, path: Path, name: str) -> None:
@@ -51,6 +53,9 @@ class Storage:
         target = f"{self._root}/{name}"
         try:
             if self._files.exists(target):
+                return
+            if self._is_s3:
+                put_object(self._files, path, target)
                 return
             self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
             if "file" not in self._files.protocol:  # objects appear whole
@@ -93,10 +98,16 @@ class Storage:
             raise self._failed(f"read ({name})", error) from None
 
     def _failed(self, what: str, error: Exception) -> StageFailedError:
+        """In words of our own: a store's may hold what is secret."""
+        why = type(error).__name__
+        advice = "Its package and credentials must be on every node, those in the environment"
+        if self._is_s3:
+            why = advice_on(error) or (str(error) if isinstance(error, ValueError) else why)
+            why = "there is nothing of that name" if isinstance(error, FileNotFoundError) else why
+            advice = "What is finished is kept: run again"
         return StageFailedError(
             f"runner.runtime.storage must be a store that can be used: {self._name} cannot be "
-            f"{what}: {type(error).__name__}. Its package (s3fs for s3://) and credentials must be "
-            "on every node, those in the environment"
+            f"{what}: {why}. {advice}"
         )
 
 

@@ -6,7 +6,9 @@ see, or engines of another revision than the driver's, whose records would bear 
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 
 from duplex.config import Config
 from duplex.errors import DuplexError, StageFailedError
@@ -26,8 +28,8 @@ class Worker:
         folder: StageFolder,
         made_by: str,
         lent: dict[str, str],
-    ) -> DuplexError | None:
-        """Set the stage up; returns what makes this node unfit.
+    ) -> DuplexError | str | None:
+        """Set the stage up; returns what makes this node unfit, or a note for the screen.
 
         Args:
             made_by: as `revision_of`.
@@ -59,7 +61,12 @@ class Worker:
             self._stage.setup(context)
         except DuplexError as error:
             return error
-        return None
+        except Exception as error:  # noqa: BLE001 - raised, Ray would make a traceback of it
+            return StageFailedError(
+                f"{stage_type.name}: a worker must be able to start on {node}, it raised "
+                f"{type(error).__name__}: {error}"
+            )
+        return _note_on_gpu(stage_type.name, node)
 
     def work(self, task: Task) -> Outcome | DuplexError:
         try:
@@ -74,6 +81,18 @@ class Worker:
         self._stage.close()
         if self._borrowed is not None:
             self._borrowed.leave()
+
+
+def _note_on_gpu(stage: str, node: str) -> str | None:
+    """Ray gives out what it was told that a node has; whether torch can use it is another matter.
+    Stages whose device is `auto` compute on the CPU then."""
+    given, torch = os.environ.get("CUDA_VISIBLE_DEVICES"), sys.modules.get("torch")
+    if not given or torch is None or torch.cuda.is_available():
+        return None
+    return (
+        f"{stage}: Ray gave a worker on {node} a GPU, torch finds none there: it computes on the "
+        "CPU. Mend the driver or torch's build there, or set the stage's device to cpu"
+    )
 
 
 def revision_of(stage: MapStage, config: Config) -> str:

@@ -278,6 +278,16 @@ def test_the_token_is_its_owners_alone_and_in_no_state(desk):
     assert desk.bodies()[0]["env"]["DUPLEX_TOKEN"] == book.token()
 
 
+def test_a_pod_is_not_rented_for_a_training_on_several_machines(desk):
+    text = desk.config.read_text()
+    place = "{processes: 2, runtime: {nodes: 2, main_address: 'gpu-1:29400'}}"
+    assert "train:" not in text
+    desk.config.write_text(f"{text}train: {place}\n")
+    with pytest.raises(RequestError, match="nodes must be 1, found 2"):
+        desk.up()
+    assert desk.bodies() == []
+
+
 def test_nobody_is_asked_without_a_terminal(desk, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: False)
     with pytest.raises(RequestError, match="say --yes"):
