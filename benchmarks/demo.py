@@ -51,7 +51,7 @@ def read_run(root: Path) -> dict[str, Any]:
             "Run `make demo` first."
         )
     folders = {step.stage.name: step.folder for step in steps if step.folder}
-    report = json.loads(folders["evaluate"].artifact("report").read_text())
+    report = json.loads((folders["evaluate"].path / "report.json").read_text())
     certificate = json.loads(folders["merge"].artifact("certificate").read_text())
     manifests = {name: folder.manifest() or {} for name, folder in folders.items()}
     curves = training_curves(list(read_lines(folders["train"].artifact("metrics"))))

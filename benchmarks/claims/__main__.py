@@ -44,6 +44,7 @@ from duplex.datafiles import CHECKOUT
 from duplex.errors import DuplexError
 from duplex.files import sha256_bytes, write_atomic, write_json
 from duplex.frames import FRAME_S
+from pipeline.run import STAGE_NAMES
 
 OUT = CHECKOUT / "docs" / "results" / "claims"
 WORK = CHECKOUT / "runs" / ".claims"
@@ -172,10 +173,15 @@ def result_of(claim: Claim, common: Common, cells: Sequence[dict[str, Any]]) -> 
 def config_digest(claim: Claim, common: Common) -> str:
     """Of all that the cells' configs set: a page of another digest is of another protocol."""
     configs = [
-        load_config(CHECKOUT / common.config, list(cell.overrides)).model_dump(mode="json")
+        keyed_sections(load_config(CHECKOUT / common.config, list(cell.overrides)))
         for cell in cells_of(claim, common)
     ]
     return sha256_bytes(canonical_json(configs).encode())[:16]
+
+
+def keyed_sections(config: Config) -> dict[str, Any]:
+    """What enters the keys of stages."""
+    return {stage: config.keyed(stage) for stage in STAGE_NAMES} | {"seed": config.seed}
 
 
 def _arm(

@@ -137,9 +137,10 @@ def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         "",
         f"`python -m benchmarks.claims {name}`: the config of `make demo` ({result['config']}) "
         f"with {shared}. Each arm is run from the dialogues to the merged model with the seeds "
-        f"{seeds}, which change dialogues, speech, training and sampling. Every model holds "
-        f"{result['items']} conversations a seed, each of up to {result['seconds']:g} s, and is "
-        f"scored teacher-forced. {'; '.join(result['measured'])}.",
+        f"{seeds}, which change dialogues, speech, training and sampling. Of an arm's validations "
+        "the adapter is kept whose loss of words and semantic codes is lowest on held-out clips. "
+        f"Every model holds {result['items']} conversations a seed, each of up to "
+        f"{result['seconds']:g} s, and is scored teacher-forced. {'; '.join(result['measured'])}.",
         "",
         "A difference is the mean over items, each pooled over the seeds, with the 95 % interval "
         "of a bootstrap over items, not corrected; p by sign changes "
