@@ -43,6 +43,7 @@ TRAINING_ADVICE = (
     "often the system short of memory: a smaller batch, shorter crops or a higher train.accumulate "
     "take less."
 )
+END_S = 300.0  # for the other nodes to end, once all processes of this one have
 GRACE_S = 5.0  # for the others to say what they know, once one has ended badly
 MEETS = "DUPLEX_PROCESSES_MEET"
 _PR_SET_PDEATHSIG = 1
@@ -115,19 +116,23 @@ class _Watch:
         self._others = set(team.others) if team else set()
         self._unmet = set(self._running) if team else set()
         self._meet_by = time.monotonic() + (team.join_timeout_s if team else 0)
+        self._end_by: float | None = None  # once all here have ended
         self._faults: list[_Fault] = []
         self._result: dict[str, Any] | None = None
 
     def follow(self, events: queue.Queue[Event]) -> dict[str, Any]:
         deadline: float | None = None
         while self._running or self._others:
-            until = deadline or (self._meet_by if self._unmet else None)
+            if not self._running and self._end_by is None:
+                self._end_by = time.monotonic() + END_S
+            until = deadline or (self._meet_by if self._unmet else self._end_by)
             try:
                 wait_s = None if until is None else max(0.0, until - time.monotonic())
                 kind, index, message = events.get(timeout=wait_s)
             except queue.Empty:
                 if not self._faults:
-                    self._add(1, self._place.world, "WorkError", self._describe_unmet())
+                    said = self._describe_unmet() if self._unmet else self._describe_unended()
+                    self._add(1, self._place.world, "WorkError", said)
                 break
             if kind == "rank":
                 self._hear_rank(index, message)
@@ -195,6 +200,13 @@ class _Watch:
         self._faults.append(_Fault(order, place, kind, text))
         if self._team:  # at once: their own errors are only what follows from it
             self._team.tell(error=kind, message=text, order=order)
+
+    def _describe_unended(self) -> str:
+        names = ", ".join(f"node {node}" for node in sorted(self._others))
+        return (
+            f"all nodes must end within {END_S:g} s of each other, {names} did not. Look there for "
+            "a process that hangs."
+        )
 
     def _describe_death(self, rank: int, code: int) -> str:
         how = f"exit code {code}"

@@ -4,15 +4,16 @@ The first node listens at `train.runtime.main_address`; each other one connects 
 connection lives as long as the run. JSON lines travel on it:
 
     first ─► node   {"duplex": 1, "proof": file name, "challenge": hex}
-    node ─► first   {"node": 1, "host": "gpu-2", "proof": hex, "claims": {…}}
-    first ─► node   {"refused": ["…"]} or {"welcome": true}
+    node ─► first   {"node": 1, "host": "gpu-2", "proof": hex, "challenge": hex, "claims": {…}}
+    first ─► node   {"refused": ["…"]} or {"welcome": true, "proof": hex}
     first ─► node   {"start": port of torch's store}           once all are there
     both ways       {"alive": true} every 5 s, {"done": true}, {"error": class, "message": …}
     first ─► node   {"end": true}
 
-**Proof.** The first node writes a random file into the run folder, and a node answers with an
-HMAC of the challenge under it. So a node that does not share the folder is found before it costs
-anything, and nobody else on the network takes part. What torch opens beside this connection has
+**Proof.** The first node writes a random file into the run folder, and each side answers the
+other's challenge with an HMAC under it. So a node that does not share the folder is found before it
+costs anything, nobody else on the network takes part, and no node follows a stranger who listens at
+the address. What torch opens beside this connection has
 no such check: the nodes' network must be private.
 
 **Claims** are all that must be equal: settings, data, code, packages. No secret is among them.
@@ -44,11 +45,12 @@ from training.links import Event, Link, Place, free_port, interface_of
 
 PROTOCOL = 1
 KEY = "the key of the train stage"  # the claim that covers all settings and data
-HELLO_S = 30.0  # for a node to say who it is
+HELLO_S = 120.0  # for a node to say who it is: it reads its files first, over a network perhaps
 SEEN_WITHIN_S = 10.0  # a network file system may be late
 RETRY_S = 0.5
-MOST_STRANGERS = 32  # connections that have not yet said who they are
+MOST_STRANGERS = 32  # connections that have not yet said who they are, besides the nodes'
 PROOF_PREFIX = ".join-"
+WELCOME = "welcome "  # before a node's challenge: no answer to one side serves the other
 _PROOF_NAME = re.compile(re.escape(PROOF_PREFIX) + "[0-9a-f]{16}")
 
 
@@ -75,7 +77,7 @@ class Team:
         return f"node {node} ({host})" if host else f"node {node}"
 
     def tell(self, *, but: int | None = None, **message: Any) -> None:
-        for node, link in self._links.items():
+        for node, link in list(self._links.items()):
             if node != but:
                 link.send(**message)
 
@@ -94,7 +96,7 @@ class Team:
             ours = type(error).__name__ if isinstance(error, WorkError) else "WorkError"
             text = str(error) if isinstance(error, Exception) else "it was stopped"
             self.tell(error=ours, message=f"{self.name_of(self.node)}: {text}", order=1)
-        for link in self._links.values():
+        for link in list(self._links.values()):
             link.close()
 
 
@@ -121,7 +123,8 @@ class FirstNode(Team):
         self._address, self._folder = address, folder
         self._claims, self._report = dict(claims), report
         self._admitting = threading.Lock()
-        self._strangers = threading.Semaphore(MOST_STRANGERS)
+        self._strangers = threading.Semaphore(MOST_STRANGERS + nodes)
+        self._closed = False
         self._secret = secrets.token_hex(16)
         self._proof = folder / f"{PROOF_PREFIX}{secrets.token_hex(8)}"
         self._refused: list[str] = []
@@ -161,6 +164,8 @@ class FirstNode(Team):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        with self._admitting:
+            self._closed = True
         if kind is None:
             self.tell(end=True)
         super().__exit__(kind, error, _)
@@ -212,10 +217,15 @@ class FirstNode(Team):
 
     def _admit(self, connection: socket.socket, address: str) -> None:
         link = Link(connection)
+        # Of the whole message: one byte now and then would keep a connection for ever.
+        too_late = threading.Timer(HELLO_S, link.close)
+        too_late.daemon = True
+        too_late.start()
         try:
             challenge = secrets.token_hex(16)
             link.send(duplex=PROTOCOL, proof=self._proof.name, challenge=challenge)
             hello = link.receive(HELLO_S) or {}
+            too_late.cancel()
             expected = _sign(self._secret, challenge)
             if not hmac.compare_digest(expected, str(hello.get("proof", "")).encode()):
                 if "node" in hello:
@@ -229,9 +239,12 @@ class FirstNode(Team):
                     reasons = [f"node_rank must be 1 to {self.nodes - 1} there, found {node}"]
                 elif not reasons and node in self._links:
                     reasons = [f"{self.name_of(node)} is here already"]
+                elif not reasons and self._closed:
+                    reasons = ["node 0 waits no longer"]
                 if not reasons:
                     self._hosts[node] = host
-                    link.send(welcome=True)
+                    answer = _sign(self._secret, WELCOME + str(hello["challenge"])).decode()
+                    link.send(welcome=True, proof=answer)
                     self._links[node] = link
             if reasons:
                 self._turn_away(link, f"node {node} ({host})", reasons)
@@ -242,6 +255,7 @@ class FirstNode(Team):
         except (KeyError, TypeError, ValueError, AttributeError):
             link.close()
         finally:
+            too_late.cancel()
             self._strangers.release()
 
     def _turn_away(self, link: Link, who: str, reasons: list[str]) -> None:
@@ -283,10 +297,12 @@ class OtherNode(Team):
                 "something else answers there, or it has just ended."
             )
         secret = _read_soon(folder / name)
+        ours = secrets.token_hex(16)
         link.send(
             node=self.node,
             host=socket.gethostname(),
             proof="" if secret is None else _sign(secret, challenge).decode(),
+            challenge=ours,
             claims=dict(claims),
         )
         answer = link.receive(HELLO_S) or {}
@@ -295,6 +311,12 @@ class OtherNode(Team):
             raise RequestError(f"node 0 turned this node away; nothing was trained:\n{reasons}")
         if "welcome" not in answer:
             raise WorkError("node 0 must answer a node that joins, it ended. See its message.")
+        proof = str(answer.get("proof", "")).encode()
+        if secret is None or not hmac.compare_digest(_sign(secret, WELCOME + ours), proof):
+            raise WorkError(
+                "train.runtime.main_address must lead to node 0 of this run: who answers there "
+                "does not know this run folder. Take another port, or see who listens there."
+            )
         report(f"node {self.node} of {self.nodes} has joined; waiting for the others")
         link.follow(0, self.events)
         try:

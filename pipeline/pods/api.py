@@ -39,9 +39,9 @@ ATTEMPTS = 5
 FIRST_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0
 PAGE_SIZE, MAX_PAGES = 1000, 20
 
-# What is paid for. ERROR too, on the safe side: v2 says of EXITED and TERMINATED alone that they
-# cost nothing, and RunPod's runpodctl counts it as asked to run.
-RUNNING = frozenset({"PROVISIONING", "STARTING", "RUNNING", "ERROR"})
+# What is not paid for, as v2 says of these two alone. Whatever else it says or will say counts as
+# paid for.
+FREE = frozenset({"EXITED", "TERMINATED"})
 
 BAD_REQUEST, CONFLICT = 400, 409
 _POD_ID = re.compile(r"[A-Za-z0-9]{1,64}")
@@ -86,7 +86,7 @@ class Pod:
     """What the API says of a pod. usd_h None: it named no price. started_s: since when it runs, or
     was made where it has not started; None: it does not say. When a pod ended is nowhere in v2.
 
-    status: one of `RUNNING`, EXITED (stopped), TERMINATED.
+    status: PROVISIONING, STARTING, RUNNING, ERROR, EXITED (stopped), TERMINATED.
     """
 
     id: str
@@ -98,7 +98,7 @@ class Pod:
     @property
     def is_running(self) -> bool:
         """Whether it is paid for, ready or not."""
-        return self.status in RUNNING
+        return self.status not in FREE
 
 
 class RunPod:

@@ -52,10 +52,12 @@ class Storage:
         """A file under a name, whole or not at all; nothing where it is there already."""
         target = f"{self._root}/{name}"
         try:
-            if self._files.exists(target):
-                return
             if self._is_s3:
-                put_object(self._files, path, target)
+                # By size: a write that was broken off leaves an object that is cut short.
+                if self._size(target) != path.stat().st_size:
+                    put_object(self._files, path, target)
+                return
+            if self._files.exists(target):
                 return
             self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
             if "file" not in self._files.protocol:  # objects appear whole
@@ -66,6 +68,12 @@ class Storage:
             self._files.mv(unfinished, target)
         except Exception as error:  # noqa: BLE001 - each store raises errors of its own
             raise self._failed(f"written ({name})", error) from None
+
+    def _size(self, target: str) -> int | None:
+        try:
+            return self._files.info(target)["size"]
+        except FileNotFoundError:
+            return None
 
     def get(self, name: str, path: Path) -> None:
         with atomic_path(path) as temporary:

@@ -39,6 +39,8 @@ def test_only_fields_that_skypilot_has():
     fields = {"accelerators", "cpus", "memory", "disk_size", "autostop"}
     assert set(TASK["resources"]) == fields
     assert TASK["workdir"] == "." and TASK["resources"]["autostop"]["idle_minutes"] > 0
+    # The page is reached by ssh: an open tunnel must not keep the machine.
+    assert TASK["resources"]["autostop"]["wait_for"] == "jobs"
 
 
 def test_secrets_are_the_configs_and_have_no_value_here():

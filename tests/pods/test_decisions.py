@@ -122,7 +122,8 @@ def test_a_pod_of_the_apis():
     pod = read_pod({"id": "abc123", "name": "n", "status": "RUNNING", "cost": 0.74,
                     "startedAt": "2024-07-12T19:14:40Z"})  # fmt: skip
     assert pod is not None and pod.is_running and pod.usd_h == 0.74 and pod.started_s == 1720811680
-    for status in ACTIONS:  # what v2 knows; it says of two of them that they cost nothing
+    # What v2 knows, and what it may come to know: of two it says that they cost nothing.
+    for status in [*ACTIONS, "", "MIGRATING"]:
         pod = read_pod({"id": "abc123", "status": status, "startedAt": None})
         assert pod is not None and pod.started_s is None
         assert pod.is_running == (status not in ("EXITED", "TERMINATED"))

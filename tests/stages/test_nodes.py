@@ -14,7 +14,7 @@ from duplex.errors import CorruptFileError, RequestError, WorkError
 from pipeline import join_training
 from tests.stages.node_helpers import free_address
 from tests.stages.training_factories import make_config
-from training import links, nodes
+from training import launch, links, nodes
 from training.launch import run_workers
 from training.nodes import FirstNode, OtherNode, connect
 
@@ -185,10 +185,80 @@ def test_a_first_node_that_falls_silent_is_gone_too(two, monkeypatch):
         say(duplex=1, proof=".join-" + "0" * 16, challenge="c")
         hello = json.loads(lines.readline())
         assert hello["proof"].encode() == nodes._sign(secret, "c")
-        say(welcome=True)
+        say(welcome=True, proof=nodes._sign(secret, nodes.WELCOME + hello["challenge"]).decode())
         say(start=1)
         assert "node 0 is gone" in str(two.outcome())
     assert two.running() == []
+
+
+@pytest.mark.parametrize("proof", ["", "00" * 32, "of the challenge alone"])
+def test_a_stranger_at_the_address_is_not_followed(two, proof):
+    """He knows the file's name, which everybody who connects is told, and not what it holds."""
+    secret = "s" * 32
+    (two.shared / (".join-" + "0" * 16)).write_text(secret)
+    host, port = "127.0.0.1", int(two.address.split(":")[1])
+    with socket.create_server((host, port)) as listener:
+        two.start(fault="wait")
+        connection, _ = listener.accept()
+        lines = connection.makefile("rw")
+        lines.write(
+            json.dumps({"duplex": 1, "proof": ".join-" + "0" * 16, "challenge": "c"}) + "\n"
+        )
+        lines.flush()
+        hello = json.loads(lines.readline())
+        if proof == "of the challenge alone":  # as if a node had been made to sign it
+            proof = nodes._sign(secret, hello["challenge"]).decode()
+        lines.write(json.dumps({"welcome": True, "proof": proof}) + "\n")
+        lines.write(json.dumps({"start": 1}) + "\n")
+        lines.flush()
+        assert "who answers there does not know this run folder" in str(two.outcome())
+    assert two.running() == []
+
+
+def test_who_speaks_a_byte_now_and_then_is_put_out(two, monkeypatch):
+    monkeypatch.setattr(nodes, "HELLO_S", 1.0)
+    host, port = two.address.split(":")
+    with first_in_thread(two):
+        while True:
+            with suppress(OSError):
+                slow = socket.create_connection((host, int(port)), timeout=5)
+                break
+            time.sleep(0.05)
+        started, ended = time.monotonic(), None
+        slow.settimeout(0.2)
+        while ended is None and time.monotonic() - started < 10:
+            try:
+                slow.sendall(b" ")
+                if slow.recv(4096) == b"":
+                    ended = time.monotonic()
+            except TimeoutError:
+                continue
+            except OSError:
+                ended = time.monotonic()
+        slow.close()
+        two.other()
+    assert ended is not None and ended - started < 5
+    assert two.firsts == [{"of": "0"}]
+
+
+def test_a_node_that_does_not_end_is_named(two, monkeypatch):
+    """Its processes are done here, and it sends signs of life."""
+    monkeypatch.setattr(launch, "END_S", 1.0)
+
+    def stay():
+        link = connect(two.address, 20)
+        assert link is not None
+        team = OtherNode(link, processes=4, nodes=2, node=1, join_timeout_s=60, host="127.0.0.1")
+        team.introduce(two.shared, CLAIMS, print)
+        while team.events.get()[2] is not None:
+            pass
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    with pytest.raises(WorkError, match=r"all nodes must end within 1 s of each other, node 1 did"):
+        two.first()
+    thread.join(30)
+    assert not thread.is_alive() and two.running() == []
 
 
 def test_a_node_with_other_settings_is_refused_by_name_and_the_first_goes_on_waiting(two):

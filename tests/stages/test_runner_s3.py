@@ -183,6 +183,46 @@ def test_an_object_whose_file_breaks_off_is_not_left_behind(store, file, monkeyp
     assert "some prefix/run/blobs/a.bin" not in store.buckets["data"]
 
 
+def test_what_was_cut_short_by_ctrl_c_is_put_again_whole(store, tmp_path, monkeypatch):
+    """The SDK completes an object when its stream is closed, whatever closed it."""
+    big = tmp_path / "big.bin"
+    big.write_bytes(bytes(range(256)) * 1000)
+    monkeypatch.setattr(s3, "PUT_BYTES", 100_000)
+    opened, blocks = Path.open, []
+
+    class Interrupted:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def read(self, size):
+            blocks.append(size)
+            if len(blocks) == 2:
+                raise KeyboardInterrupt
+            return self.inner.read(size)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.inner.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path,
+            "open",
+            lambda self, *a: Interrupted(opened(self, *a)) if self == big else opened(self, *a),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            Storage(URL).put(big, "blobs/a.bin")
+    name = "some prefix/run/blobs/a.bin"
+    assert 0 < len(store.buckets["data"][name]) < big.stat().st_size
+    Storage(URL).put(big, "blobs/a.bin")
+    assert store.buckets["data"][name] == big.read_bytes()
+    writes = len(store.requests)
+    Storage(URL).put(big, "blobs/a.bin")  # whole: nothing is sent
+    assert {one.split()[0] for one in store.requests[writes:]} == {"HEAD"}
+
+
 @pytest.mark.slow
 def test_a_run_on_a_cluster_through_s3_has_the_local_digests(store, tmp_path):
     from pipeline.runners import ray as runner
