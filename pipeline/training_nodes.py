@@ -14,7 +14,8 @@ from duplex.datafiles import CHECKOUT
 from duplex.store import StageFolder
 from pipeline.engines.checkpoint import model_identity
 from pipeline.training_data import base_folders, keyed_section, start_files
-from training.nodes import KEY, FirstNode
+from training.links import KEY
+from training.nodes import FirstNode
 
 PACKAGES = ("accelerate", "moshi", "numpy", "peft", "safetensors", "torch")
 CODE = ("duplex", "pipeline", "training")

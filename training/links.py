@@ -16,6 +16,7 @@ ALIVE_S = 5.0
 SILENCE_S = 60.0  # after which a node counts as gone
 LONGEST_LINE = 1 << 18  # bytes
 LOOPBACK = "127.0.0.1"
+KEY = "the key of the train stage"  # the claim that covers all settings and data
 
 # ("rank", its place on this machine, what it says), ("node", its rank, what it says) and
 # ("note", 0, {"note": for the screen}). None for what is said: it has ended.
@@ -98,3 +99,23 @@ def interface_of(local_host: str) -> str | None:
         if any(one.address.partition("%")[0] == local_host for one in addresses):
             return name
     return None
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What two nodes do not have in common, by name; `KEY` only where nothing else says it."""
+    names = [n for n in (ours | theirs) if ours.get(n) != theirs.get(n)]
+    return [
+        f"{name} must be the same on all nodes, found {_shown(ours.get(name))} on node 0 and "
+        f"{_shown(theirs.get(name))} here"
+        for name in names
+        if name != KEY or len(names) == 1
+    ]
+
+
+def _shown(value: Any) -> str:
+    return printable(str(value))[:80]
+
+
+def printable(text: str) -> str:
+    """A stranger's text as it may be shown."""
+    return "".join(char if char.isprintable() else "?" for char in text)[:400]

@@ -18,8 +18,7 @@ no such check: the nodes' network must be private.
 
 **Claims** are all that must be equal: settings, data, code, packages. No secret is among them.
 
-A connection that ends, or is silent for a minute, is a node that is gone. Imports no torch: the
-process that does this is not one that trains.
+A connection that ends, or is silent for a minute, is a node that is gone. Imports no torch.
 """
 
 from __future__ import annotations
@@ -41,10 +40,17 @@ from typing import Any, Self
 from duplex.config_train import split_address
 from duplex.errors import RequestError, WorkError
 from duplex.files import write_atomic
-from training.links import Event, Link, Place, free_port, interface_of
+from training.links import (
+    Event,
+    Link,
+    Place,
+    differences,
+    free_port,
+    interface_of,
+    printable,
+)
 
 PROTOCOL = 1
-KEY = "the key of the train stage"  # the claim that covers all settings and data
 HELLO_S = 120.0  # for a node to say who it is: it reads its files first, over a network perhaps
 SEEN_WITHIN_S = 10.0  # a network file system may be late
 RETRY_S = 0.5
@@ -232,7 +238,7 @@ class FirstNode(Team):
                     self._turn_away(link, f"a node at {address}", [_not_shared(self._folder)])
                 link.close()
                 return
-            node, host = int(hello["node"]), _printable(str(hello["host"]))
+            node, host = int(hello["node"]), printable(str(hello["host"]))
             reasons = differences(self._claims, hello["claims"])
             with self._admitting:
                 if not 0 < node < self.nodes:
@@ -307,7 +313,7 @@ class OtherNode(Team):
         )
         answer = link.receive(HELLO_S) or {}
         if "refused" in answer:
-            reasons = "\n".join(f"  - {_printable(str(one))}" for one in answer["refused"])
+            reasons = "\n".join(f"  - {printable(str(one))}" for one in answer["refused"])
             raise RequestError(f"node 0 turned this node away; nothing was trained:\n{reasons}")
         if "welcome" not in answer:
             raise WorkError("node 0 must answer a node that joins, it ended. See its message.")
@@ -370,17 +376,6 @@ def connect(address: str, timeout_s: float, wait: Callable[[], bool] = lambda: T
     return None
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """What two nodes do not have in common, by name; `KEY` only where nothing else says it."""
-    names = [n for n in (ours | theirs) if ours.get(n) != theirs.get(n)]
-    return [
-        f"{name} must be the same on all nodes, found {_shown(ours.get(name))} on node 0 and "
-        f"{_shown(theirs.get(name))} here"
-        for name in names
-        if name != KEY or len(names) == 1
-    ]
-
-
 def _sign(secret: str, challenge: str) -> bytes:
     return hmac.new(secret.encode(), challenge.encode(), hashlib.sha256).hexdigest().encode()
 
@@ -403,11 +398,3 @@ def _not_shared(folder: Path) -> str:
         f"all nodes must share the run root, and it does not see {folder} as node 0 does: give it "
         "by --runs where it is mounted there"
     )
-
-
-def _shown(value: Any) -> str:
-    return _printable(str(value))[:80]
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)[:400]

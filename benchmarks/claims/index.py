@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims.page import against, change, key_result, listing, shown
+from benchmarks.claims.page import against, change, key_result, listing, meaning, shown
 from benchmarks.claims.plan import BASE, Claim, claim_names, load_claim
 from benchmarks.claims.tables import VERDICTS, beside, decided, key_measure
 from duplex.files import write_atomic
@@ -27,7 +27,9 @@ CLASSES = (
     "keep the reference: no other did better by as much as matters, and some did worse",
     "too small to matter, or not to be told",
 )
-AT_A_GLANCE = ("response_rate", "facts_said", "hallucinated")
+BESIDE = ("its price", "its price", "to the others' credit", "other rows that differ")
+AT_A_GLANCE = ("response_rate", "answered_in_words", "facts_said", "hallucinated")
+FEW = 10  # trials, under which a share says less than its counts
 
 
 def write_index(folder: Path) -> None:
@@ -61,7 +63,8 @@ def _to_try(claims: Mapping[str, Claim], results: Mapping[str, Mapping[str, Any]
         "## What to try on the 7B, in this order",
         "",
         "In four classes; within one by the difference against the least that each page says would "
-        "matter. What it means for a 7B run stands on each page.",
+        "matter. Classes go by each page's key measure; what else an arm changes stands beside it. "
+        "The arm that is named is the one with the clearest difference, not the largest.",
     ]
     number = 0
     for place, title in enumerate(CLASSES):
@@ -70,16 +73,17 @@ def _to_try(claims: Mapping[str, Claim], results: Mapping[str, Mapping[str, Any]
             continue
         lines += [
             "", f"**{title[0].upper()}{title[1:]}.**", "",
-            f"| | knob | what was found |{' its price |' if place == 1 else ''}",
-            f"| ---: | --- | --- |{' --- |' if place == 1 else ''}",
+            f"| | knob | what was found | {BESIDE[place]} | for a 7B run |",
+            "| ---: | --- | --- | --- | --- |",
         ]  # fmt: skip
         for name, _, row in mine:
             number += 1
             claim, measures = claims[name], results[name]["measures"]
-            price = listing(beside(claim, measures, [row["arm"]], ["regressed"]))
+            words = {1: ["regressed"], 2: ["improved"], 3: ["improved", "regressed"]}.get(place, [])
+            others = listing(beside(claim, measures, claim.deciding_arms, words)) or "none"
             lines.append(
-                f"| {number} | [{claim.knob}]({name}.md) | {_found(claim, measures, row)} |"
-                f"{f' {price} |' if place == 1 else ''}"
+                f"| {number} | [{claim.knob}]({name}.md) | {_found(claim, measures, row)} "
+                f"| {others} | {meaning(claim, measures)} |"
             )
     return lines
 
@@ -115,10 +119,12 @@ def _at_a_glance(
         "## All arms that were tried",
         "",
         "Pooled over items and seeds. Pages differ in their items and steps: compare within a "
-        "page. `*`: a verdict against its page's reference.",
+        f"page. `*`: a verdict against its page's reference. A share of under {FEW} is shown as "
+        "counts. A turn counts as answered by sound; who makes sound without words makes nothing "
+        "up.",
         "",
-        "| page | arm | turns answered | facts said | made up, of replies |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| page | arm | turns answered | of those in words | facts said | made up, of replies |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for name, result in results.items():
         by_key = {one["key"]: one for one in result["measures"] if not one["group"]}
@@ -135,4 +141,7 @@ def _glance(one: Mapping[str, Any] | None, arm: str) -> str:
     row = next((row for row in one["rows"] if row["arm"] == arm), None) if one else None
     if one is None or row is None:
         return ""
-    return shown(one, row["value"]) + (" *" if row.get("word") in VERDICTS else "")
+    star = " *" if row.get("word") in VERDICTS else ""
+    if row["value"] is not None and row["trials"] < FEW:
+        return f"{row['value'] * row['trials']:.0f} of {row['trials']:.0f}{star}"
+    return shown(one, row["value"]) + star

@@ -74,7 +74,7 @@ def advice(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
     """What it means for a 7B run, with what else the deciding arms change for the worse, or for
     the better where they are not to be taken."""
     found, row = decided(claim, measures)
-    text = _filled(getattr(claim.seven_b, found), claim, measures, row)
+    text = meaning(claim, measures)
     arms = [row["arm"]] if found != "none" else claim.deciding_arms
     words = {"better": ("regressed",), "worse": ("improved",), "none": ("improved", "regressed")}
     listed = beside(claim, measures, arms, words[found])
@@ -82,6 +82,12 @@ def advice(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
         return text
     said = {"better": "Its price", "worse": "To its credit", "none": "Other rows do differ"}
     return f"{text} {said[found]}: {listing(listed)}."
+
+
+def meaning(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
+    """What it means for a 7B run, in the claim's words."""
+    found, row = decided(claim, measures)
+    return _filled(getattr(claim.seven_b, found), claim, measures, row)
 
 
 def listing(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
