@@ -31,8 +31,9 @@ def meet(job):
 
 def do(job, report):
     rank = os.environ["RANK"]
-    with open(job["folder"] + "/pid-" + rank, "w") as file:
+    with open(job["folder"] + "/new-" + rank, "w") as file:
         file.write(str(os.getpid()))
+    os.rename(file.name, job["folder"] + "/pid-" + rank)  # whole: this process may be killed
     report("rank " + rank)
     if job["fault"] == f"ours on {rank}":
         raise CorruptFileError("that file")
