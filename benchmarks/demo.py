@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims.page import shown
+from benchmarks.claims.tables import VERDICTS
 from duplex.base import rounded
 from duplex.configfile import load_config
 from duplex.datafiles import CHECKOUT
@@ -35,7 +38,6 @@ LOSSES = {
     "text_nonpad": "words",
     "semantic": "semantic codes",
 }
-VERDICTS = ("improved", "regressed", "differs")
 
 
 def read_run(root: Path) -> dict[str, Any]:
@@ -58,7 +60,8 @@ def read_run(root: Path) -> dict[str, Any]:
     (verdict,) = report["verdicts"]
     spoken = [one for one in folders["speech"].records() if isinstance(one, Speech)]
     return {
-        "measured": f"{cpu_name()}, {manifests['evaluate']['provenance']['finished'][:10]}",
+        "measured": f"{cpu_name()}, {os.cpu_count()} cores, "
+        f"{manifests['evaluate']['provenance']['finished'][:10]}",
         "stages": [
             {
                 "stage": name,
@@ -79,7 +82,6 @@ def read_run(root: Path) -> dict[str, Any]:
             {key: one[key] for key in ("label", "repeats", "served")} for one in report["models"]
         ],
         "changed": report["changed"],
-        "conversations": len(report["conversations"]),
         "rows": [rounded(row) for row in verdict["rows"]],
         "pooled": {
             row["key"]: {label: one["value"] for label, one in row["by_model"].items()}
@@ -94,8 +96,8 @@ def describe(found: Mapping[str, Any]) -> str:
     lines = [
         "# What `make demo` gives",
         "",
-        f"`make demo`, then `python -m benchmarks.demo runs --write`: {found['measured']}, two "
-        "cores. A newcomer's run gives the same words on a machine that rounds alike; seconds hang "
+        f"`make demo`, then `python -m benchmarks.demo runs --write`: {found['measured']}. "
+        "A newcomer's run gives the same words on a machine that rounds alike; seconds hang "
         "on the machine. [Before and after tuning](claims/before-after.md) asks the same with more "
         "items and seeds.",
         "",
@@ -143,18 +145,16 @@ def _repeats(model: Mapping[str, Any]) -> str:
 
 
 def _row(row: Mapping[str, Any]) -> str:
-    def shown(value: float | None, sign: str = "") -> str:
-        if value is None:
-            return ""
-        return f"{100 * value:{sign}.1f} %" if row["kind"] == "rate" else f"{value:{sign}.3g}"
-
     bounds = (
-        f"{shown(row['low'], '+')} to {shown(row['high'], '+')}" if row["low"] is not None else ""
+        f"{shown(row, row['low'], '+')} to {shown(row, row['high'], '+')}"
+        if row["low"] is not None
+        else ""
     )
     word = f"**{row['word']}**" if row["word"] in VERDICTS else row["word"]
     return (
-        f"| {row['label']} | {row['n']} | {shown(row['value_a'])} | {shown(row['value_b'])} "
-        f"| {shown(row['difference'], '+')} | {bounds} | {word} |"
+        f"| {row['label']} | {row['n']} | {shown(row, row['value_a'])} "
+        f"| {shown(row, row['value_b'])} | {shown(row, row['difference'], '+')} | {bounds} "
+        f"| {word} |"
     )
 
 

@@ -22,7 +22,7 @@ from pipeline.run import (
     plan,
     run_folder_of,
 )
-from pipeline.train import WORKER
+from pipeline.train import WORKER, TrainStage
 from pipeline.training_nodes import claims_of
 from pipeline.training_run import Job
 from training.launch import run_workers
@@ -61,8 +61,7 @@ def take_part(config: Config, runs_root: Path, report: Callable[[str], None]) ->
         folder, tensors = _folders_soon(config, runs_root)
         team.introduce(folder.path.parent, claims_of(config, folder, tensors), report)
         report(f"training in {team.place.here} of {team.place.world} processes")
-        version = _train_step(config, runs_root).stage.version
-        job = Job(config, runs_root, tensors, folder.work, version)
+        job = Job(config, runs_root, tensors, folder.work, TrainStage.version)
         run_workers(WORKER, job.as_json(), config.train.processes, report, team=team)
         report("trained; node 0 hands it in")
         team.wait_for_end()

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.claims.cells import rounding_of_cell, run_cell
+from benchmarks.claims.cells import digest_of, rounding_of_cell, run_cell
 from benchmarks.claims.index import write_index
 from benchmarks.claims.page import describe
 from benchmarks.claims.plan import (
@@ -37,12 +37,11 @@ from benchmarks.claims.plan import (
 )
 from benchmarks.claims.plots import draw_curves, draw_measures
 from benchmarks.claims.tables import compared, held_out_personas, mean_curves
-from duplex.base import canonical_json
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.datafiles import CHECKOUT
 from duplex.errors import DuplexError
-from duplex.files import sha256_bytes, write_atomic, write_json
+from duplex.files import write_atomic, write_json
 from duplex.frames import FRAME_S
 from pipeline.run import STAGE_NAMES
 
@@ -176,7 +175,7 @@ def config_digest(claim: Claim, common: Common) -> str:
         keyed_sections(load_config(CHECKOUT / common.config, list(cell.overrides)))
         for cell in cells_of(claim, common)
     ]
-    return sha256_bytes(canonical_json(configs).encode())[:16]
+    return digest_of(configs)
 
 
 def keyed_sections(config: Config) -> dict[str, Any]:
@@ -205,10 +204,7 @@ def _arm(
 
 def _refused(reasons: Sequence[str | None]) -> str:
     found = [reason for reason in reasons if reason]
-    if not found:
-        return ""
-    first = found[0].removeprefix("refused: ")  # as older cells have it
-    return f"refused with {len(found)} of {len(reasons)} seeds: {first}"
+    return f"refused with {len(found)} of {len(reasons)} seeds: {found[0]}" if found else ""
 
 
 def _mean_rounding(cells: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from duplex.errors import StageFailedError
 from duplex.files import read_lines, sha256_bytes, write_json
 from duplex.records import TensorClip
 from duplex.store import StageFolder
-from pipeline.engines.checkpoint import model_identity
+from pipeline.engines.checkpoint import Checkpoint, model_identity
 from pipeline.evaluate import EvaluateStage, require_proofs, settings_of_run, speak_items
 from pipeline.evaluation.found import report_data, training_curves
 from pipeline.evaluation.likelihood import LIKELIHOOD_VERSION, teacher_force
@@ -45,12 +45,12 @@ CONVERSATIONS_VERSION = 6  # raise it when conversations are held otherwise
 
 
 def run_cell(
-    cell: Cell, common: Common, work: Path, report: Report, processes: int | None = None
+    cell: Cell, common: Common, work: Path, report: Report, processes: int = 1
 ) -> dict[str, Any]:
     """What the cell gave, from `work` where it was made before of the same.
 
     Args:
-        processes: of the evaluation; None: a core each. Rounding hangs on it.
+        processes: of the evaluation. Rounding hangs on it.
 
     Returns:
         `arm`, `seed`; `conversations` and `likelihood` as report.json has them, in part;
@@ -79,8 +79,8 @@ def run_cell(
         "evaluate": config.keyed("evaluate") | {"files": EvaluateStage().files(config)},
         "versions": [MergeStage.version, CONVERSATIONS_VERSION, MEASURES_VERSION],
     }
-    kept = work / "cells" / f"{_digest(hangs_on)}.json"
-    scored = work / "cells" / f"likelihood-{_digest([hangs_on, LIKELIHOOD_VERSION])}.json"
+    kept = work / "cells" / f"{digest_of(hangs_on)}.json"
+    scored = work / "cells" / f"likelihood-{digest_of([hangs_on, LIKELIHOOD_VERSION])}.json"
     if not (kept.exists() and scored.exists()):
         refused = None
         try:
@@ -92,21 +92,30 @@ def run_cell(
                 raise
         steps = plan(config, work)
         stages = {step.stage.name: step.folder for step in steps if step.folder and step.done}
-        merge = None if refused or not trained else stages["merge"]
+        base = servable_checkpoint(config.model, work, report)
+        label, weights = BASE, base.folder
+        if trained and not refused:
+            label, weights = "tuned", stages["merge"].artifact("weights").parent
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
             found = of_data(stages["tensors"], trained=trained)
             found |= of_training(stages["train"]) if trained else {}
             found |= {"refused": refused} if refused else {}
-            held = [] if refused else evaluate(config, work, stages, merge, report, processes)
-            found["conversations"] = held
+            found["conversations"] = (
+                [] if refused else evaluate(config, stages, label, weights, base, report, processes)
+            )
             found["measured"] = (
                 f"{cpu_name()}, {os.cpu_count()} cores, {datetime.date.today().isoformat()}, "
-                f"processes of an evaluation: {processes or os.cpu_count()}"
+                f"processes of an evaluation: {processes}"
             )
             write_json(kept, found)
         if not scored.exists():
-            clips = [] if refused else score_clips(config, work, stages, merge, report, processes)
+            clips = []
+            if not refused:
+                clips = teacher_force(
+                    {label: weights}, stages["tensors"], config.evaluate, config.seed, report,
+                    processes=processes,
+                )  # fmt: skip
             write_json(scored, clips)
         merged = plan(config, work)[STAGE_NAMES.index("merge")].folder
         if trained and merged is not None:
@@ -118,7 +127,7 @@ def run_cell(
     }
 
 
-def _digest(hangs_on: Any) -> str:
+def digest_of(hangs_on: Any) -> str:
     return sha256_bytes(canonical_json(hangs_on).encode())[:16]
 
 
@@ -137,7 +146,7 @@ def rounding_of_cell(
     assert train is not None
     base = servable_checkpoint(config.model, work, report)
     hangs_on = [train.digest, model_identity(config.model), ROUNDING_VERSION]
-    kept = work / "cells" / f"rounding-{_digest(hangs_on)}.json"
+    kept = work / "cells" / f"rounding-{digest_of(hangs_on)}.json"
     if not kept.exists():
         write_json(kept, rounding_of(base.folder, train.artifact("adapter").parent))
     return json.loads(kept.read_text())
@@ -176,27 +185,26 @@ def of_training(train: StageFolder) -> dict[str, Any]:
 
 def evaluate(
     config: Config,
-    work: Path,
     stages: Mapping[str, StageFolder],
-    merge: StageFolder | None,
+    label: str,
+    weights: Path,
+    base: Checkpoint,
     report: Report,
-    processes: int | None,
+    processes: int,
 ) -> list[dict[str, Any]]:
     """Talk to one model and score it, as the evaluate stage does with both.
 
     Args:
-        merge: whose model it is; None: the base.
+        weights: its checkpoint folder; `base` has the tokenizer.
 
     Returns:
         A conversation each, as report.json has them, in part, with its item's `situation`.
     """
-    tensors, section = stages["tensors"], config.evaluate
-    label, weights = _model(config, work, merge, report)
+    section = config.evaluate
     spoken = speak_items(section)
-    base = servable_checkpoint(config.model, work, report)
     tokenizer = base.files()["tokenizer"].read_bytes()
     personas = [one for one in stages["personas"].records() if isinstance(one, Persona)]
-    settings, voices = settings_of_run(config, spoken, personas, tensors, tokenizer)
+    settings, voices = settings_of_run(config, spoken, personas, stages["tensors"], tokenizer)
     played = play_checkpoint(
         label, weights, spoken, settings, report,
         tokenizer=tokenizer, device=section.runtime.device, voices=voices,
@@ -210,27 +218,3 @@ def evaluate(
         {key: one[key] for key in kept} | {"situation": situations[one["item"]]}
         for one in data["conversations"]
     ]
-
-
-def score_clips(
-    config: Config,
-    work: Path,
-    stages: Mapping[str, StageFolder],
-    merge: StageFolder | None,
-    report: Report,
-    processes: int | None,
-) -> list[dict[str, Any]]:
-    """Score one model teacher-forced, as the evaluate stage does with both."""
-    label, weights = _model(config, work, merge, report)
-    return teacher_force(
-        {label: weights}, stages["tensors"], config.evaluate, config.seed, report,
-        processes=processes,
-    )  # fmt: skip
-
-
-def _model(
-    config: Config, work: Path, merge: StageFolder | None, report: Report
-) -> tuple[str, Path]:
-    if merge is not None:
-        return "tuned", merge.artifact("weights").parent
-    return BASE, servable_checkpoint(config.model, work, report).folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.claims.plan import Claim
+from benchmarks.claims.plan import Claim, Outcome
 from benchmarks.claims.plots import CURVES
 from benchmarks.claims.tables import (
     DISAGREE,
@@ -17,6 +17,12 @@ from benchmarks.claims.tables import (
     decided,
     key_measure,
 )
+
+BESIDE: dict[Outcome, str] = {
+    "better": "Its price",
+    "worse": "To the others' credit",
+    "none": "Other rows that differ",
+}
 
 
 def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
@@ -71,17 +77,11 @@ def against(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
 
 
 def advice(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
-    """What it means for a 7B run, with what else the deciding arms change for the worse, or for
-    the better where they are not to be taken."""
-    found, row = decided(claim, measures)
-    text = meaning(claim, measures)
-    arms = [row["arm"]] if found != "none" else claim.deciding_arms
-    words = {"better": ("regressed",), "worse": ("improved",), "none": ("improved", "regressed")}
-    listed = beside(claim, measures, arms, words[found])
+    """What it means for a 7B run, with what speaks against it."""
+    text, listed = meaning(claim, measures), beside(claim, measures)
     if not listed:
         return text
-    said = {"better": "Its price", "worse": "To its credit", "none": "Other rows do differ"}
-    return f"{text} {said[found]}: {listing(listed)}."
+    return f"{text} {BESIDE[decided(claim, measures)[0]]}: {listing(listed)}."
 
 
 def meaning(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
@@ -151,8 +151,8 @@ def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         "A difference is the mean over items, each pooled over the seeds, with the 95 % interval "
         "of a bootstrap over items, not corrected; p by sign changes "
         "([evaluation](../../evaluation.md)), corrected (Holm) among the deciding arms "
-        f"({', '.join(f'`{arm}`' for arm in claim.deciding_arms)}) in {key['label']}, which were "
-        "chosen beforehand, and among all other rows. A verdict takes p ≤ .05 and all seeds "
+        f"({', '.join(f'`{arm}`' for arm in claim.deciding_arms)}) in {key['label']}, the key "
+        "measure, and among all other rows. A verdict takes p ≤ .05 and all seeds "
         f"pointing one way; where they do not, it says `{DISAGREE}`. `{TOO_FEW}` differ where no p "
         "could pass. `all` pools what the seeds counted: talkative items weigh more in it than in "
         "the difference. Differences of shares are in percentage points (pp).",

@@ -5,8 +5,8 @@ A value is pooled: hits over trials, or a sum over its count. A difference is ta
 are what is drawn. Three trained models are no sample to speak of: a verdict stands only where the
 same mean of each seed alone points its way too, else the word is `seeds disagree`; a seed without
 an item that both arms have is a word of its own. The deciding arms' differences in the key measure,
-over all items, were asked for beforehand and are corrected among themselves (Holm); all others of a
-page, its measures, groups and arms, are corrected together.
+over all items, are corrected among themselves (Holm); all others of a page, its measures, groups
+and arms, are corrected together.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def group_of(conversation: Mapping[str, Any], trained: Iterable[str]) -> str:
 
 
 def groups_of(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """ "" and the groups that some conversation is of, in the order of GROUPS."""
+    """All of GROUPS that some conversation is of, `""` among them, in that order."""
     found = {
         group_of(one, trained_in(cells, cell["seed"]))
         for cell in cells
@@ -239,15 +239,19 @@ def clearness(row: Mapping[str, Any]) -> float:
 
 
 def beside(
-    claim: Claim, measures: Sequence[Mapping[str, Any]], arms: Iterable[str], words: Iterable[str]
+    claim: Claim, measures: Sequence[Mapping[str, Any]]
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Measure and row of `arms` that has one of `words`, over all items, besides the key's."""
+    """Measure and row, over all items, that speak against what the key measure says: what got worse
+    in the arm that did better, what got better in arms of which none did, or either."""
+    found, row = decided(claim, measures)
+    arms = [row["arm"]] if found == "better" else claim.deciding_arms
+    words = {"better": ("regressed",), "worse": ("improved",), "none": ("improved", "regressed")}
     return [
         (one, row)
         for one in measures
         for row in one["rows"]
         if not one["group"] and one["key"] != claim.key
-        and row["arm"] in arms and row.get("word") in words
+        and row["arm"] in arms and row.get("word") in words[found]
     ]  # fmt: skip
 
 

@@ -83,26 +83,11 @@ def open_s3(url: str, environment: Mapping[str, str] = os.environ) -> tuple[Any,
 
 
 def put_object(files: Any, path: Path, target: str) -> None:
-    """A file as an object, whole: closing a stream would complete what was sent of it."""
-    try:
-        with path.open("rb") as source, files.fs.open_output_stream(target) as sink:
-            while block := source.read(PUT_BYTES):
-                sink.write(block)
-    except OSError:
-        if path_is_at_fault(path):
-            files.rm_file(target)
-        raise
-
-
-def path_is_at_fault(path: Path) -> bool:
-    """Whether a file of this machine cannot be read to its end."""
-    try:
-        with path.open("rb") as source:
-            while source.read(PUT_BYTES):
-                pass
-    except OSError:
-        return True
-    return False
+    """A file as an object. What breaks this off leaves an object that is cut short: closing the
+    stream completes what was sent of it."""
+    with path.open("rb") as source, files.fs.open_output_stream(target) as sink:
+        while block := source.read(PUT_BYTES):
+            sink.write(block)
 
 
 def advice_on(error: BaseException) -> str | None:

@@ -33,6 +33,8 @@ NEEDED_GB = 12  # two copies of the packages at the worst moment would not fit i
 SHM_MB = 64  # what Docker gives; RunPod gives more
 # uv says one of these where the interpreter that it manages cannot be downloaded.
 NO_INTERPRETER = re.compile(r"python-build-standalone|[Ff]ailed to download", re.DOTALL)
+# debootstrap says so where the archive cannot be reached.
+NO_ARCHIVE = re.compile(r"Failed getting release file|Couldn't download")
 MANAGED, OF_THE_BASE = "--managed-python --python 3.11", "--python /usr/bin/python3.11"
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
 OWN = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
@@ -56,8 +58,10 @@ def bare_root(folder: Path) -> Path:
         capture_output=True, text=True,
     )  # fmt: skip
     if result.returncode != 0:
-        last = (result.stdout + result.stderr).strip().splitlines()[-1:]
-        pytest.skip(f"debootstrap made no root here: {' '.join(last)}")
+        text = result.stdout + result.stderr
+        if NO_ARCHIVE.search(text):
+            pytest.skip("debootstrap reaches no archive of packages here")
+        raise AssertionError(f"debootstrap must make a root, it did not: {text[-2000:]}")
     return root
 
 

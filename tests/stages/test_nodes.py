@@ -168,13 +168,13 @@ def test_a_node_that_is_gone_ends_the_first(two):
     assert two.running() == []
 
 
-def test_a_first_node_that_falls_silent_is_gone_too(two, monkeypatch):
-    """As with a cable that is pulled: no end of the connection is ever seen."""
-    monkeypatch.setattr(links, "SILENCE_S", 1.0)
-    secret = "s" * 32
-    (two.shared / (".join-" + "0" * 16)).write_text(secret)
-    host, port = "127.0.0.1", int(two.address.split(":")[1])
-    with socket.create_server((host, port)) as listener:
+@contextmanager
+def planted_first(two):
+    """A first node by hand, who knows the run folder: gives its `say`, its secret, and what the
+    other node said of itself."""
+    secret, name = "s" * 32, ".join-" + "0" * 16
+    (two.shared / name).write_text(secret)
+    with socket.create_server(("127.0.0.1", int(two.address.split(":")[1]))) as listener:
         two.start(fault="wait")
         connection, _ = listener.accept()
         lines = connection.makefile("rw")
@@ -183,37 +183,30 @@ def test_a_first_node_that_falls_silent_is_gone_too(two, monkeypatch):
             lines.write(json.dumps(message) + "\n")
             lines.flush()
 
-        say(duplex=1, proof=".join-" + "0" * 16, challenge="c")
-        hello = json.loads(lines.readline())
+        say(duplex=1, proof=name, challenge="c")
+        yield say, secret, json.loads(lines.readline())
+    assert two.running() == []
+
+
+def test_a_first_node_that_falls_silent_is_gone_too(two, monkeypatch):
+    """As with a cable that is pulled: no end of the connection is ever seen."""
+    monkeypatch.setattr(links, "SILENCE_S", 1.0)
+    with planted_first(two) as (say, secret, hello):
         assert hello["proof"].encode() == nodes._sign(secret, "c")
         say(welcome=True, proof=nodes._sign(secret, nodes.WELCOME + hello["challenge"]).decode())
         say(start=1)
         assert "node 0 is gone" in str(two.outcome())
-    assert two.running() == []
 
 
 @pytest.mark.parametrize("proof", ["", "00" * 32, "of the challenge alone"])
 def test_a_stranger_at_the_address_is_not_followed(two, proof):
     """He knows the file's name, which everybody who connects is told, and not what it holds."""
-    secret = "s" * 32
-    (two.shared / (".join-" + "0" * 16)).write_text(secret)
-    host, port = "127.0.0.1", int(two.address.split(":")[1])
-    with socket.create_server((host, port)) as listener:
-        two.start(fault="wait")
-        connection, _ = listener.accept()
-        lines = connection.makefile("rw")
-        lines.write(
-            json.dumps({"duplex": 1, "proof": ".join-" + "0" * 16, "challenge": "c"}) + "\n"
-        )
-        lines.flush()
-        hello = json.loads(lines.readline())
+    with planted_first(two) as (say, secret, hello):
         if proof == "of the challenge alone":  # as if a node had been made to sign it
             proof = nodes._sign(secret, hello["challenge"]).decode()
-        lines.write(json.dumps({"welcome": True, "proof": proof}) + "\n")
-        lines.write(json.dumps({"start": 1}) + "\n")
-        lines.flush()
+        say(welcome=True, proof=proof)
+        say(start=1)
         assert "who answers there does not know this run folder" in str(two.outcome())
-    assert two.running() == []
 
 
 def test_who_speaks_a_byte_now_and_then_is_put_out(two, monkeypatch):

@@ -157,47 +157,22 @@ def test_an_url_that_is_none_of_s3_is_refused(store, url):
     assert "must read s3://bucket/prefix" in failure_of(lambda: Storage(url))
 
 
-def test_an_object_whose_file_breaks_off_is_not_left_behind(store, file, monkeypatch):
-    """Closing the stream completes the object; half of it must not keep the name."""
-
-    class Broken:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def read(self, size):
-            raise OSError(5, "Input/output error")
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.inner.close()
-
-    opened = Path.open
-    monkeypatch.setattr(
-        Path,
-        "open",
-        lambda self, *a: Broken(opened(self, *a)) if self == file else opened(self, *a),
-    )
-    failure_of(lambda: Storage(URL).put(file, "blobs/a.bin"))
-    assert "some prefix/run/blobs/a.bin" not in store.buckets["data"]
-
-
-def test_what_was_cut_short_by_ctrl_c_is_put_again_whole(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_what_was_cut_short_is_put_again_whole(store, tmp_path, monkeypatch, fault):
     """The SDK completes an object when its stream is closed, whatever closed it."""
     big = tmp_path / "big.bin"
     big.write_bytes(bytes(range(256)) * 1000)
     monkeypatch.setattr(s3, "PUT_BYTES", 100_000)
     opened, blocks = Path.open, []
 
-    class Interrupted:
+    class Broken:
         def __init__(self, inner):
             self.inner = inner
 
         def read(self, size):
             blocks.append(size)
             if len(blocks) == 2:
-                raise KeyboardInterrupt
+                raise fault
             return self.inner.read(size)
 
         def __enter__(self):
@@ -210,9 +185,9 @@ def test_what_was_cut_short_by_ctrl_c_is_put_again_whole(store, tmp_path, monkey
         patch.setattr(
             Path,
             "open",
-            lambda self, *a: Interrupted(opened(self, *a)) if self == big else opened(self, *a),
+            lambda self, *a: Broken(opened(self, *a)) if self == big else opened(self, *a),
         )
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((KeyboardInterrupt, StageFailedError)):
             Storage(URL).put(big, "blobs/a.bin")
     name = "some prefix/run/blobs/a.bin"
     assert 0 < len(store.buckets["data"][name]) < big.stat().st_size
