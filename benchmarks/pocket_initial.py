@@ -23,12 +23,11 @@ from duplex.files import write_atomic, write_json
 from duplex.streams import TEXT_PAD, TEXT_ROW
 from pipeline.engines.pocket import LM_CONFIG, build_lm
 from training.batches import Batch
-from training.pocket.base_clips import Lesson
+from training.pocket.base_clips import unlabelled
 from training.pocket.base_initial import prepare
 from training.pocket.base_loop import ALONE, accumulate_gradients, means
 from training.pocket.base_optimizer import Masters, mixed_forward
 from training.pocket.base_source import LoopSettings
-from training.pocket.codec_labels import HALVES, IGNORED
 
 RESULTS = CHECKOUT / "docs" / "results"
 PIECES, SEQUENCES, SEEDS, EVERY = 40, 32, (1, 2), 25
@@ -71,11 +70,6 @@ def run(seed: int, prepared: bool, steps: int) -> list[float]:
         losses.append(means(sums, "repeated")["repeated_words"])
         masters.update(lm, step, ALONE)
     return [float(np.mean(losses[at : at + EVERY])) for at in range(0, steps, EVERY)]
-
-
-def unlabelled(drawn: Batch) -> Lesson:
-    phones = torch.full((*drawn.codes[:, 0].shape, HALVES), IGNORED, dtype=torch.int16)
-    return Lesson(drawn, phones)
 
 
 def batch(rng: np.random.Generator) -> Batch:

@@ -50,4 +50,4 @@ class Aloud:
         spoken = self.maker.clip(dialogue, rng, name)
         noise = np.random.default_rng(rng.getrandbits(32))
         one = thinned(spoken, noise)
-        return TrainingClip(one.clip, one.audible, one.phones, worded=False)
+        return TrainingClip(one.clip, one.audible, worded=False)

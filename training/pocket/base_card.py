@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +29,8 @@ class Made:
     """What a run made. final, stored: held-out likelihoods of the weights as trained and as they
     are stored; lessons: nats a word piece of lessons by name;
     margin: of words, prompt against swapped prompt; encoded_s: seconds of speech and codes;
-    machine: what trained, and how: the options that said so."""
+    machine: what trained, and how: the options that said so; starts: the bases that it went on
+    from, the oldest first."""
 
     settings: LoopSettings
     grammar: Grammar
@@ -41,6 +44,7 @@ class Made:
     machine: str
     how: str
     margin: Margin | None
+    starts: Sequence[dict[str, Any]] = ()
 
 
 def write_card(folder: Path, made: Made) -> None:
@@ -66,8 +70,10 @@ def card(folder: Path, made: Made) -> str:
         "python -m training.pocket base "
         f"--steps {settings.steps} --batch-size {settings.batch_size} "
         f"--reading-steps {settings.reading_steps} --word-steps {settings.word_steps} "
-        f"--learning-rate {settings.learning_rate:g} --seed {settings.seed} {made.how} "
-        "--work WORK",
+        f"--learning-rate {settings.learning_rate:g} "
+        + (f"--muon-rate {settings.muon_rate:g} " if settings.muon_rate else "")
+        + f"--seed {settings.seed} {made.how} "
+        f"{'--start START ' if made.starts else ''}--work WORK",
         "```",
         "",
         "| | |",
@@ -83,9 +89,10 @@ def card(folder: Path, made: Made) -> str:
         f"{len(HELD_USER_VOICES)} of them held out |",
         f"| training | {settings.steps} steps: {settings.reading_steps} of prompts and words "
         f"alone, {settings.word_steps} of dialogues and lessons in reading and hearing with loss "
-        f"on words alone, the others of {settings.batch_size} dialogues drawn anew; AdamW at "
-        f"{settings.learning_rate:g}, bfloat16 over float32 weights; first weights with heads "
-        "that copy (training/pocket/base_initial.py) |",
+        f"on words alone, the others of {settings.batch_size} dialogues drawn anew; "
+        f"{'Muon and ' if settings.muon_rate else ''}AdamW at {settings.learning_rate:g}, "
+        "bfloat16 over float32 weights |",
+        f"| first weights | {_first(made.starts)} |",
         f"| time | {made.encoded_s / 60:.0f} min for speech and codes, "
         f"{trained.seconds / 60:.0f} min of training ({_speed(trained.frames_per_second)}, "
         f"{made.machine}) |",
@@ -120,6 +127,14 @@ def card(folder: Path, made: Made) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _first(starts: Sequence[dict[str, Any]]) -> str:
+    if not starts:
+        return "drawn, with heads that copy (training/pocket/base_initial.py)"
+    return "; then ".join(
+        f"those of a base of {one['steps']} steps (sha256 {one['weights'][:12]}…)" for one in starts
+    )
 
 
 def machine_name(ranks: Ranks) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,20 @@ from torch.nn import functional
 
 from duplex.alignment import TextTurn, align
 from duplex.clips import assemble
-from duplex.streams import build_prompt, prompt_tokens
+from duplex.streams import USER_ROWS, build_prompt, prompt_tokens
 from training.batches import Batch, Clip, make_batch
 from training.pocket.base_bank import Bank
 from training.pocket.base_dialogue import Dialogue, Said
 from training.pocket.base_phones import Phones, no_labels
+from training.pocket.base_units import acts_of
 from training.pocket.codec_labels import HALVES, IGNORED
 
 SILENT_SHARE = 0.2  # of the agent's silent frames carry audio loss
 SETTLING_FRAMES = 3  # after speech; these carry it always
+ACT_FRAMES = 3  # behind what a user says, as long as nobody answers: it is told there what it was
+MUFFLED = 0.5  # of the clips lack a part of what the user says
+ROW_LOST, FRAMES_A_GAP, LONGEST_GAP = 0.3, 60, 2
+NO_INPUT = -1  # as a code: nothing is added to what the model reads
 
 Tokenize = Callable[[str], Sequence[int]]
 
@@ -54,11 +59,12 @@ class PlacedTurn:
 @dataclass(frozen=True)
 class DialogueClip:
     """A clip with its turns, frames counted from the first frame after the prompt. phones: int16
-    [T, 2] of the user's channel."""
+    [T, 2] of the user's channel; acts: int16 [T], what the user has done by what was said."""
 
     clip: Clip
     turns: tuple[PlacedTurn, ...]
     phones: np.ndarray | None = None
+    acts: np.ndarray | None = None
 
 
 class ClipMaker:
@@ -68,6 +74,7 @@ class ClipMaker:
         self.bank = bank
         self.tokenizer = tokenizer
         self.phones = phones
+        self.acts = {act: number for number, act in enumerate(acts_of(bank.units))}
         self._tokens: dict[str, tuple[int, ...]] = {}
 
     def clip(self, dialogue: Dialogue, rng: random.Random, name: str) -> DialogueClip:
@@ -95,7 +102,18 @@ class ClipMaker:
         if self.phones is not None:
             track = self.phones.track(heard, num_frames)
             phones = np.concatenate([no_labels(frames), track])
-        return DialogueClip(Clip(name, codes, frames, frames, spans), turns, phones)
+        clip = Clip(name, codes, frames, frames, spans)
+        return DialogueClip(clip, turns, phones, self._acts(heard, frames, frames + num_frames))
+
+    def _acts(self, heard: Sequence[tuple[int, int]], first: int, length: int) -> np.ndarray:
+        """int16 [length]: behind each unit of the user's, from `first` on, what it does."""
+        track = np.full(length, IGNORED, dtype=np.int16)
+        for start, unit in heard:
+            end = first + start + self.bank.speech_frames(unit)
+            act = self.acts.get(self.bank.units[unit].act)
+            if act is not None:
+                track[end : end + ACT_FRAMES] = act
+        return track
 
     def _prompt(self, dialogue: Dialogue) -> np.ndarray:
         voice = None
@@ -184,24 +202,31 @@ def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Rand
 @dataclass(frozen=True)
 class TrainingClip:
     """A clip; in which of its frames the agent's codes carry loss, bool [T]; what phones the
-    user says, int16 [T, 2] (`base_phones`), None where that is not told; and whether its text
-    carries loss."""
+    user says, int16 [T, 2] (`base_phones`), and what is done by it, int16 [T], None where that is
+    not told; and whether its text carries loss."""
 
     clip: Clip
     audible: np.ndarray
     phones: np.ndarray | None = None
+    acts: np.ndarray | None = None
     worded: bool = True
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch, with the phones in the user's channel: int16 [B, T, 2]."""
+    """A batch, with the phones in the user's channel: int16 [B, T, 2], and the acts: [B, T]."""
 
     batch: Batch
     phones: torch.Tensor
+    acts: torch.Tensor
+
+    @property
+    def labels(self) -> dict[str, torch.Tensor]:
+        """Of each task of `base_ear`: [B, T, labels]."""
+        return {"phones": self.phones, "acts": self.acts[..., None]}
 
     def to(self, device: torch.device) -> Lesson:
-        return Lesson(self.batch.to(device), self.phones.to(device))
+        return Lesson(self.batch.to(device), self.phones.to(device), self.acts.to(device))
 
 
 def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
@@ -210,24 +235,59 @@ def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
     for role, start, end in one.clip.turns:
         if role == "agent":
             audible[start : end + SETTLING_FRAMES] = True
-    return TrainingClip(one.clip, audible, one.phones)
+    return TrainingClip(one.clip, audible, one.phones, one.acts)
 
 
 def silenced(one: TrainingClip) -> TrainingClip:
     """The same clip, of which words alone carry loss."""
-    return TrainingClip(one.clip, np.zeros_like(one.audible), one.phones)
+    return TrainingClip(one.clip, np.zeros_like(one.audible), one.phones, one.acts)
+
+
+def muffled(one: TrainingClip, rng: np.random.Generator) -> TrainingClip:
+    """The clip as it is half of the time; else without some of the user's acoustic codebooks, and
+    without any of the user's codes for a few frames. So no single code tells an utterance of
+    training from all others."""
+    if rng.random() >= MUFFLED:
+        return one
+    codes = one.clip.codes.copy()
+    for row in range(USER_ROWS.start + 1, USER_ROWS.stop):
+        if rng.random() < ROW_LOST:
+            codes[row, one.clip.prompt_frames :] = NO_INPUT
+    first = one.clip.prompt_frames
+    for _ in range(one.clip.num_frames // FRAMES_A_GAP):
+        start = int(rng.integers(first, max(first + 1, one.clip.num_frames)))
+        codes[USER_ROWS, start : start + int(rng.integers(1, LONGEST_GAP + 1))] = NO_INPUT
+    return replace(one, clip=replace(one.clip, codes=codes))
 
 
 def lesson(clips: Sequence[TrainingClip]) -> Lesson:
     """Clips side by side; the agent's codes carry loss where they are audible."""
     batch = make_batch([one.clip for one in clips])
-    phones = torch.full((len(clips), batch.codes.shape[2], HALVES), IGNORED, dtype=torch.int16)
     for row, one in enumerate(clips):
         batch.loss_mask[row, 1:, : len(one.audible)] &= torch.from_numpy(one.audible)
         batch.loss_mask[row, 0] &= one.worded
+    return _labelled(batch, clips)
+
+
+def whole_lesson(clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:
+    """Clips side by side; every frame behind the prompt carries loss."""
+    return _labelled(make_batch([one.clip for one in clips]), clips)
+
+
+def unlabelled(batch: Batch) -> Lesson:
+    """A batch of which nothing is told."""
+    acts = torch.full(batch.codes[:, 0].shape, IGNORED, dtype=torch.int16)
+    return Lesson(batch, acts[..., None].repeat(1, 1, HALVES), acts)
+
+
+def _labelled(batch: Batch, clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:
+    made = unlabelled(batch)
+    for row, one in enumerate(clips):
         if one.phones is not None:
-            phones[row, : len(one.phones)] = torch.from_numpy(one.phones)
-    return Lesson(batch, phones)
+            made.phones[row, : len(one.phones)] = torch.from_numpy(one.phones)
+        if one.acts is not None:
+            made.acts[row, : len(one.acts)] = torch.from_numpy(one.acts)
+    return made
 
 
 def joined(lessons: Sequence[Lesson]) -> Lesson:
@@ -242,5 +302,6 @@ def joined(lessons: Sequence[Lesson]) -> Lesson:
     phones = torch.cat(
         [padded(one.phones.transpose(1, 2), IGNORED).transpose(1, 2) for one in lessons]
     )
+    acts = torch.cat([padded(one.acts, IGNORED) for one in lessons])
     frames = sum(one.batch.num_frames for one in lessons)
-    return Lesson(Batch(codes, mask, frames), phones)
+    return Lesson(Batch(codes, mask, frames), phones, acts)

@@ -39,7 +39,7 @@ from training.pocket.base_data import (
     speak_and_encode,
     train_tokenizer,
 )
-from training.pocket.base_ear import LAYER, SHARE
+from training.pocket.base_ear import TASKS
 from training.pocket.base_initial import prepare
 from training.pocket.base_loop import Trained, means, score, train
 from training.pocket.base_pack import Pack, load_pack, save_pack
@@ -47,7 +47,7 @@ from training.pocket.base_phones import find_phones
 from training.pocket.base_source import LOSS, LoopSettings, Source
 from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import voices_digest
-from training.pocket.base_weights import POCKET, load_base, save_base
+from training.pocket.base_weights import POCKET, TOKENIZER, base_config, load_base, save_base
 from training.pocket.roles import Grammar, load_grammar
 from training.prompt_swap import plan_swaps, score_swaps
 
@@ -103,6 +103,11 @@ def make_base(argv: list[str], ranks: Ranks, report: Callable[[str], None]) -> N
             f"--bank must be encoded by the codec in {arguments.codec} ({own[:12]}…), and "
             f"{path} is by another ({pack.codec[:12]}…). Make it again: --codes-only"
         )
+    if arguments.start is not None and pack.tokenizer != _tokenizer_of(arguments.start):
+        raise RequestError(
+            f"--start must be a base of the tokenizer in {path}, and {arguments.start} has "
+            f"another. Make the file again: --codes-only --start {arguments.start}"
+        )
     run = _Run(arguments, ranks, grammar, pack)
     trained = run.train(report)
     if ranks.first:
@@ -122,10 +127,19 @@ def _make_pack(
     bank = speak_and_encode(units, grammar, codec, places, report, processes)
     phones = find_phones(units, places.codes, espeak.revision(), report, processes)
     places.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(grammar, units, arguments.seed)
+    tokenizer = (
+        train_tokenizer(grammar, units, arguments.seed)
+        if arguments.start is None
+        else _tokenizer_of(arguments.start)
+    )
     append_line(places.timing, json.dumps({"seconds": time.monotonic() - started_s}))
     seconds = sum(line["seconds"] for line in read_lines(places.timing))
     save_pack(places.pack, Pack(bank, phones, tokenizer, codec.digest, grammar.digest, seconds))
+
+
+def _tokenizer_of(base: Path) -> bytes:
+    base_config(base)  # raises where the folder's files do not go together
+    return (base / TOKENIZER).read_bytes()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -136,6 +150,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, default=POCKET, help="where the weights go")
+    add("--start", type=Path, help="folder of a base whose weights and tokenizer to go on from")
     add("--work", type=Path, required=True, help="where a run keeps what it has")
     add("--codec", type=Path, default=POCKET, help="folder of the pocket codec")
     add("--steps", type=int, default=6000, help="updates in all")
@@ -156,6 +171,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--bank", type=Path, help="such a file; then nothing is spoken or encoded here")
     add("--batch-size", type=int, default=8)
     add("--learning-rate", type=float, default=1.5e-3)
+    add(
+        "--muon-rate", type=float, default=0.0,
+        help="update the temporal layers' matrices by Muon, at so many times AdamW's rate; 0: no",
+    )  # fmt: skip
     add("--small", action="store_true", help="a third of the utterances, to try it out")
     arguments = parser.parse_args(argv)
     for name, least in (
@@ -168,6 +187,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     ):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 <= arguments.muon_rate <= 100:
+        parser.error(f"--muon-rate must lie between 0 and 100, found {arguments.muon_rate}")
     if not 0 < arguments.learning_rate < 1:
         parser.error(f"--learning-rate must lie between 0 and 1, found {arguments.learning_rate}")
     if arguments.codes_only and arguments.bank:
@@ -209,7 +230,8 @@ class _Run:
         self.bank = self.pack.bank
         self.maker = ClipMaker(self.bank, processor, self.pack.phones)
         self.lm_config = LM_CONFIG
-        self.lm = first_lm(self.arguments.seed)
+        start = self.arguments.start
+        self.lm = first_lm(self.arguments.seed) if start is None else load_base(start)
         steps = self.arguments.steps
         self.settings = LoopSettings(
             steps,
@@ -219,7 +241,9 @@ class _Run:
             reading_steps=self.arguments.reading_steps,
             word_steps=self.arguments.word_steps,
             seed=self.arguments.seed,
+            muon_rate=self.arguments.muon_rate,
         )
+        self.starts = [] if start is None else starts_of(start)
         self.source = Source(self.grammar, self.maker, self.settings)
         self.valid = self.source.held_out(VALID_CLIPS)
 
@@ -250,6 +274,7 @@ class _Run:
             "seed": self.settings.seed,
             "grammar": self.grammar.digest,
             "codec": self.pack.codec,
+            "starts": self.starts,
         }
         final = means(score(FastForward(self.lm), self.valid), "held")
         save_base(out, self.lm, self.lm_config, facts, self.pack.tokenizer)
@@ -272,6 +297,7 @@ class _Run:
             encoded_s=self.pack.seconds,
             machine=machine_name(self.ranks),
             how=self._how(),
+            starts=self.starts,
         )
         write_card(out, made)
 
@@ -294,6 +320,7 @@ class _Run:
                 ("codes", one.batch.codes),
                 ("loss_mask", one.batch.loss_mask),
                 ("phones", one.phones),
+                ("acts", one.acts),
             )
         }
         codes = {f"unit {n}": torch.from_numpy(part) for n, part in enumerate(self.bank.codes)}
@@ -304,13 +331,21 @@ class _Run:
             hashlib.sha256(self.pack.tokenizer).hexdigest(),
             asdict(self.settings),
             LOSS.model_dump(mode="json"),
-            [SHARE, LAYER],
+            {name: asdict(task) for name, task in TASKS.items()},
             self.ranks.device.type,
             self.ranks.count,  # sums of shares are rounded otherwise than the whole
             self.lm_config,
             *(digest_of(tensors) for tensors in (self.lm.state_dict(), batches, codes)),
         ]
         return hashlib.sha256(canonical_json(material).encode()).hexdigest()
+
+
+def starts_of(base: Path) -> list[dict[str, Any]]:
+    """The bases that a training which goes on from `base` comes from, the oldest first: their
+    steps and the digest of their weights."""
+    config = base_config(base)
+    own = {"steps": config["steps"], "weights": config["weights"]}
+    return [*config.get("starts", []), own]
 
 
 def first_lm(seed: int) -> Any:

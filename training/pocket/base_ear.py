@@ -1,15 +1,21 @@
-"""A second task of the lower layers while the base is trained: name the phones that are heard.
+"""Second tasks of the lower layers while the base is trained: to name what is heard.
 
 What a user says shows in the loss through few words of the text row, and a small model learns
-utterances by heart before it learns to hear. A linear head on the second layer names the phone in
-each half of the frame before last, which the layer has read with all codebooks; its loss is added
-and the head thrown away. What it changed in the base was not measured apart.
+utterances by heart before it learns to hear. Two linear heads are thrown away at the end:
 
-Shapes: B clips, T frames, C width, P phone classes.
+    phones   on the second layer: the phone in each half of the frame before last, which the layer
+             has read with all codebooks
+    acts     on the fourth: what the user has asked or done, in the frames behind a user's words
+             (`ask/price`, `greet` …), so that what an answer is looked up by is there in time
+
+What either changed in the base was not measured apart.
+
+Shapes: B clips, T frames, C width, P classes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,67 +26,99 @@ from training.distributed import Ranks
 from training.fast import FastForward
 from training.pocket.codec_labels import HALVES, IGNORED
 
-LAYER = 1  # of those from 0
 BEHIND = 2  # frames: place t has read frame t - 1 in its first codebook, t - 2 in all
-SHARE = 1.0  # of the loss
-NAME = "ear"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A head: on which layer, from 0; how many frames later it is due; its share of the loss; how
+    many labels a frame has."""
+
+    layer: int
+    behind: int
+    share: float
+    labels: int
+
+
+TASKS = {"phones": Task(1, BEHIND, 1.0, HALVES), "acts": Task(3, 0, 1.0, 1)}
 
 
 class Ear:
-    """The head, which is trained with the model it is put into and taken out of it at the end.
+    """The heads, which are trained with the model they are put into and taken out of it at the end.
 
     Args:
         lm: gets a module `ear`, until `remove`.
-        forward: of `lm`; what its second layer gives is looked at.
+        forward: of `lm`; what its layers give is looked at.
     """
 
     def __init__(self, lm: Any, forward: FastForward):
         self._lm = lm
-        self._heard: torch.Tensor | None = None
-        self._named: torch.Tensor | int = 0
-        self._labels: torch.Tensor | int = 0
-        layer = forward.layers[min(LAYER, len(forward.layers) - 1)]
-        self._hook = layer.register_forward_hook(self._listen)
+        self._heard: dict[str, torch.Tensor] = {}
+        self._hooks = []
+        for name, task in TASKS.items():
+            layer = forward.layers[min(task.layer, len(forward.layers) - 1)]
+            self._hooks.append(layer.register_forward_hook(self._listener(name)))
+        self.restart()
 
     @staticmethod
-    def add(lm: Any, num_classes: int, seed: int) -> None:
-        """Give `lm` a fresh head of float32."""
+    def add(lm: Any, num_classes: dict[str, int], seed: int) -> None:
+        """Give `lm` fresh heads of float32. num_classes: of each task."""
         width = lm.text_emb.weight.shape[1]
-        head = nn.Linear(width, HALVES * num_classes, bias=False)
+        heads = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            head.weight.normal_(std=width**-0.5, generator=generator)
-        lm.add_module(NAME, head.to(lm.text_emb.weight.device))
+        for name, task in TASKS.items():
+            head = nn.Linear(width, task.labels * num_classes[name], bias=False)
+            with torch.no_grad():
+                head.weight.normal_(std=width**-0.5, generator=generator)
+            heads[name] = head
+        lm.add_module("ear", heads.to(lm.text_emb.weight.device))
 
-    def _listen(self, _module: nn.Module, _args: Any, out: torch.Tensor) -> None:
-        self._heard = out
+    def _listener(self, name: str) -> Any:
+        def listen(_module: nn.Module, _args: Any, out: torch.Tensor) -> None:
+            self._heard[name] = out
 
-    def nll(self, phones: torch.Tensor) -> torch.Tensor:
-        """Summed nats of the labels, of what the last forward was given.
+        return listen
 
-        A label whose frame the model reads behind the clip's end is left out.
+    def loss(self, labels: dict[str, torch.Tensor], counts: dict[str, int]) -> torch.Tensor | float:
+        """The tasks' share of the loss, of what the last forward was given.
+
+        A label that is due behind the clip's end is left out.
 
         Args:
-            phones: int16 [B, T, 2], `IGNORED` where there is no label.
+            labels: int16 [B, T, labels] by task, `IGNORED` where there is none.
+            counts: labels of each task in the whole batch.
         """
-        assert self._heard is not None
-        due = functional.pad(phones, (0, 0, BEHIND, 0), value=IGNORED)[:, : phones.shape[1]].long()
-        logits = getattr(self._lm, NAME)(self._heard).float().view(*due.shape, -1)
-        known = due != IGNORED
-        self._named = self._named + (logits[known].argmax(-1) == due[known]).sum()
-        self._labels = self._labels + known.sum()
-        return functional.cross_entropy(logits[known], due[known], reduction="sum")
+        total: torch.Tensor | float = 0.0
+        for name, task in TASKS.items():
+            due = functional.pad(labels[name], (0, 0, task.behind, 0), value=IGNORED)
+            due = due[:, : labels[name].shape[1]].long()
+            known = due != IGNORED
+            heard = self._heard[name]
+            at = known.any(-1)  # logits of the other frames are not computed
+            logits = self._lm.ear[name](heard[at]).float().unflatten(-1, (task.labels, -1))
+            wanted, is_known = due[at], known[at]
+            self._named[name] += (logits.argmax(-1) == wanted)[is_known].sum()
+            self._labels[name] += is_known.sum()
+            nll = functional.cross_entropy(logits[is_known], wanted[is_known], reduction="sum")
+            total = total + task.share / max(1, counts.get(name, 1)) * nll
+        return total
 
     def restart(self) -> None:
         """Count anew."""
-        self._named = self._labels = 0
+        self._named: dict[str, Any] = dict.fromkeys(TASKS, 0)
+        self._labels: dict[str, Any] = dict.fromkeys(TASKS, 0)
 
-    def share(self, ranks: Ranks) -> float:
-        """Of the labels since `restart`, of all ranks, those that were named right."""
-        named, labels = ranks.sum(torch.tensor([float(self._named), float(self._labels)])).tolist()
-        return round(named / max(1.0, labels), 4)
+    def shares(self, ranks: Ranks) -> dict[str, float]:
+        """Of each task's labels since `restart`, of all ranks, those that were named right."""
+        counts = [float(n) for name in TASKS for n in (self._named[name], self._labels[name])]
+        sums = ranks.sum(torch.tensor(counts)).view(-1, 2).tolist()
+        return {
+            name: round(named / max(1.0, labels), 4)
+            for name, (named, labels) in zip(TASKS, sums, strict=True)
+        }
 
     def remove(self) -> None:
-        """Leave the model as it was without the head."""
-        self._hook.remove()
-        delattr(self._lm, NAME)
+        """Leave the model as it was without the heads."""
+        for hook in self._hooks:
+            hook.remove()
+        delattr(self._lm, "ear")

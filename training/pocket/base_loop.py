@@ -20,14 +20,13 @@ import torch
 
 from duplex.config_train import TrainSection
 from duplex.files import append_line, read_lines
-from training.batches import make_batch
 from training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
 from training.distributed import Ranks
 from training.failures import require_finite
 from training.fast import FastForward
 from training.loss import AUDIO, WORDS, StreamSums, coefficients, part_counts
-from training.pocket.base_clips import DialogueClip, Lesson, TrainingClip
-from training.pocket.base_ear import SHARE, Ear
+from training.pocket.base_clips import DialogueClip, Lesson, TrainingClip, whole_lesson
+from training.pocket.base_ear import TASKS, Ear
 from training.pocket.base_optimizer import Masters, mixed_forward
 from training.pocket.base_source import LoopSettings, Source, drawn_ahead
 from training.pocket.codec_labels import IGNORED
@@ -77,10 +76,11 @@ def train(
     lm.to(ranks.device)
     dtype = torch.bfloat16 if settings.mixed else torch.float32
     assert source.maker.phones is not None
-    Ear.add(lm, len(source.maker.phones.names), settings.seed)
+    classes = {"phones": len(source.maker.phones.names), "acts": len(source.maker.acts)}
+    Ear.add(lm, classes, settings.seed)
     last = settings.steps if until is None else min(until, settings.steps)
     lm.train().requires_grad_(True)
-    masters = Masters(lm, settings.section())
+    masters = Masters(lm, settings.section(), settings.muon_rate)
     if ranks.first:
         latest_checkpoint(folder, identity)  # removes what others cannot use
     ranks.wait()
@@ -105,9 +105,11 @@ def train(
         done = step + 1
         line: dict[str, Any] = {}
         if done % LOG_EVERY == 0 or done == settings.steps:
-            line |= {"step": done, **noted, **means(sums, "train"), "phones": ear.share(ranks)}
+            line |= {"step": done, **noted, **means(sums, "train"), **ear.shares(ranks)}
         if valid and (done % valid_every == 0 or done == settings.steps):
-            line |= {"step": done, **means(score(forward, valid, ranks), "held")}
+            ear.restart()
+            line |= {"step": done, **means(score(forward, valid, ranks, ear), "held")}
+            line |= {f"held_{name}": share for name, share in ear.shares(ranks).items()}
         if line:
             log.append(json.dumps(line))
             rate = seen / (time.monotonic() - started_s)
@@ -141,7 +143,9 @@ def accumulate_gradients(
 ) -> StreamSums:
     """Leave the gradients of this rank's share of the lessons in the model; sums of the whole,
     float64 on their device."""
-    labels = max(1, sum(int((one.phones != IGNORED).sum()) for one in lessons))
+    labels = {
+        name: sum(int((one.labels[name] != IGNORED).sum()) for one in lessons) for name in TASKS
+    }
     lessons = [one.to(ranks.device) for one in lessons]
     counts = [part_counts(one.batch.codes, one.batch.loss_mask) for one in lessons]
     whole = sum(counts[1:], counts[0])
@@ -151,14 +155,14 @@ def accumulate_gradients(
     if ear is not None:
         ear.restart()
     for one in lessons:
-        codes, mask, phones = (
-            rows[ranks.rank :: ranks.count]
-            for rows in (one.batch.codes, one.batch.loss_mask, one.phones)
+        codes, mask = (
+            rows[ranks.rank :: ranks.count] for rows in (one.batch.codes, one.batch.loss_mask)
         )
         if len(codes):  # a batch of few clips leaves nothing for the last ranks
             loss, sums = forward(codes, mask, weights)
             if ear is not None:
-                loss = loss + SHARE / labels * ear.nll(phones)
+                own = {name: rows[ranks.rank :: ranks.count] for name, rows in one.labels.items()}
+                loss = loss + ear.loss(own, labels)
             loss.backward()
             total = total + sums  # of what carries no graph
     return _over_all(total, ranks)
@@ -169,20 +173,27 @@ def _over_all(sums: StreamSums, ranks: Ranks) -> StreamSums:
 
 
 def score(
-    forward: Any, clips: Sequence[DialogueClip] | Sequence[TrainingClip], ranks: Ranks = ALONE
+    forward: Any,
+    clips: Sequence[DialogueClip] | Sequence[TrainingClip],
+    ranks: Ranks = ALONE,
+    ear: Ear | None = None,
 ) -> StreamSums:
     """Sums over held-out clips, every frame behind the prompt; no gradient.
 
-    Each rank takes its share of the clips: there must be as many as ranks, at least.
+    Each rank takes its share of the clips: there must be as many as ranks, at least. `ear` names
+    what is heard in them, and counts.
     """
     clips = clips[ranks.rank :: ranks.count]
     device = forward.lm.text_emb.weight.device
     total: StreamSums | None = None
     for start in range(0, len(clips), VALID_BATCH):
-        batch = make_batch([one.clip for one in clips[start : start + VALID_BATCH]]).to(device)
+        given = whole_lesson(clips[start : start + VALID_BATCH]).to(device)
+        batch = given.batch
         with torch.no_grad():
             nothing = torch.zeros_like(part_counts(batch.codes, batch.loss_mask))
             _, sums = forward(batch.codes, batch.loss_mask, nothing)
+            if ear is not None:
+                ear.loss(given.labels, {})
         total = sums.detached() if total is None else total + sums.detached()
     assert total is not None, "score needs a clip of each rank"
     return _over_all(total, ranks)

@@ -1,4 +1,7 @@
-"""Mixed precision with AdamW, for a whole small model on a CPU.
+"""Mixed precision with Muon and AdamW, for a whole small model on a CPU.
+
+The matrices of the temporal transformer's layers are updated by Muon (torch's own; Jordan et al.
+2024), scaled so that it takes AdamW's rates; the rest by AdamW.
 
 The model computes in bfloat16, the optimizer holds every weight in float32 and copies it back after
 each update. Embeddings stay float32 in the model too, and are rounded as they are read: their
@@ -21,7 +24,8 @@ from training.fast import FastForward
 from training.optimizer import adam_tensors, load_adam, make_adam, set_rates
 from training.pocket.base_gpu import WideForward
 
-WEIGHT = "weight."
+WEIGHT, MUON_STATE = "weight.", "momentum_buffer"
+MUON_MOMENTUM = 0.95
 
 
 class Rounded(nn.Module):
@@ -58,19 +62,39 @@ def mixed_forward(lm: Any, dtype: torch.dtype, *, wide: bool = False) -> FastFor
     return forward
 
 
+def is_for_muon(name: str, parameter: torch.Tensor) -> bool:
+    return name.startswith("transformer.layers.") and parameter.dim() == 2
+
+
 class Masters:
     """The float32 weights of a model, with their optimizer.
 
     Args:
         lm: in float32; a copy of its weights is what is trained.
+        muon_rate: Muon's rate in those of AdamW; 0: AdamW updates all.
     """
 
-    def __init__(self, lm: Any, section: TrainSection):
-        self.section = section
+    def __init__(self, lm: Any, section: TrainSection, muon_rate: float = 0.0):
+        self.section, self.muon_rate = section, muon_rate
         self.parameters: dict[str, nn.Parameter] = {
             name: nn.Parameter(p.detach().float().clone()) for name, p in lm.named_parameters()
         }
-        self._adam = make_adam(self.parameters, section)
+        self._by_muon = {
+            n: p for n, p in self.parameters.items() if muon_rate and is_for_muon(n, p)
+        }
+        rest = {n: p for n, p in self.parameters.items() if n not in self._by_muon}
+        self._adam = make_adam(rest, section)
+        self._by_adam = rest
+        self._muon = self._make_muon() if self._by_muon else None
+
+    def _make_muon(self) -> torch.optim.Muon:
+        group = {"params": list(self._by_muon.values()), "group": "temporal"}
+        return torch.optim.Muon(
+            [group],
+            weight_decay=self.section.weight_decay,
+            momentum=MUON_MOMENTUM,
+            adjust_lr_fn="match_rms_adamw",
+        )
 
     def update(self, lm: Any, step: int, ranks: Ranks) -> dict[str, float]:
         """Update `step` (from 0) from the gradients of `lm` on all ranks, which are cleared.
@@ -94,6 +118,9 @@ class Masters:
         rates = set_rates(self._adam, step, self.section)
         if torch.isfinite(norm):  # the caller is told the norm, and stops
             self._adam.step()
+            if self._muon is not None:
+                self._muon.param_groups[0]["lr"] = rates["lr"] * self.muon_rate
+                self._muon.step()
             self.copy_to(lm)
         return {**rates, "norm": round(float(norm), 3)}
 
@@ -106,14 +133,23 @@ class Masters:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint needs: weights and AdamW's state, on the CPU."""
         found = {WEIGHT + n: p.detach().cpu().clone() for n, p in self.parameters.items()}
-        return found | adam_tensors(self._adam, self.parameters)
+        momenta = {
+            f"{MUON_STATE}.{name}": self._muon.state[parameter][MUON_STATE].cpu().clone()
+            for name, parameter in self._by_muon.items()
+            if self._muon is not None
+        }
+        return found | momenta | adam_tensors(self._adam, self._by_adam)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put back what `tensors` gave."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[WEIGHT + name])
-        load_adam(self._adam, {n: t for n, t in tensors.items() if not n.startswith(WEIGHT)})
+        for name, parameter in self._by_muon.items():
+            assert self._muon is not None
+            momentum = tensors[f"{MUON_STATE}.{name}"].to(parameter, copy=True)
+            self._muon.state[parameter] = {MUON_STATE: momentum}
+        load_adam(self._adam, tensors)
 
 
 def _copy(to: list[torch.Tensor], source: list[torch.Tensor]) -> None:

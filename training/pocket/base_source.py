@@ -25,6 +25,7 @@ from training.pocket.base_clips import (
     TrainingClip,
     joined,
     lesson,
+    muffled,
     silenced,
     thinned,
 )
@@ -47,9 +48,10 @@ class LoopSettings:
     """What decides a training, besides the bank, the tokenizer and the model's configuration.
 
     reading_steps: how many of the first updates are of reading clips alone (base_reading.py).
-    word_steps: how many follow on which the text row alone carries loss, of dialogues, as many
-    hearing clips (base_hearing.py) and half as many reading ones. Later there are fewer
-    (`READ_ONE_TO`, `HEARD_ONE_TO`). mixed: compute in bfloat16 over float32 weights.
+    word_steps: how many follow on which the text row alone carries loss, of dialogues, half as many
+    hearing clips (base_hearing.py) and a quarter as many reading ones. Later there are fewer
+    (`READ_ONE_TO`, `HEARD_ONE_TO`). mixed: compute in bfloat16 over float32 weights. muon_rate:
+    how often AdamW's rate Muon's is (base_optimizer.py); 0: no Muon.
     """
 
     steps: int
@@ -63,6 +65,7 @@ class LoopSettings:
     word_steps: int = 800
     seed: int = 0
     mixed: bool = True
+    muon_rate: float = 0.0
 
     def section(self) -> TrainSection:
         """As the optimizer's and the rates' functions take it."""
@@ -101,11 +104,12 @@ class Source:
             return [lesson([self.reading(f"{step}.{number}") for number in range(count)])]
         spoken = step >= settings.reading_steps + settings.word_steps
         size = settings.batch_size
-        to_read, to_hear = (READ_ONE_TO, HEARD_ONE_TO) if spoken else (2, 1)
+        to_read, to_hear = (READ_ONE_TO, HEARD_ONE_TO) if spoken else (4, 2)
         lessons = [self.reading(f"{step}.{number}") for number in range(max(1, size // to_read))]
-        lessons += [self.heard(f"{step}.{number}") for number in range(max(1, size // to_hear))]
         noise = np.random.default_rng([settings.seed, step])
-        clips = [thinned(one, noise) for one in self._dialogues(step)]
+        clips = [muffled(thinned(one, noise), noise) for one in self._dialogues(step)]
+        for number in range(max(1, size // to_hear)):
+            lessons.append(muffled(self.heard(f"{step}.{number}"), noise))
         if spoken:
             clips += [self.read(f"{step}.{number}") for number in range(size // ALOUD_ONE_TO)]
         else:
@@ -169,7 +173,8 @@ def cropped(one: DialogueClip, longest: int) -> DialogueClip:
     codes = clip.codes[:, :longest]
     short = Clip(clip.id, codes, clip.prompt_frames, clip.loss_from, spans)
     phones = None if one.phones is None else one.phones[:longest]
-    return DialogueClip(short, one.turns[: len(spans)], phones)
+    acts = None if one.acts is None else one.acts[:longest]
+    return DialogueClip(short, one.turns[: len(spans)], phones, acts)
 
 
 class _Groups:

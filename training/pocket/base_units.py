@@ -30,6 +30,7 @@ SAMPLE_ACT = "sample"
 HEAR_ACT = "hear"
 WORDS_ACT = "words"
 ALOUD_ACT = "aloud"
+LISTENING_ACT = "listening"
 MOODY_ALOUD = 4  # in a mood an agent reads aloud a part of what it does without one
 WORDS_A_UNIT = (2, 3, 3, 4)
 
@@ -40,7 +41,7 @@ class Amounts:
 
     answers: int = 64
     moody_answers: int = 16
-    questions: int = 2
+    questions: int = 3
     good_questions: int = 12
     held_answers: int = 4
     others: int = 4
@@ -101,6 +102,12 @@ def _word_units(
     for _ in range(count):
         text = " ".join(rng.sample(vocabulary, rng.choice(WORDS_A_UNIT)))
         yield Unit(speaker, WORDS_ACT, f"{text}.")
+
+
+def acts_of(units: Iterable[Unit]) -> list[str]:
+    """What users do by what they say, in order; what fits anywhere is left out."""
+    anywhere = (HEAR_ACT, WORDS_ACT, LISTENING_ACT)
+    return sorted({u.act for u in units if u.speaker.side == "user" and u.act not in anywhere})
 
 
 def agent_speakers(grammar: Grammar) -> list[Speaker]:

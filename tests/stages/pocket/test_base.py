@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -212,12 +213,17 @@ SETTINGS = LoopSettings(
 )
 
 
-def test_a_killed_training_ends_with_the_same_weights(tmp_path, grammar, bank, tokenizer, phones):
+@pytest.mark.parametrize("muon_rate", [0, 2])
+def test_a_killed_training_ends_with_the_same_weights(
+    tmp_path, grammar, bank, tokenizer, phones, muon_rate
+):
+    settings = replace(SETTINGS, muon_rate=muon_rate)
+
     def weights(folder, stops):
         for until in (*stops, None):
             lm = build_lm(TINY_LM_CONFIG, 1)
-            source = Source(grammar, ClipMaker(bank, tokenizer, phones), SETTINGS)
-            done = train(lm, source, SETTINGS, folder, "run", checkpoint_every=2, until=until)
+            source = Source(grammar, ClipMaker(bank, tokenizer, phones), settings)
+            done = train(lm, source, settings, folder, "run", checkpoint_every=2, until=until)
         return lm.state_dict(), done.log
 
     whole, log = weights(tmp_path / "whole", ())
@@ -332,6 +338,16 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
     again = (tmp_path / "one" / "BASE.md").read_text()
     assert "nothing was left to do" in again and " 0 min of training" in again
     assert run("two", "--seed", "2") != first
+    start = tmp_path / "one"
+    assert run("on", "--start", str(start), "--muon-rate", "2") != first
+    own = {"steps": 4, "weights": base_weights.base_config(start)["weights"]}
+    assert base_weights.base_config(tmp_path / "on")["starts"] == [own]
+    card = (tmp_path / "on" / "BASE.md").read_text()
+    assert "those of a base of 4 steps (sha256" in card and "--muon-rate 2" in card
+    assert "Muon and AdamW at" in card and "--start START" in card
+    bank_file = tmp_path / "two-work" / "bank.safetensors"
+    with pytest.raises(RequestError, match="must be a base of the tokenizer in"):
+        run("on", "--start", str(start), "--bank", str(bank_file))
 
 
 WORDS = ["moon", "rope", "glass", "seven", "bread"]

@@ -16,7 +16,15 @@ from training.batches import Batch
 from training.distributed import Ranks
 from training.fast import FastForward, delayed
 from training.launch import run_workers
-from training.pocket.base_clips import ClipMaker, Lesson, lesson
+from training.pocket.base_clips import (
+    ACT_FRAMES,
+    NO_INPUT,
+    ClipMaker,
+    Lesson,
+    lesson,
+    muffled,
+    thinned,
+)
 from training.pocket.base_ear import BEHIND, Ear
 from training.pocket.base_hearing import LAG, Hearing
 from training.pocket.base_initial import DISTANCES, prepare
@@ -26,6 +34,7 @@ from training.pocket.codec_labels import IGNORED
 from training.projection import rms_norm
 
 PIECES = 40
+CLASSES = {"phones": 5, "acts": 60}
 
 
 @pytest.fixture(scope="module")
@@ -148,29 +157,72 @@ def test_the_ear_is_taught_the_phones_it_has_read_and_leaves_no_trace(
     source = Source(grammar, ClipMaker(bank, tokenizer, phones), settings)
     lm = build_lm(TINY_LM_CONFIG, 1)
     before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
-    Ear.add(lm, 5, seed=1)
+    Ear.add(lm, CLASSES, seed=1)
     forward = FastForward(lm)
     ear = Ear(lm, forward)
     heard = source.batches(0)[1]
     codes, mask = heard.batch.codes, heard.batch.loss_mask
     with torch.no_grad():
         forward(codes, mask, torch.zeros(10))
-        first = float(ear.nll(heard.phones))
+
+        def loss(phones):
+            return float(ear.loss({"phones": phones, "acts": heard.labels["acts"]}, {}))
+
+        first = loss(heard.phones)
         # Labels of the frames that are not yet read when they are due change nothing.
         late = heard.phones.clone()
         late[:, -BEHIND:] = 1
-        assert float(ear.nll(late)) == first
+        assert loss(late) == first
         early = heard.phones.clone()
         early[:, :-BEHIND] = (early[:, :-BEHIND] + 1) % 5
-        assert float(ear.nll(early)) != first
-    assert 0 <= ear.share(ALONE) < 0.6
+        assert loss(early) != first
+    assert 0 <= ear.shares(ALONE)["phones"] < 0.6
     ear.restart()
-    assert ear.share(ALONE) == 0
+    assert ear.shares(ALONE) == {"phones": 0, "acts": 0}
     ear.remove()
     assert {n: t.shape for n, t in lm.state_dict().items()} == {
         n: t.shape for n, t in before.items()
     }
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
+
+
+def test_behind_what_a_user_says_stands_what_it_was(grammar, bank, tokenizer, phones):
+    settings = LoopSettings(9, batch_size=2)
+    maker = ClipMaker(bank, tokenizer, phones)
+    source = Source(grammar, maker, settings)
+    names = list(maker.acts)
+    assert "ask/price" in names and not {"hear", "words", "listening"} & set(names)
+    asked = 0
+    for number in range(12):
+        one = source.clip(f"acts-{number}", "train")
+        assert one.acts is not None and len(one.acts) == one.clip.num_frames
+        acts = [names[label] for label in one.acts if label != IGNORED]
+        user = [turn for turn in one.turns if turn.role == "user" and turn.kind == "turn"]
+        for turn, after in zip(user, [*user[1:], None], strict=True):
+            place = one.clip.prompt_frames + turn.end
+            if place >= one.clip.num_frames or (after is not None and after.start <= turn.end):
+                continue
+            act = names[one.acts[place]]
+            texts = [u.text for u in bank.units if u.act == act and u.speaker.side == "user"]
+            assert any(turn.text.endswith(text) for text in texts), (act, turn.text)
+            asked += act.startswith("ask/")
+        assert len(acts) <= ACT_FRAMES * sum(len(turn.text.split(".")) + 2 for turn in user)
+    assert asked > 12
+
+
+def test_a_muffled_clip_lacks_codes_of_the_user_alone(grammar, bank, tokenizer, phones):
+    source = Source(grammar, ClipMaker(bank, tokenizer, phones), LoopSettings(9, batch_size=2))
+    one = thinned(source.clip("muffled", "train"), np.random.default_rng(0))
+    kept = one.clip.codes.copy()
+    made = [muffled(one, np.random.default_rng(seed)) for seed in range(40)]
+    whole = sum(np.array_equal(m.clip.codes, kept) for m in made)
+    assert 10 <= whole <= 30  # half of them
+    for clip in (m.clip for m in made):
+        lost = clip.codes != kept
+        assert (clip.codes[lost] == NO_INPUT).all()
+        assert not lost[: USER_ROWS.start].any() and not lost[:, : clip.prompt_frames].any()
+        assert lost[USER_ROWS.start].mean() < 0.1  # what it says is still there
+    assert np.array_equal(one.clip.codes, kept)
 
 
 @pytest.mark.slow  # one process that is stopped and resumed: test_base.py
@@ -193,10 +245,10 @@ def test_two_processes_train_as_one_and_resume_to_the_same_bits(tiny_checkpoint,
 
 def one_clip_each(batches):
     return [
-        Lesson(Batch(codes[None], mask[None], codes.shape[-1]), phones[None])
+        Lesson(Batch(codes[None], mask[None], codes.shape[-1]), phones[None], acts[None])
         for one in batches
-        for codes, mask, phones in zip(
-            one.batch.codes, one.batch.loss_mask, one.phones, strict=True
+        for codes, mask, phones, acts in zip(
+            one.batch.codes, one.batch.loss_mask, one.phones, one.acts, strict=True
         )
     ]
 
@@ -207,7 +259,7 @@ def gradients(batches, rank, count):
             return values  # of this rank alone
 
     lm = build_lm(TINY_LM_CONFIG, 1)
-    Ear.add(lm, 5, seed=1)
+    Ear.add(lm, CLASSES, seed=1)
     forward = FastForward(lm.train())
     ranks = Share(rank, count, torch.device("cpu"))
     accumulate_gradients(forward, batches, LoopSettings(1).section(), ranks, Ear(lm, forward))
