@@ -34,6 +34,7 @@ from benchmarks.claims.plan import (
     claim_names,
     load_claim,
     load_common,
+    pocket_base,
 )
 from benchmarks.claims.plots import draw_curves, draw_measures
 from benchmarks.claims.tables import compared, held_out_personas, mean_curves
@@ -116,7 +117,8 @@ def measure_claim(name: str, options: argparse.Namespace) -> None:
         curves = {arm: result["curves"][arm] for arm in claim.arms if arm in result["curves"]}
         figure = draw_curves(curves, claim.expected, result["steps_per_epoch"])
         write_atomic(options.out / f"{name}-curves.svg", figure)
-    write_atomic(options.out / f"{name}.md", describe(name, claim, result).encode())
+    page = describe(name, claim, result, pocket_base())
+    write_atomic(options.out / f"{name}.md", page.encode())
     print(f"{options.out / f'{name}.md'}", file=sys.stderr)
 
 
@@ -154,6 +156,7 @@ def result_of(claim: Claim, common: Common, cells: Sequence[dict[str, Any]]) -> 
     return {
         "config": common.config,
         "config_digest": config_digest(claim, common),
+        "base": pocket_base(),
         "set": common.set | claim.set,
         "seeds": list(common.seeds),
         "measured": sorted({cell["measured"] for cell in cells}),

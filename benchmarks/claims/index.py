@@ -13,12 +13,14 @@ from benchmarks.claims.page import (
     BESIDE,
     against,
     change,
+    is_of,
     key_result,
     listing,
     meaning,
+    said_of,
     shown,
 )
-from benchmarks.claims.plan import BASE, Claim, Outcome, claim_names, load_claim
+from benchmarks.claims.plan import BASE, Claim, Outcome, claim_names, load_claim, pocket_base
 from benchmarks.claims.tables import VERDICTS, beside, decided, key_measure
 from duplex.files import write_atomic
 
@@ -52,12 +54,21 @@ def write_index(folder: Path) -> None:
         for name in claim_names()
         if (folder / f"{name}.json").exists()
     }
-    write_atomic(folder / "README.md", describe_index(results).encode())
+    write_atomic(folder / "README.md", describe_index(results, pocket_base()).encode())
 
 
-def describe_index(results: Mapping[str, Mapping[str, Any]]) -> str:
+def describe_index(results: Mapping[str, Mapping[str, Any]], today: Mapping[str, Any]) -> str:
+    """The page. today: of which base data/pocket is."""
     claims = {name: load_claim(name) for name in claim_names()}
-    lines = [HEAD, "| page | against the claim | what was found |", "| --- | --- | --- |"]
+    earlier = [claims[name].title for name, result in results.items() if not is_of(result, today)]
+    lines = [HEAD]
+    if earlier:
+        lines += [
+            f"Measured with an earlier pocket base than the one in data/pocket ({said_of(today)}), "
+            f"as their pages say: {'; '.join(earlier)}.",
+            "",
+        ]
+    lines += ["| page | against the claim | what was found |", "| --- | --- | --- |"]
     for name, claim in claims.items():
         if name in results:
             measures = results[name]["measures"]

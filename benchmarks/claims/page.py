@@ -25,11 +25,15 @@ BESIDE: dict[Outcome, str] = {
 }
 
 
-def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
+def describe(
+    name: str, claim: Claim, result: Mapping[str, Any], today: Mapping[str, Any] | None = None
+) -> str:
+    """The page. today: what `pocket_base` says, where another base may lie there by now."""
     measures = result["measures"]
     lines = [
         f"# {claim.title}",
         "",
+        *_of_another_base(name, result, today),
         f"**Claim.** {claim.claim}",
         "",
         f"**Question.** {claim.question}",
@@ -56,6 +60,28 @@ def describe(name: str, claim: Claim, result: Mapping[str, Any]) -> str:
     for one in measures:
         lines += _table(one, claim.reference)
     return "\n".join(lines)
+
+
+def _of_another_base(
+    name: str, result: Mapping[str, Any], today: Mapping[str, Any] | None
+) -> list[str]:
+    if today is None or is_of(result, today):
+        return []
+    return [
+        f"> Measured with an earlier pocket base ({said_of(result['base'])}), not with the one "
+        f"that lies in data/pocket now ({said_of(today)}). `python -m benchmarks.claims {name}` "
+        "measures it again.",
+        "",
+    ]
+
+
+def is_of(result: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether a claim was measured with this base."""
+    return result["base"]["weights"] == base["weights"]
+
+
+def said_of(base: Mapping[str, Any]) -> str:
+    return f"{base['steps']} steps, sha256 {base['weights'][:12]}…"
 
 
 def sentence(claim: Claim, measures: Sequence[Mapping[str, Any]]) -> str:
@@ -146,7 +172,8 @@ def _protocol(name: str, claim: Claim, result: Mapping[str, Any]) -> list[str]:
         f"{seeds}, which change dialogues, speech, training and sampling. Of an arm's validations "
         "the adapter is kept whose loss of words and semantic codes is lowest on held-out clips. "
         f"Every model holds {result['items']} conversations a seed, each of up to "
-        f"{result['seconds']:g} s, and is scored teacher-forced. {'; '.join(result['measured'])}.",
+        f"{result['seconds']:g} s, and is scored teacher-forced. The pocket base: "
+        f"{said_of(result['base'])}. {'; '.join(result['measured'])}.",
         "",
         "A difference is the mean over items, each pooled over the seeds, with the 95 % interval "
         "of a bootstrap over items, not corrected; p by sign changes "

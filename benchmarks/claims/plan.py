@@ -23,6 +23,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -39,6 +40,13 @@ COMMON = "common"
 BASE = "base"
 KNOWN = {measure.key: measure for measure in (*MEASURES, *LIKELIHOODS)}
 Overrides = dict[str, Any]
+
+
+def pocket_base() -> dict[str, Any]:
+    """The base that claims are measured with, by what data/pocket holds: the digest of its weights
+    and how many steps of training they took."""
+    config = json.loads((CHECKOUT / "data" / "pocket" / "base.json").read_text())
+    return {"weights": config["weights"], "steps": config["steps"]}
 
 
 class _Model(BaseModel):

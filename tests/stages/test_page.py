@@ -38,6 +38,30 @@ PERSONAS = (
 pytestmark = IN_BROWSER
 
 
+def test_a_server_that_still_loads_its_model_is_waited_for(tiny_speaker):
+    from playwright.async_api import expect
+
+    async def look(page, url):
+        left = 2
+
+        async def loading(route):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                await route.continue_()
+            else:
+                await route.fulfill(status=503, body="the model is being loaded; see /ready")
+
+        await page.route("**/api/info", loading)
+        await page.goto(wire.page_url(url, PROMPT))
+        await expect(page.locator(".state")).to_have_text("The model is being loaded …")
+        await expect(page.locator("#model")).to_contain_text("at a time", timeout=20_000)
+        await expect(page.locator(".state")).to_have_text("Not connected.")
+
+    complaints = in_browser(tiny_speaker, look)
+    assert complaints and all("503" in one for one in complaints)
+
+
 def test_the_prompt_of_its_url_is_shown_and_fed(tiny_speaker):
     from playwright.async_api import expect
 

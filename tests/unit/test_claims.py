@@ -261,7 +261,9 @@ WRITTEN = sorted(path.stem for path in command.OUT.glob("*.json"))
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_page_is_of_the_figures_beside_it(name):
     claim, result = plan.load_claim(name), json.loads((command.OUT / f"{name}.json").read_text())
-    assert (command.OUT / f"{name}.md").read_text() == page.describe(name, claim, result)
+    assert (command.OUT / f"{name}.md").read_text() == page.describe(
+        name, claim, result, plan.pocket_base()
+    )
     common = plan.load_common()
     assert {arm["arm"]: arm["overrides"] for arm in result["arms"]} == claim.arms
     assert (result["set"], result["seeds"]) == (common.set | claim.set, list(common.seeds))
@@ -273,7 +275,9 @@ def test_a_page_is_of_the_figures_beside_it(name):
 
 def test_the_index_is_of_the_figures_beside_it():
     results = {name: json.loads((command.OUT / f"{name}.json").read_text()) for name in WRITTEN}
-    assert (command.OUT / "README.md").read_text() == index.describe_index(results)
+    assert (command.OUT / "README.md").read_text() == index.describe_index(
+        results, plan.pocket_base()
+    )
 
 
 def result_with(new):
@@ -283,6 +287,20 @@ def result_with(new):
         one["curves"] = {"loss": {"valid": [[0, 3.0], [40, 1.0]]}}
     common = plan.load_common()
     return claim, command.result_of(claim, common, cells)
+
+
+def test_a_page_of_an_earlier_base_says_so_and_the_index_too():
+    claim, result = result_with([[3] * ITEMS] * 3)
+    today = plan.pocket_base()
+    assert result["base"] == today and "earlier pocket base" not in page.describe(
+        "x", claim, result, today
+    )
+    later = {"weights": "f" * 64, "steps": 7}
+    text = page.describe("x", claim, result, later)
+    own = f"{today['steps']} steps, sha256 {today['weights'][:12]}…"
+    assert f"earlier pocket base ({own})" in text and "(7 steps, sha256 ffffffffffff…)" in text
+    results = {name: json.loads((command.OUT / f"{name}.json").read_text()) for name in WRITTEN}
+    assert "How long to train; " in index.describe_index(results, later)
 
 
 def test_the_page_says_what_the_key_measure_shows():

@@ -6,6 +6,7 @@ import { Talk } from "./talk.js";
 
 const $ = (id) => document.getElementById(id);
 const SAMPLING = ["text_temperature", "text_topk", "audio_temperature", "audio_topk"];
+const LOADING_MS = 2_000;
 const AUDIO_KEYS = { voice_prompt: "voice", greeting: "greeting" };
 
 // The server turned a token or pass of the URL into a cookie before this page came. Of another
@@ -27,10 +28,18 @@ function otherServer(address) {
   };
 }
 
-async function describe(server) {
-  const response = await fetch(server.base + "/api/info", { headers: server.headers });
-  if (!response.ok) throw new Error(await response.text());
-  return response.json();
+// A server answers before it has loaded its model: that it has not is said, and asked for again.
+async function describe(server, number = 0) {
+  for (let waited = false; ; waited = true) {
+    const response = await fetch(server.base + "/api/info", { headers: server.headers });
+    if (response.status !== 503) {
+      if (!response.ok) throw new Error(await response.text());
+      if (waited) panes[number].show("Not connected.");
+      return response.json();
+    }
+    panes[number].show("The model is being loaded …");
+    await new Promise((done) => { setTimeout(done, LOADING_MS); });
+  }
 }
 
 async function begin() {
