@@ -34,6 +34,7 @@ from duplex.config import Config, ModelSection
 from duplex.configfile import load_config
 from duplex.datafiles import CHECKOUT
 from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE, frames_covering_samples
+from duplex.memory import keep_freed_memory
 from duplex.records import Speech
 from duplex.stage import StageContext
 from duplex.store import StageFolder
@@ -42,7 +43,6 @@ from pipeline.engines.codec import (
     encode,
     encode_batch,
     encode_long,
-    keep_freed_memory,
     measure_tokens,
 )
 from pipeline.engines.encoding import read_stereo

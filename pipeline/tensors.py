@@ -36,6 +36,7 @@ from duplex.frames import (
     frames_to_seconds,
     samples_at,
 )
+from duplex.memory import keep_freed_memory
 from duplex.mixing import CHANNELS
 from duplex.records import Speech, SpokenTurn, TensorClip, VoiceSample
 from duplex.splits import Split
@@ -149,7 +150,7 @@ class TensorsStage(MapStage):
     def setup(self, context: StageContext) -> None:
         import torch
 
-        from pipeline.engines.codec import keep_freed_memory, measure_tokens
+        from pipeline.engines.codec import measure_tokens
 
         runtime = context.config.tensors.runtime
         device = runtime.device

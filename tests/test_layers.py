@@ -23,7 +23,7 @@ STAGE_MODULES = [
 
 # The lower number is the deeper layer; a module imports its own layer or deeper ones.
 LAYERS = [
-    (0, ("duplex.frames", "duplex.errors", "duplex")),
+    (0, ("duplex.frames", "duplex.errors", "duplex.memory", "duplex")),
     (
         1,
         (

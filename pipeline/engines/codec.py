@@ -17,11 +17,9 @@ read (moshi 0.2.13).
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +36,6 @@ SINE_HZ = 440.0
 SINE_AMPLITUDE = 0.5
 CHUNK_FRAMES = 125
 WINDOW_FRAMES = 3000  # as long as the LM's context: no dialogue for one clip is longer
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in <malloc.h>
 CONV_FRAMES = 8  # more than the convolutions look back on
 # Whose steady tokens are `streams.KYUTAI_TOKENS`.
 KYUTAI_CODEC = "tokenizer-e351c8d8-checkpoint125.safetensors"
@@ -153,20 +150,6 @@ def _alone() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed: a conversation's activations are hundreds of MB, and
-    getting them from the kernel page by page took as long as computing (benchmarks/tensors.py).
-
-    Linux with glibc only; nothing elsewhere.
-    """
-    if sys.platform != "linux":
-        return
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def encode_batch(mimi: MimiModel, recordings: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -27,6 +27,7 @@ import torch
 from duplex.base import canonical_json
 from duplex.errors import RequestError
 from duplex.files import append_line, read_lines, write_atomic
+from duplex.memory import keep_freed_memory
 from pipeline.engines import espeak
 from training.distributed import Ranks, digest_of
 from training.fast import FastForward
@@ -90,6 +91,8 @@ def make_base(argv: list[str], ranks: Ranks, report: Callable[[str], None]) -> N
     """
     torch.set_num_threads(1)
     arguments = _parse(argv)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     grammar = load_grammar()
     path = arguments.bank or Places(arguments.work).pack
     pack = load_pack(path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from duplex.memory import keep_freed_memory
 from pipeline.engines.pocket import POCKET
 from training.pocket.base_bank import Bank, Codec, Espeak, build_bank
 from training.pocket.base_dialogue import draw_dialogue
@@ -76,8 +77,6 @@ def speak_and_encode(
         codec: of `places.codec`.
         processes: share the work, by speakers.
     """
-    from pipeline.engines.codec import keep_freed_memory
-
     if processes > 1:
         by_speaker: dict[str, list[Unit]] = {}
         for unit in units:

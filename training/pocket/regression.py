@@ -66,7 +66,7 @@ def check_pack(path: Path, pack: Pack, grammar: Grammar) -> None:
         if found != expected:
             raise RequestError(
                 f"{path}: must be of the {name} in data/pocket, found another. Make it again: "
-                "python -m training.pocket base --codes-only --work WORK"
+                "python -m training.pocket base --codes-only --start data/pocket --work WORK"
             )
 
 
