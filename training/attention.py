@@ -37,8 +37,8 @@ def causal_attention(qkv: torch.Tensor, context: int | None) -> torch.Tensor:
 
 
 def _by_products(q: torch.Tensor) -> bool:
-    """A CPU's fused kernel takes twice the time of plain products in bfloat16, forward and
-    backward, as long as T x T weights are few."""
+    """Where plain products are the faster: forward and backward of 8 clips of 400 frames took 40 ms
+    of a core in bfloat16, and 73 ms by the CPU's fused kernel."""
     return not _is_fused(q.device) and q.dtype == torch.bfloat16 and q.shape[2] <= PRODUCTS_TO
 
 

@@ -35,7 +35,6 @@ from torch import nn
 
 from duplex.config_train import TrainSection
 from duplex.errors import RequestError, WorkError
-from duplex.memory import keep_freed_memory
 from duplex.stage import record_seed
 from training.batches import Clip, make_batch
 from training.checkpoint import (
@@ -115,8 +114,6 @@ class Trainer:
             self._accelerator.num_processes,
             self._accelerator.device,
         )
-        if self._ranks.device.type == "cpu":
-            keep_freed_memory()
         assert self._ranks.count == section.processes, "pipeline/train.py starts the others"
         self._model = model
         self.forward = make_forward(model, section)

@@ -25,10 +25,8 @@ BESIDE: dict[Outcome, str] = {
 }
 
 
-def describe(
-    name: str, claim: Claim, result: Mapping[str, Any], today: Mapping[str, Any] | None = None
-) -> str:
-    """The page. today: what `pocket_base` says, where another base may lie there by now."""
+def describe(name: str, claim: Claim, result: Mapping[str, Any], today: Mapping[str, Any]) -> str:
+    """The page. today: of which base data/pocket is (`plan.pocket_base`)."""
     measures = result["measures"]
     lines = [
         f"# {claim.title}",
@@ -62,10 +60,8 @@ def describe(
     return "\n".join(lines)
 
 
-def _of_another_base(
-    name: str, result: Mapping[str, Any], today: Mapping[str, Any] | None
-) -> list[str]:
-    if today is None or is_of(result, today):
+def _of_another_base(name: str, result: Mapping[str, Any], today: Mapping[str, Any]) -> list[str]:
+    if is_of(result, today):
         return []
     return [
         f"> Measured with an earlier pocket base ({said_of(result['base'])}), not with the one "

@@ -17,6 +17,7 @@ from duplex.streams import DELAYS, TEXT_EPAD, TEXT_PAD
 from pipeline.engines import pocket
 from tests.stages.conftest import TINY_CARD, TINY_LM_CONFIG, TINY_TEXT_CARD
 from training import fast
+from training.attention import PRODUCTS_TO, causal_attention
 from training.fast import FastForward, unsupported
 from training.forward import LibraryForward
 from training.fused_loss import weighted_nll
@@ -288,3 +289,22 @@ def test_chunks_add_up(monkeypatch):
     (other,) = torch.autograd.grad(pieces, h)
     torch.testing.assert_close(nll, again)
     torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("num_frames", [1, 37, PRODUCTS_TO, PRODUCTS_TO + 1])
+def test_attention_by_products_is_that_of_the_fused_kernel(num_frames):
+    """In bfloat16 on a CPU, and no frame sees a later one."""
+    generator = torch.Generator().manual_seed(num_frames)
+    qkv = torch.randn(2, num_frames, 3, 2, 16, generator=generator)
+    half = qkv.bfloat16().requires_grad_()
+    whole = qkv.bfloat16().float().requires_grad_()  # in float32 the kernel is asked
+    ours, due = causal_attention(half, None), causal_attention(whole, None)
+    torch.testing.assert_close(ours.float(), due, rtol=0.02, atol=0.02)
+    along = torch.randn(due.shape, generator=generator)
+    (ours.float() * along).sum().backward()
+    (due * along).sum().backward()
+    assert half.grad is not None and whole.grad is not None
+    torch.testing.assert_close(half.grad.float(), whole.grad, rtol=0.05, atol=0.05)
+    other = qkv.bfloat16()
+    other[:, -1] += 1
+    assert torch.equal(causal_attention(other, None)[:, :-1], ours[:, :-1])

@@ -305,16 +305,16 @@ def test_a_page_of_an_earlier_base_says_so_and_the_index_too():
 
 def test_the_page_says_what_the_key_measure_shows():
     claim, result = result_with([[3] * ITEMS] * 3)
-    text = page.describe("x", claim, result)
+    text = page.describe("x", claim, result, result["base"])
     assert "It does." in text and "It harms." not in text
     assert "**Against the claim.** Held by `new` (+50.0 pp)." in text
     assert "| `new` | 75.0 % · 75.0 % · 75.0 % | 75.0 % |" in text
     assert "| total, after epoch | 0 | 8 |" in text and "| `old` | 3.00 | 1.00 |" in text
     assert "Held-out clips are of seed 1: c0, c1; " in text
     claim, nothing = result_with([[1] * ITEMS] * 3)
-    assert "Who knows." in page.describe("x", claim, nothing)
+    assert "Who knows." in page.describe("x", claim, nothing, result["base"])
     _, harm = result_with([[0] * ITEMS] * 3)
-    assert "It harms." in page.describe("x", claim, harm)
+    assert "It harms." in page.describe("x", claim, harm, result["base"])
     drawn = draw_measures(result["measures"], "old", "facts_said")
     assert drawn == draw_measures(copy.deepcopy(result["measures"]), "old", "facts_said")
     assert drawn != draw_measures(nothing["measures"], "old", "facts_said")

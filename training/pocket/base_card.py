@@ -44,7 +44,7 @@ class Made:
     machine: str
     how: str
     margin: Margin | None
-    starts: Sequence[dict[str, Any]] = ()
+    starts: Sequence[dict[str, Any]]
 
 
 def write_card(folder: Path, made: Made) -> None:

@@ -297,7 +297,7 @@ def joined(lessons: Sequence[Lesson]) -> Lesson:
     def padded(rows: torch.Tensor, value: int) -> torch.Tensor:
         return functional.pad(rows, (0, longest - rows.shape[-1]), value=value)
 
-    codes = torch.cat([padded(one.batch.codes, -1) for one in lessons])
+    codes = torch.cat([padded(one.batch.codes, NO_INPUT) for one in lessons])
     mask = torch.cat([padded(one.batch.loss_mask, 0) for one in lessons])
     phones = torch.cat(
         [padded(one.phones.transpose(1, 2), IGNORED).transpose(1, 2) for one in lessons]

@@ -79,16 +79,15 @@ class Ear:
 
         return listen
 
-    def loss(self, labels: dict[str, torch.Tensor], counts: dict[str, int]) -> torch.Tensor | float:
-        """The tasks' share of the loss, of what the last forward was given.
+    def nll(self, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Summed nats of each task's labels, of what the last forward was given.
 
         A label that is due behind the clip's end is left out.
 
         Args:
             labels: int16 [B, T, labels] by task, `IGNORED` where there is none.
-            counts: labels of each task in the whole batch.
         """
-        total: torch.Tensor | float = 0.0
+        found = {}
         for name, task in TASKS.items():
             due = functional.pad(labels[name], (0, 0, task.behind, 0), value=IGNORED)
             due = due[:, : labels[name].shape[1]].long()
@@ -99,9 +98,10 @@ class Ear:
             wanted, is_known = due[at], known[at]
             self._named[name] += (logits.argmax(-1) == wanted)[is_known].sum()
             self._labels[name] += is_known.sum()
-            nll = functional.cross_entropy(logits[is_known], wanted[is_known], reduction="sum")
-            total = total + task.share / max(1, counts.get(name, 1)) * nll
-        return total
+            found[name] = functional.cross_entropy(
+                logits[is_known], wanted[is_known], reduction="sum"
+            )
+        return found
 
     def restart(self) -> None:
         """Count anew."""

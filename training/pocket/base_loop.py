@@ -162,7 +162,8 @@ def accumulate_gradients(
             loss, sums = forward(codes, mask, weights)
             if ear is not None:
                 own = {name: rows[ranks.rank :: ranks.count] for name, rows in one.labels.items()}
-                loss = loss + ear.loss(own, labels)
+                for name, nats in ear.nll(own).items():
+                    loss = loss + TASKS[name].share / max(1, labels[name]) * nats
             loss.backward()
             total = total + sums  # of what carries no graph
     return _over_all(total, ranks)
@@ -193,7 +194,7 @@ def score(
             nothing = torch.zeros_like(part_counts(batch.codes, batch.loss_mask))
             _, sums = forward(batch.codes, batch.loss_mask, nothing)
             if ear is not None:
-                ear.loss(given.labels, {})
+                ear.nll(given.labels)
         total = sums.detached() if total is None else total + sums.detached()
     assert total is not None, "score needs a clip of each rank"
     return _over_all(total, ranks)
