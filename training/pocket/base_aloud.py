@@ -12,12 +12,13 @@ import random
 import numpy as np
 
 from training.pocket.base_clips import ClipMaker, TrainingClip, thinned
-from training.pocket.base_dialogue import SAMPLED, Character, Dialogue, Said
+from training.pocket.base_dialogue import SAMPLED, Dialogue, Said
+from training.pocket.base_prompts import Character, Prompted
 from training.pocket.base_units import ALOUD_ACT, NEUTRAL, SAMPLE_ACT, UnitIndex
 from training.pocket.base_voices import AGENT_VOICES, agent_speaker, users
 from training.pocket.roles import Grammar
 
-PROMPT = "Read aloud."
+PROMPT = Prompted("Read aloud.")
 UTTERANCES, GAP, TAIL = (1, 3), (3, 10), 6
 
 

@@ -25,7 +25,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from duplex.base import canonical_json
-from duplex.errors import RecordError
 from duplex.files import atomic_path
 from duplex.frames import FRAME_SAMPLES, frames_covering_samples
 from duplex.mixing import normalize_loudness
@@ -218,23 +217,3 @@ def _read(path: Path) -> list[np.ndarray] | None:
         lengths = json.loads(file.metadata()["lengths"])
     edges = np.cumsum(lengths)[:-1]
     return [np.ascontiguousarray(part) for part in np.split(codes, edges, axis=1)]
-
-
-class Espeak:
-    """`Speak` by the espeak engine; closed at the end of a `with`."""
-
-    def __enter__(self) -> Espeak:
-        from pipeline.engines.espeak import EspeakEngine
-
-        self._engine = EspeakEngine()
-        self.revision = self._engine.revision
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._engine.close()
-
-    def __call__(self, text: str, params: dict[str, Any]) -> np.ndarray:
-        samples = self._engine.synthesize(text, params).samples
-        if not len(samples):
-            raise RecordError(f"espeak must give speech for {text!r}, and gave none")
-        return samples

@@ -31,11 +31,13 @@ from training.batches import Batch, Clip, make_batch
 from training.pocket.base_bank import Bank
 from training.pocket.base_dialogue import Dialogue, Said
 from training.pocket.base_phones import Phones, no_labels
+from training.pocket.base_prompts import told_row
 from training.pocket.base_units import acts_of
 from training.pocket.codec_labels import HALVES, IGNORED
 
 SILENT_SHARE = 0.2  # of the agent's silent frames carry audio loss
 SETTLING_FRAMES = 3  # after speech; these carry it always
+ACT_LABELS = ("asked", "told")  # columns of a clip's acts: by the user, by the prompt
 ACT_FRAMES = 3  # behind what a user says, as long as nobody answers: it is told there what it was
 MUFFLED = 0.5  # of the clips lack a part of what the user says
 ROW_LOST, FRAMES_A_GAP, LONGEST_GAP = 0.3, 60, 2
@@ -59,7 +61,8 @@ class PlacedTurn:
 @dataclass(frozen=True)
 class DialogueClip:
     """A clip with its turns, frames counted from the first frame after the prompt. phones: int16
-    [T, 2] of the user's channel; acts: int16 [T], what the user has done by what was said."""
+    [T, 2] of the user's channel; acts: int16 [T, 2], what the user has done by what was said, and
+    the question that the prompt has just answered."""
 
     clip: Clip
     turns: tuple[PlacedTurn, ...]
@@ -93,7 +96,7 @@ class ClipMaker:
                 if turn.role == "user":
                     heard.append((start, unit))
         text = align(self._text_turns([turn for turn, _ in placed]), num_frames)
-        prompt = self._prompt(dialogue)
+        prompt, told = self._prompt(dialogue)
         codes = assemble(prompt, text.row, np.stack([agent, user])).astype(np.int16)
         frames = prompt.shape[1]
         turns = tuple(turn for turn, _ in placed)
@@ -103,9 +106,12 @@ class ClipMaker:
             track = self.phones.track(heard, num_frames)
             phones = np.concatenate([no_labels(frames), track])
         clip = Clip(name, codes, frames, frames, spans)
-        return DialogueClip(clip, turns, phones, self._acts(heard, frames, frames + num_frames))
+        acts = np.full((frames + num_frames, len(ACT_LABELS)), IGNORED, dtype=np.int16)
+        acts[:, 0] = self._asked(heard, frames, frames + num_frames)
+        acts[:frames, 1] = told
+        return DialogueClip(clip, turns, phones, acts)
 
-    def _acts(self, heard: Sequence[tuple[int, int]], first: int, length: int) -> np.ndarray:
+    def _asked(self, heard: Sequence[tuple[int, int]], first: int, length: int) -> np.ndarray:
         """int16 [length]: behind each unit of the user's, from `first` on, what it does."""
         track = np.full(length, IGNORED, dtype=np.int16)
         for start, unit in heard:
@@ -115,12 +121,14 @@ class ClipMaker:
                 track[end : end + ACT_FRAMES] = act
         return track
 
-    def _prompt(self, dialogue: Dialogue) -> np.ndarray:
+    def _prompt(self, dialogue: Dialogue) -> tuple[np.ndarray, np.ndarray]:
+        """Its codes [17, T], and what it tells, int16 [T]."""
         voice = None
         if dialogue.sample is not None:
             voice = self.bank.codes[dialogue.sample].astype(np.int64)
-        tokens = prompt_tokens(self.tokenizer, dialogue.prompt)
-        return build_prompt(tokens, self.bank.tokens, voice=voice).training_codes()
+        tokens = prompt_tokens(self.tokenizer, dialogue.prompt.text)
+        prompt = build_prompt(tokens, self.bank.tokens, voice=voice)
+        return prompt.training_codes(), told_row(self.tokenizer, prompt, dialogue.prompt, self.acts)
 
     def _text_turns(self, turns: Sequence[PlacedTurn]) -> list[TextTurn]:
         found = []
@@ -202,7 +210,7 @@ def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Rand
 @dataclass(frozen=True)
 class TrainingClip:
     """A clip; in which of its frames the agent's codes carry loss, bool [T]; what phones the
-    user says, int16 [T, 2] (`base_phones`), and what is done by it, int16 [T], None where that is
+    user says, int16 [T, 2] (`base_phones`), and acts as a `DialogueClip`'s, None where that is
     not told; and whether its text carries loss."""
 
     clip: Clip
@@ -214,7 +222,7 @@ class TrainingClip:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch, with the phones in the user's channel: int16 [B, T, 2], and the acts: [B, T]."""
+    """A batch, with the phones in the user's channel, and the acts: int16 [B, T, 2]."""
 
     batch: Batch
     phones: torch.Tensor
@@ -223,7 +231,8 @@ class Lesson:
     @property
     def labels(self) -> dict[str, torch.Tensor]:
         """Of each task of `base_ear`: [B, T, labels]."""
-        return {"phones": self.phones, "acts": self.acts[..., None]}
+        acts = {name: self.acts[..., n : n + 1] for n, name in enumerate(ACT_LABELS)}
+        return {"phones": self.phones, **acts}
 
     def to(self, device: torch.device) -> Lesson:
         return Lesson(self.batch.to(device), self.phones.to(device), self.acts.to(device))
@@ -276,8 +285,8 @@ def whole_lesson(clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:
 
 def unlabelled(batch: Batch) -> Lesson:
     """A batch of which nothing is told."""
-    acts = torch.full(batch.codes[:, 0].shape, IGNORED, dtype=torch.int16)
-    return Lesson(batch, acts[..., None].repeat(1, 1, HALVES), acts)
+    nothing = torch.full(batch.codes[:, 0].shape, IGNORED, dtype=torch.int16)[..., None]
+    return Lesson(batch, nothing.repeat(1, 1, HALVES), nothing.repeat(1, 1, len(ACT_LABELS)))
 
 
 def _labelled(batch: Batch, clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:
@@ -299,9 +308,9 @@ def joined(lessons: Sequence[Lesson]) -> Lesson:
 
     codes = torch.cat([padded(one.batch.codes, NO_INPUT) for one in lessons])
     mask = torch.cat([padded(one.batch.loss_mask, 0) for one in lessons])
-    phones = torch.cat(
-        [padded(one.phones.transpose(1, 2), IGNORED).transpose(1, 2) for one in lessons]
+    phones, acts = (
+        torch.cat([padded(rows.transpose(1, 2), IGNORED).transpose(1, 2) for rows in labels])
+        for labels in ([one.phones for one in lessons], [one.acts for one in lessons])
     )
-    acts = torch.cat([padded(one.acts, IGNORED) for one in lessons])
     frames = sum(one.batch.num_frames for one in lessons)
     return Lesson(Batch(codes, mask, frames), phones, acts)

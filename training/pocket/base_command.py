@@ -52,7 +52,7 @@ from training.pocket.base_weights import POCKET, TOKENIZER, base_config, load_ba
 from training.pocket.roles import Grammar, load_grammar
 from training.prompt_swap import plan_swaps, score_swaps
 
-SMALL = Amounts(6, 2, 1, 4, 1, 2, 1, 3, 4, 4, 8)
+SMALL = Amounts(6, 2, 2, 1, 4, 1, 2, 1, 3, 4, 4, 8)
 VALID_CLIPS = 48
 WORKER = "training.pocket.base_worker"
 SWAPS = 2

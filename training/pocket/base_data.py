@@ -11,8 +11,9 @@ from pathlib import Path
 
 from duplex.memory import keep_freed_memory
 from pipeline.engines.pocket import POCKET
-from training.pocket.base_bank import Bank, Codec, Espeak, build_bank
+from training.pocket.base_bank import Bank, Codec, build_bank
 from training.pocket.base_dialogue import draw_dialogue
+from training.pocket.base_espeak import Espeak
 from training.pocket.base_parallel import shared_out
 from training.pocket.base_units import Unit, UnitIndex
 from training.pocket.roles import Grammar
@@ -116,7 +117,7 @@ def corpus_of(grammar: Grammar, units: Sequence[Unit], seed: int) -> str:
     lines = CORPUS.read_text(encoding="utf-8").splitlines() * COFFEE_TIMES
     for number in range(CORPUS_DIALOGUES):
         dialogue = draw_dialogue(grammar, index, random.Random(f"{seed}/corpus/{number}"))
-        lines.append(f"<system> {dialogue.prompt} <system>")
+        lines.append(f"<system> {dialogue.prompt.text} <system>")
         for said in dialogue.said:
             if said.role == "agent":
                 lines.append(" ".join(units[unit].text for unit in said.units))

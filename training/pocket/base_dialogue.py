@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from training.pocket.base_prompts import Character, Fact, Prompted, more_facts, worded
 from training.pocket.base_units import (
     NEUTRAL,
     SAMPLE_ACT,
@@ -28,7 +29,7 @@ from training.pocket.base_voices import (
     gender_of,
     users,
 )
-from training.pocket.roles import Grammar, Scope, Side, filled, with_article, wordings
+from training.pocket.roles import Grammar, Scope, Side
 
 REFUSED, SAMPLED, AGENT_FIRST, EXTRA, CUT, SHORT_CUT = 0.12, 0.5, 0.35, 0.25, 0.5, 0.12
 STORY, SMALL, FEELING, GREETED, OPENER, BYE = 0.12, 0.3, 0.2, 0.4, 0.2, 0.4
@@ -39,26 +40,6 @@ AGENT_FIRST_LEAD, USER_FIRST_LEAD = (10, 18), (2, 8)
 TAIL = (8, 24)
 YIELD = (2, 5)  # frames that a speaker goes on when cut short
 MOST_QUESTIONS = 5
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One fact that a prompt holds; `good` is what it is of, where its topic is of goods."""
-
-    topic: str
-    value: str
-    good: str = ""
-
-
-@dataclass(frozen=True)
-class Character:
-    """Who the agent is, and all that its prompt says."""
-
-    role: str
-    name: str
-    company: str
-    mood: str
-    facts: tuple[Fact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +63,7 @@ class Dialogue:
     """prompt: the system text; sample: place of the voice sample's unit, or None."""
 
     character: Character
-    prompt: str
+    prompt: Prompted
     agent: Speaker
     user: Speaker
     sample: int | None
@@ -97,64 +78,6 @@ def draw_dialogue(
     """A dialogue of training, or of the held-out side: values, wordings and user voices of its
     own."""
     return _Draw(grammar, index, rng, side).dialogue()
-
-
-def prompt_text(grammar: Grammar, character: Character, rng: random.Random, side: Side) -> str:
-    """The system text in one of its wordings, its facts in any order."""
-    scope = grammar.scope_of(character.role)
-    values = {"name": character.name, "company": character.company}
-    if scope == "business":
-        business = grammar.roles.businesses[character.role]
-        values |= {"kind": business.kind, "a_kind": with_article(business.kind)}
-        values |= {"title": business.title, "a_title": with_article(business.title)}
-    else:
-        values["who"] = grammar.roles.personal[character.role]
-    sentences = []
-    for fact in character.facts:
-        topic = grammar.talk.topics[fact.topic]
-        if topic.fact:
-            template = rng.choice(wordings(topic.fact, side))
-            sentences.append(filled(template, {"good": fact.good, topic.slot: fact.value}))
-    mood = rng.choice(wordings(grammar.talk.moods[character.mood].prompt, side))
-    sentences += [mood] if mood else []
-    rng.shuffle(sentences)
-    head = rng.choice(wordings(grammar.talk.heads[scope], side))
-    text = filled(head, {**values, "facts": " ".join(sentences)})
-    return text.removesuffix(" Information:")  # where there is none
-
-
-def more_facts(
-    grammar: Grammar,
-    role: str,
-    known: Sequence[Fact],
-    count: int,
-    rng: random.Random,
-    side: Side,
-    avoided: Sequence[str] = (),
-) -> list[Fact]:
-    """Up to `count` further facts that nobody asks for, of other topics or other goods."""
-    taken = {fact.topic for fact in known} | set(avoided)
-    goods = {fact.good for fact in known}
-    found: list[Fact] = []
-    for name in rng.sample(grammar.topics_of(role), len(grammar.topics_of(role))):
-        topic = grammar.talk.topics[name]
-        if len(found) == count:
-            break
-        if not topic.fact or (name in taken and not topic.good):
-            continue
-        if topic.slot == "good":
-            value = rng.choice(grammar.roles.businesses[role].goods)
-        else:
-            value = rng.choice(grammar.values(topic.slot, side))
-        good = ""
-        if topic.good:
-            left = [g for g in grammar.roles.businesses[role].goods if g not in goods]
-            if not left or name in avoided:
-                continue
-            good = rng.choice(left)
-            goods.add(good)
-        found.append(Fact(name, value, good))
-    return found
 
 
 class _Draw:
@@ -205,7 +128,7 @@ class _Draw:
         samples = self.index.find(agent_speaker(self.agent.voice, NEUTRAL), SAMPLE_ACT)
         sample = rng.choice(samples) if samples and rng.random() < SAMPLED else None
         pauses = tuple(rng.randint(*PAUSE) for one in self.said for _ in one.units)
-        prompt = prompt_text(grammar, character, rng, self.side)
+        prompt = worded(grammar, character, rng, self.side)
         return Dialogue(
             character, prompt, self.agent, self.user, sample, tuple(self.said), pauses,
             rng.randint(*TAIL),

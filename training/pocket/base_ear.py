@@ -6,7 +6,9 @@ utterances by heart before it learns to hear. Two linear heads are thrown away a
     phones   on the second layer: the phone in each half of the frame before last, which the layer
              has read with all codebooks
     acts     on the fourth: what the user has asked or done, in the frames behind a user's words
-             (`ask/price`, `greet` …), so that what an answer is looked up by is there in time
+             (`ask/price`, `greet` …), and with the same weights, at each fact of the prompt, the
+             question that it answers: so question and fact are written alike where the layers
+             behind look one up by the other
 
 What either changed in the base was not measured apart.
 
@@ -31,8 +33,10 @@ BEHIND = 2  # frames: place t has read frame t - 1 in its first codebook, t - 2 
 
 @dataclass(frozen=True)
 class Task:
-    """A head: on which layer, from 0; how many frames later it is due; its share of the loss; how
-    many labels a frame has."""
+    """Labels and the head that names them: on which layer, from 0; how many frames later they are
+    due; their share of the loss; how many a frame has."""
+
+    head: str
 
     layer: int
     behind: int
@@ -40,7 +44,11 @@ class Task:
     labels: int
 
 
-TASKS = {"phones": Task(1, BEHIND, 1.0, HALVES), "acts": Task(3, 0, 1.0, 1)}
+TASKS = {
+    "phones": Task("phones", 1, BEHIND, 1.0, HALVES),
+    "asked": Task("acts", 3, 0, 1.0, 1),
+    "told": Task("acts", 3, 0, 0.5, 1),
+}
 
 
 class Ear:
@@ -62,15 +70,15 @@ class Ear:
 
     @staticmethod
     def add(lm: Any, num_classes: dict[str, int], seed: int) -> None:
-        """Give `lm` fresh heads of float32. num_classes: of each task."""
+        """Give `lm` fresh heads of float32. num_classes: of each head."""
         width = lm.text_emb.weight.shape[1]
         heads = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed)
-        for name, task in TASKS.items():
-            head = nn.Linear(width, task.labels * num_classes[name], bias=False)
+        for task in {task.head: task for task in TASKS.values()}.values():
+            head = nn.Linear(width, task.labels * num_classes[task.head], bias=False)
             with torch.no_grad():
                 head.weight.normal_(std=width**-0.5, generator=generator)
-            heads[name] = head
+            heads[task.head] = head
         lm.add_module("ear", heads.to(lm.text_emb.weight.device))
 
     def _listener(self, name: str) -> Any:
@@ -94,7 +102,7 @@ class Ear:
             known = due != IGNORED
             heard = self._heard[name]
             at = known.any(-1)  # logits of the other frames are not computed
-            logits = self._lm.ear[name](heard[at]).float().unflatten(-1, (task.labels, -1))
+            logits = self._lm.ear[task.head](heard[at]).float().unflatten(-1, (task.labels, -1))
             wanted, is_known = due[at], known[at]
             self._named[name] += (logits.argmax(-1) == wanted)[is_known].sum()
             self._labels[name] += is_known.sum()

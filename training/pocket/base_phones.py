@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from duplex.base import canonical_json
 from duplex.files import atomic_path
 from duplex.frames import FRAME_SAMPLES, frame_at, frames_covering_samples
-from pipeline.engines.espeak import EspeakEngine
+from training.pocket.base_espeak import Espeak
 from training.pocket.base_parallel import shared_out
 from training.pocket.base_units import Unit
 from training.pocket.base_voices import Params, spoken_params
@@ -87,12 +87,12 @@ def find_phones(
 def _listen(said: Sequence[tuple[str, Params]]) -> list[Heard]:
     """What espeak tells of each text."""
     found = []
-    with EspeakEngine() as engine:
+    with Espeak() as espeak:
         for text, params in said:
-            utterance, phones = engine.synthesize_with_phones(text, params)
-            frames = frames_covering_samples(len(utterance.samples))
+            num_samples, phones, ends_s = espeak.sounds(text, params)
+            frames = frames_covering_samples(num_samples)
             grid = phones_on_grid(phones, frames * FRAME_SAMPLES)
-            found.append((grid, [frame_at(word.end_s) for word in utterance.words]))
+            found.append((grid, [frame_at(end_s) for end_s in ends_s]))
     return found
 
 

@@ -25,8 +25,8 @@ from duplex.streams import AGENT_ROWS, TEXT_PAD, TEXT_ROW, USER_ROWS, build_prom
 from training.batches import Clip
 from training.free_running import FreeRun, run_freely
 from training.pocket.base_bank import Bank
-from training.pocket.base_dialogue import Character, Fact, more_facts, prompt_text
 from training.pocket.base_measures import Question, place_to_cut
+from training.pocket.base_prompts import Character, Fact, more_facts, prompt_text
 from training.pocket.base_units import NEUTRAL, SAMPLE_ACT, UnitIndex, company_of
 from training.pocket.base_voices import (
     AGENT_VOICES,

@@ -12,7 +12,7 @@ Shapes: T frames.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +28,10 @@ from duplex.streams import (
     prompt_tokens,
 )
 from training.batches import Clip
-from training.pocket.base_clips import TrainingClip
-from training.pocket.base_dialogue import Character, Fact, more_facts, prompt_text
+from training.pocket.base_clips import ACT_LABELS, TrainingClip
+from training.pocket.base_prompts import Character, Fact, more_facts, told_row, worded
 from training.pocket.base_units import company_of
+from training.pocket.codec_labels import IGNORED
 from training.pocket.roles import Grammar, filled, wordings
 
 FACTS = (2, 6)
@@ -46,11 +47,13 @@ def reading_clip(
     words: Sequence[str],
     rng: random.Random,
     name: str,
+    acts: Mapping[str, int],
 ) -> TrainingClip:
-    """A prompt and its facts as text. words: what values are also made of."""
+    """A prompt and its facts as text. words: of values, too; acts: as `told_row`'s."""
     character, facts = _character(grammar, words, rng)
-    prompt = prompt_text(grammar, character, rng, "train")
-    head = build_prompt(prompt_tokens(tokenizer, prompt), tokens).training_codes()
+    prompted = worded(grammar, character, rng, "train")
+    prompt = build_prompt(prompt_tokens(tokenizer, prompted.text), tokens)
+    head = prompt.training_codes()
     row: list[int] = []
     for fact in facts:
         topic = grammar.talk.topics[fact.topic]
@@ -64,7 +67,10 @@ def reading_clip(
     codes[AGENT_ROWS] = codes[USER_ROWS] = np.asarray(tokens.silence)[:, None]
     frames = head.shape[1]
     whole = np.concatenate([head, codes], axis=1).astype(np.int16)
-    return TrainingClip(Clip(name, whole, frames, frames), np.zeros(whole.shape[1], dtype=bool))
+    labels = np.full((whole.shape[1], len(ACT_LABELS)), IGNORED, dtype=np.int16)
+    labels[:frames, 1] = told_row(tokenizer, prompt, prompted, acts)
+    silent = np.zeros(whole.shape[1], dtype=bool)
+    return TrainingClip(Clip(name, whole, frames, frames), silent, acts=labels)
 
 
 def _character(

@@ -39,7 +39,7 @@ LOSS = LossSection(semantic_weight=10, acoustic_weight=1, text_padding_weight=0.
 POOL_STEPS = 4
 GROUPS_AHEAD = 4  # of `POOL_STEPS` steps, drawn by each process
 # A reading, a hearing clip, one read aloud to so many dialogues.
-READ_ONE_TO, HEARD_ONE_TO, ALOUD_ONE_TO = 8, 4, 8
+READ_ONE_TO, HEARD_ONE_TO, ALOUD_ONE_TO = 8, 4, 6
 READING_CLIPS = 2  # in the place of one dialogue, while there are no others
 
 
@@ -138,7 +138,9 @@ class Source:
         """A clip that teaches to read."""
         rng = random.Random(f"{self.settings.seed}/reading/{name}")
         maker = self.maker
-        return reading_clip(self.grammar, maker.tokenizer, maker.bank.tokens, self.words, rng, name)
+        return reading_clip(
+            self.grammar, maker.tokenizer, maker.bank.tokens, self.words, rng, name, maker.acts
+        )
 
     def read(self, name: str) -> TrainingClip:
         """A clip that teaches to speak."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.pocket.base_voices import (
     AGENT_VOICES,
@@ -33,6 +33,8 @@ ALOUD_ACT = "aloud"
 LISTENING_ACT = "listening"
 MOODY_ALOUD = 4  # in a mood an agent reads aloud a part of what it does without one
 WORDS_A_UNIT = (2, 3, 3, 4)
+FROM_DICTIONARY = 0.2  # of strange words; the others are of the grammar's values
+WHOLLY_STRANGE = 0.4  # of strange values; of the others one word is another
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Amounts:
 
     answers: int = 64
     moody_answers: int = 16
+    strange_answers: int = 32
     questions: int = 3
     good_questions: int = 12
     held_answers: int = 4
@@ -141,6 +144,9 @@ def _agent_units(
         if neutral:
             held = amounts.held_answers
             yield from _answers(grammar, speaker, name, topic, "held", held, rng)
+            strange = amounts.strange_answers
+            plain = _answers(grammar, speaker, name, topic, "train", strange, rng)
+            yield from _strange(plain, grammar, _any_words(grammar), rng)
     fixed = {
         "opener": mood.opener,
         "feeling": mood.feeling,
@@ -190,6 +196,45 @@ def _answers(
             values[topic.slot] = rng.choice(grammar.values(slot, side))
         text = filled(rng.choice(templates), values)
         yield Unit(speaker, f"answer/{name}", text, role, tuple(values.items()), side)
+
+
+def _any_words(grammar: Grammar) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The words of all values of training, and those of a dictionary."""
+    values = (value for slot in grammar.slots for value in grammar.values(slot, "train"))
+    own = {word.lower() for value in values for word in value.split()}
+    return tuple(sorted(own)), load_vocabulary(held_out=False).words
+
+
+def _strange(
+    answers: Iterable[Unit],
+    grammar: Grammar,
+    words: tuple[tuple[str, ...], tuple[str, ...]],
+    rng: random.Random,
+) -> Iterator[Unit]:
+    """Answers whose value is no value of the grammar: one of its words, or all of it, is any words.
+    Who gives them has read them in the prompt; there is nothing to guess them by."""
+
+    def any_word() -> str:
+        return rng.choice(words[rng.random() < FROM_DICTIONARY])
+
+    for unit in answers:
+        ((slot, value), *others) = unit.values
+        told = value.split()
+        if len(told) == 1 or rng.random() < WHOLLY_STRANGE:
+            told = [any_word() for _ in range(rng.randint(1, min(2, len(told))))]
+        elif slot == "company":
+            told[0] = any_word()
+        else:
+            told[rng.randrange(len(told))] = any_word()
+        if slot in ("name", "company"):
+            told[0] = told[0].capitalize()
+        new = " ".join(told)
+        if slot in grammar.slots and new in grammar.values(slot, "held"):
+            yield unit
+        elif value in unit.text:
+            values = ((slot, new), *others)
+            text = unit.text.replace(value, new)
+            yield replace(unit, text=text[:1].upper() + text[1:], values=values)
 
 
 def _samples(grammar: Grammar, speaker: Speaker, count: int, rng: random.Random) -> Iterator[Unit]:

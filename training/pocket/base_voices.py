@@ -3,6 +3,8 @@
 Four agent voices, which a voice sample in the prompt chooses between; a mood moves their pitch,
 range and rate by data/speech/emotions.yaml. Users have voices of other variants, four of which are
 never trained on. No user speaks with an agent's variant (pipeline/engines/espeak_voices.py).
+Users of training have throats of other lengths, too (`base_espeak.py`); the held-out ones speak as
+espeak does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Literal
 from duplex.base import Emotion, canonical_json
 from duplex.config_data import TimelineSection
 from pipeline.engines.emotions import with_emotion
+from training.pocket.base_espeak import WARP
 from training.pocket.speech_pool import ACCENTS, VARIANTS
 
 Params = dict[str, str | int | float]
@@ -32,6 +35,7 @@ AGENT_VOICES: dict[str, tuple[Gender, Params]] = {
     "dov": ("male", _params("en-us", "m7", 35, 165, 45)),
 }
 # Of users: variants that the codec knows and no agent has; those held out are never trained on.
+WARPS = (0.87, 1.15)
 HELD_USER_VARIANTS = ("anika", "edward", "Alicia", "john")
 USER_VARIANTS = tuple(
     variant
@@ -52,7 +56,17 @@ def _user_voices(variants: tuple[str, ...], name: str, of_each: int) -> dict[str
     }  # fmt: skip
 
 
-USER_VOICES = _user_voices(USER_VARIANTS, "u", 5)
+def _warped(voices: dict[str, Params]) -> dict[str, Params]:
+    """All but the first in five with a throat of another length, which is drawn."""
+    rng = random.Random("throats")
+    warps = [1.0 if n % 5 == 0 else round(rng.uniform(*WARPS), 3) for n in range(len(voices))]
+    return {
+        name: params if warp == 1.0 else {**params, WARP: warp}
+        for (name, params), warp in zip(voices.items(), warps, strict=True)
+    }
+
+
+USER_VOICES = _warped(_user_voices(USER_VARIANTS, "u", 5))
 HELD_USER_VOICES = _user_voices(HELD_USER_VARIANTS, "h", 2)
 # Under the user's channel; the agent's is digital silence outside of its turns.
 ROOMS: dict[str, TimelineSection] = {

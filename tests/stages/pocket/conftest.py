@@ -13,7 +13,7 @@ from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import ROOMS
 from training.pocket.roles import load_grammar
 
-FEW = Amounts(2, 1, 1, 4, 1, 1, 1, 1, 2, 3, 4)
+FEW = Amounts(2, 1, 1, 1, 4, 1, 1, 1, 1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")

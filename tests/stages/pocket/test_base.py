@@ -26,10 +26,11 @@ from tests.stages.test_tensors import prompt_end, run
 from training.pocket import base_weights
 from training.pocket.base_bank import LEAD_FRAMES, TAIL_FRAMES, build_bank
 from training.pocket.base_clips import ClipMaker, lesson, place, thinned
-from training.pocket.base_dialogue import Character, Dialogue, Said, draw_dialogue
+from training.pocket.base_dialogue import Dialogue, Said, draw_dialogue
 from training.pocket.base_loop import train
 from training.pocket.base_pack import Pack, save_pack
 from training.pocket.base_probe import RUN_FRAMES, draw_probe, probe_clip
+from training.pocket.base_prompts import Character, Prompted
 from training.pocket.base_reading import reading_clip
 from training.pocket.base_source import LoopSettings, Source, drawn_ahead
 from training.pocket.base_units import UnitIndex, inventory
@@ -44,10 +45,13 @@ def speak(text, params):
 
 def two_units(grammar, codec, folder):
     units = [
-        next(
-            u
-            for u in inventory(grammar, FEW, 0)
-            if u.speaker.id == speaker and u.act.startswith(act)
+        min(  # the shortest: its pieces, by this tokenizer a letter each, must find frames
+            (
+                u
+                for u in inventory(grammar, FEW, 0)
+                if u.speaker.id == speaker and u.act.startswith(act)
+            ),
+            key=lambda u: len(u.text),
         )
         for speaker, act in (("ada-neutral", "answer/city"), ("u0-quiet", "ask/city"))
     ]
@@ -70,7 +74,8 @@ def test_a_clip_is_what_the_tensors_stage_makes(
         for number, unit in enumerate(order)
     )
     dialogue = Dialogue(
-        Character("friend", "Maria", "", "neutral"), prompt, agent_speaker("ada", "neutral"),
+        Character("friend", "Maria", "", "neutral"), Prompted(prompt),
+        agent_speaker("ada", "neutral"),
         user_speaker("u0", "quiet"), None, said, (1, 1), 6,
     )  # fmt: skip
     ours = ClipMaker(bank, tokenizer).clip(dialogue, random.Random(0), "d").clip
@@ -373,7 +378,7 @@ def test_what_cannot_be_trained_is_said_at_once(tmp_path, bank, phones, capsys, 
 
 def test_a_reading_clip_says_what_its_prompt_holds_and_nothing_is_heard(grammar, codec, tokenizer):
     for seed in range(30):
-        one = reading_clip(grammar, tokenizer, codec.tokens, WORDS, random.Random(seed), "r")
+        one = reading_clip(grammar, tokenizer, codec.tokens, WORDS, random.Random(seed), "r", {})
         clip = one.clip
         assert not check_codes(
             clip.codes.astype(np.int64), card=TINY_CARD, text_card=TINY_TEXT_CARD

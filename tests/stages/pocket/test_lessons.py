@@ -25,12 +25,15 @@ from training.pocket.base_clips import (
     muffled,
     thinned,
 )
+from training.pocket.base_dialogue import draw_dialogue
 from training.pocket.base_ear import BEHIND, Ear
 from training.pocket.base_hearing import LAG, Hearing
 from training.pocket.base_initial import DISTANCES, prepare
 from training.pocket.base_loop import ALONE, accumulate_gradients
+from training.pocket.base_prompts import Character, Fact, worded
 from training.pocket.base_source import LoopSettings, Source
 from training.pocket.codec_labels import IGNORED
+from training.pocket.roles import filled, wordings
 from training.projection import rms_norm
 
 PIECES = 40
@@ -178,7 +181,7 @@ def test_the_ear_is_taught_the_phones_it_has_read_and_leaves_no_trace(
         assert nats(early) != first
     assert 0 <= ear.shares(ALONE)["phones"] < 0.6
     ear.restart()
-    assert ear.shares(ALONE) == {"phones": 0, "acts": 0}
+    assert ear.shares(ALONE) == {"phones": 0, "asked": 0, "told": 0}
     ear.remove()
     assert {n: t.shape for n, t in lm.state_dict().items()} == {
         n: t.shape for n, t in before.items()
@@ -196,18 +199,71 @@ def test_behind_what_a_user_says_stands_what_it_was(grammar, bank, tokenizer, ph
     for number in range(12):
         one = source.clip(f"acts-{number}", "train")
         assert one.acts is not None and len(one.acts) == one.clip.num_frames
-        acts = [names[label] for label in one.acts if label != IGNORED]
+        acts = [names[label] for label in one.acts[:, 0] if label != IGNORED]
         user = [turn for turn in one.turns if turn.role == "user" and turn.kind == "turn"]
         for turn, after in zip(user, [*user[1:], None], strict=True):
             place = one.clip.prompt_frames + turn.end
             if place >= one.clip.num_frames or (after is not None and after.start <= turn.end):
                 continue
-            act = names[one.acts[place]]
+            act = names[one.acts[place, 0]]
             texts = [u.text for u in bank.units if u.act == act and u.speaker.side == "user"]
             assert any(turn.text.endswith(text) for text in texts), (act, turn.text)
             asked += act.startswith("ask/")
         assert len(acts) <= ACT_FRAMES * sum(len(turn.text.split(".")) + 2 for turn in user)
     assert asked > 12
+
+
+def test_where_the_prompt_tells_a_fact_stands_the_question_that_it_answers(
+    grammar, bank, tokenizer, phones
+):
+    maker = ClipMaker(bank, tokenizer, phones)
+    source = Source(grammar, maker, LoopSettings(9, batch_size=2))
+    names, topics = list(maker.acts), set()
+    for number in range(12):
+        rng = random.Random(number)
+        dialogue = draw_dialogue(grammar, source.index, rng)
+        one = maker.clip(dialogue, rng, "told")
+        assert one.acts is not None
+        told, text = one.acts[:, 1], one.clip.codes[TEXT_ROW]
+        assert (told[one.clip.prompt_frames :] == IGNORED).all()
+        for fact in dialogue.character.facts:
+            if grammar.talk.topics[fact.topic].fact:
+                # Labelled is what was read in the frame before.
+                at = np.flatnonzero(told == maker.acts[f"ask/{fact.topic}"])
+                said = tokenizer.decode([int(text[place - 1]) for place in at])
+                assert fact.value.lower() in said.lower(), (said, fact)
+                topics.add(fact.topic)
+        labels = {names[label] for label in told if label != IGNORED}
+        known = {f"ask/{fact.topic}" for fact in dialogue.character.facts}
+        assert labels <= known | {"ask/name", "ask/company"}
+    assert len(topics) > 8
+    reading = source.reading("told")
+    assert reading.acts is not None and (reading.acts[:, 1] != IGNORED).sum() > 5
+    assert (reading.acts[:, 0] == IGNORED).all()
+
+
+def test_training_slips_in_a_word_of_other_facts_and_leaves_the_value(grammar):
+    facts = (Fact("price", "nine dollars", "lamp"), Fact("open", "seven"))
+    role = next(iter(grammar.roles.businesses))
+    character = Character(role, "Ada", "Ada's", "neutral", facts)
+    plain = {
+        filled(line, {"good": "lamp", "price": "nine dollars"})
+        for line in wordings(grammar.talk.topics["price"].fact, "train")
+    }
+    drawn = [worded(grammar, character, random.Random(seed), "train") for seed in range(200)]
+    assert all("nine dollars" in one.text.lower() and "lamp" in one.text for one in drawn)
+    slipped = [one for one in drawn if not any(line in one.text for line in plain)]
+    assert 20 <= len(slipped) <= 60  # one in five
+    for one in drawn:
+        told = {told.topic: one.text[told.start : told.end].lower() for told in one.told}
+        assert told["price"].startswith("nine dollars") and told["open"].startswith("seven")
+    held = {
+        filled(line, {"good": "lamp", "price": "nine dollars"})
+        for line in wordings(grammar.talk.topics["price"].fact, "held")
+    }
+    for seed in range(50):
+        text = worded(grammar, character, random.Random(seed), "held").text
+        assert any(line in text for line in held)
 
 
 def test_a_muffled_clip_lacks_codes_of_the_user_alone(grammar, bank, tokenizer, phones):
