@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-PRODUCTS_TO = 512  # frames
+PRODUCTS_TO = 512  # frames; scores of longer clips take too much memory
 
 
 def causal_attention(qkv: torch.Tensor, context: int | None) -> torch.Tensor:
     """Each frame attends to itself and the `context` - 1 before it: [B, T, 3, H, d] -> [B, T, H d].
 
-    Without a mask while T is within the context: that is what lets torch's fused kernels skip
-    the upper triangle, and the library's boolean mask of T x T does not.
+    While T is within the context torch's fused kernel gets no mask, and skips the upper triangle.
+    In bfloat16 on a CPU plain products take its place, which keep [B, H, T, T] for the backward.
     """
     q, k, v = qkv.unbind(2)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, T, d]

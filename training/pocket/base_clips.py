@@ -29,7 +29,7 @@ from duplex.clips import assemble
 from duplex.streams import USER_ROWS, build_prompt, prompt_tokens
 from training.batches import Batch, Clip, make_batch
 from training.pocket.base_bank import Bank
-from training.pocket.base_dialogue import Dialogue, Said
+from training.pocket.base_dialogue import ANSWER_GAP, Dialogue, Said
 from training.pocket.base_phones import Phones, no_labels
 from training.pocket.base_prompts import told_row
 from training.pocket.base_units import acts_of
@@ -38,7 +38,8 @@ from training.pocket.codec_labels import HALVES, IGNORED
 SILENT_SHARE = 0.2  # of the agent's silent frames carry audio loss
 SETTLING_FRAMES = 3  # after speech; these carry it always
 ACT_LABELS = ("asked", "told")  # columns of a clip's acts: by the user, by the prompt
-ACT_FRAMES = 3  # behind what a user says, as long as nobody answers: it is told there what it was
+ACT_FRAMES = 3  # behind a user's unit, which carry its act; as many as no answer comes within
+assert ANSWER_GAP[0] >= ACT_FRAMES
 MUFFLED = 0.5  # of the clips lack a part of what the user says
 ROW_LOST, FRAMES_A_GAP, LONGEST_GAP = 0.3, 60, 2
 NO_INPUT = -1  # as a code: nothing is added to what the model reads

@@ -33,7 +33,7 @@ from training.distributed import Ranks, digest_of
 from training.fast import FastForward
 from training.launch import run_workers
 from training.pocket.base_card import Made, machine_name, write_card
-from training.pocket.base_clips import ClipMaker
+from training.pocket.base_clips import FRAMES_A_GAP, LONGEST_GAP, MUFFLED, ROW_LOST, ClipMaker
 from training.pocket.base_data import (
     Places,
     load_pocket_codec,
@@ -43,8 +43,10 @@ from training.pocket.base_data import (
 from training.pocket.base_ear import TASKS
 from training.pocket.base_initial import prepare
 from training.pocket.base_loop import Trained, means, score, train
+from training.pocket.base_optimizer import MUON_MOMENTUM
 from training.pocket.base_pack import Pack, load_pack, save_pack
 from training.pocket.base_phones import find_phones
+from training.pocket.base_prompts import MOST_SLIPS, SLIPPED
 from training.pocket.base_source import LOSS, LoopSettings, Source
 from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import voices_digest
@@ -106,6 +108,16 @@ def make_base(argv: list[str], ranks: Ranks, report: Callable[[str], None]) -> N
             f"--bank must be encoded by the codec in {arguments.codec} ({own[:12]}…), and "
             f"{path} is by another ({pack.codec[:12]}…). Make it again: --codes-only"
         )
+    if pack.voices != voices_digest():
+        raise RequestError(
+            f"--bank must hold the voices in training/pocket/base_voices.py, and {path} holds "
+            "others. Make it again: --codes-only"
+        )
+    if arguments.start is not None and (made := base_config(arguments.start)["codec"]) != own:
+        raise RequestError(
+            f"--start must be a base of the codec in {arguments.codec} ({own[:12]}…), and "
+            f"{arguments.start} is of another ({made[:12]}…)"
+        )
     if arguments.start is not None and pack.tokenizer != _tokenizer_of(arguments.start):
         raise RequestError(
             f"--start must be a base of the tokenizer in {path}, and {arguments.start} has "
@@ -123,6 +135,7 @@ def _make_pack(
 ) -> None:
     """Speak and encode all utterances, as far as earlier calls haven't."""
     started_s = time.monotonic()
+    given = None if arguments.start is None else _tokenizer_of(arguments.start)
     grammar = load_grammar()
     units = inventory(grammar, SMALL if arguments.small else Amounts(), arguments.seed)
     codec = load_pocket_codec(arguments.codec)
@@ -130,14 +143,13 @@ def _make_pack(
     bank = speak_and_encode(units, grammar, codec, places, report, processes)
     phones = find_phones(units, places.codes, espeak.revision(), report, processes)
     places.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = (
-        train_tokenizer(grammar, units, arguments.seed)
-        if arguments.start is None
-        else _tokenizer_of(arguments.start)
-    )
+    tokenizer = train_tokenizer(grammar, units, arguments.seed) if given is None else given
     append_line(places.timing, json.dumps({"seconds": time.monotonic() - started_s}))
     seconds = sum(line["seconds"] for line in read_lines(places.timing))
-    save_pack(places.pack, Pack(bank, phones, tokenizer, codec.digest, grammar.digest, seconds))
+    save_pack(
+        places.pack,
+        Pack(bank, phones, tokenizer, codec.digest, grammar.digest, voices_digest(), seconds),
+    )
 
 
 def _tokenizer_of(base: Path) -> bytes:
@@ -194,6 +206,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--muon-rate must lie between 0 and 100, found {arguments.muon_rate}")
     if not 0 < arguments.learning_rate < 1:
         parser.error(f"--learning-rate must lie between 0 and 1, found {arguments.learning_rate}")
+    start = None if arguments.codes_only else arguments.start
+    if start is not None and arguments.out.resolve() == start.resolve():
+        parser.error(
+            f"--out must be another folder than --start, found {start} for both: a killed run "
+            "would go on from what it has written"
+        )
     if arguments.codes_only and arguments.bank:
         parser.error("--codes-only makes what --bank names: give one of them")
     if arguments.device == "cuda" and not arguments.codes_only:
@@ -232,8 +250,8 @@ class _Run:
         processor = sentencepiece.SentencePieceProcessor(model_proto=self.pack.tokenizer)
         self.bank = self.pack.bank
         self.maker = ClipMaker(self.bank, processor, self.pack.phones)
-        self.lm_config = LM_CONFIG
         start = self.arguments.start
+        self.lm_config = LM_CONFIG if start is None else base_config(start)["lm"]
         self.lm = first_lm(self.arguments.seed) if start is None else load_base(start)
         steps = self.arguments.steps
         self.settings = LoopSettings(
@@ -312,8 +330,9 @@ class _Run:
         return f"--device cuda --processes 1 --ahead {self.arguments.ahead}{elsewhere}"
 
     def _identity(self) -> str:
-        """Digest of all that decides the weights: settings, first weights, and of the data the
-        codes themselves and a batch of each phase, which show any change of how clips are made."""
+        """Digest of what decides the weights: settings, first weights, and of the data the codes
+        themselves and a batch of each phase. A change of how clips are made that leaves these three
+        batches as they are is not seen."""
         phases = (0, self.settings.reading_steps, self.settings.steps - 1)
         batches = {
             f"{step}.{place}.{name}": tensor
@@ -335,6 +354,8 @@ class _Run:
             asdict(self.settings),
             LOSS.model_dump(mode="json"),
             {name: asdict(task) for name, task in TASKS.items()},
+            list(self.maker.acts),
+            [SLIPPED, MOST_SLIPS, MUFFLED, ROW_LOST, FRAMES_A_GAP, LONGEST_GAP, MUON_MOMENTUM],
             self.ranks.device.type,
             self.ranks.count,  # sums of shares are rounded otherwise than the whole
             self.lm_config,

@@ -60,7 +60,8 @@ class Said:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """prompt: the system text; sample: place of the voice sample's unit, or None."""
+    """prompt: the system text, and where it tells what; sample: place of the voice sample's unit,
+    or None."""
 
     character: Character
     prompt: Prompted

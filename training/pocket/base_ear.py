@@ -1,4 +1,4 @@
-"""Second tasks of the lower layers while the base is trained: to name what is heard.
+"""Second tasks of the lower layers while the base is trained: to name what is heard and read.
 
 What a user says shows in the loss through few words of the text row, and a small model learns
 utterances by heart before it learns to hear. Two linear heads are thrown away at the end:
@@ -37,7 +37,6 @@ class Task:
     due; their share of the loss; how many a frame has."""
 
     head: str
-
     layer: int
     behind: int
     share: float

@@ -71,7 +71,7 @@ class Masters:
 
     Args:
         lm: in float32; a copy of its weights is what is trained.
-        muon_rate: Muon's rate in those of AdamW; 0: AdamW updates all.
+        muon_rate: Muon's rate as a multiple of AdamW's; 0: AdamW updates all.
     """
 
     def __init__(self, lm: Any, section: TrainSection, muon_rate: float = 0.0):
@@ -131,7 +131,7 @@ class Masters:
         _copy(list(own), [self.parameters[name] for name in names])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that a checkpoint needs: weights and AdamW's state, on the CPU."""
+        """All that a checkpoint needs: weights, AdamW's state and Muon's momenta, on the CPU."""
         found = {WEIGHT + n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         momenta = {
             f"{MUON_STATE}.{name}": self._muon.state[parameter][MUON_STATE].cpu().clone()

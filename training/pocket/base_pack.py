@@ -10,7 +10,7 @@
         tokenizer    uint8 [B]           a SentencePiece model's bytes
         room.<name>  int16 [8, T]
     metadata: units and classes of phones as JSON, the codec's steady state, digests of codec and
-    grammar, the time that it took
+    grammar, the voices that speak, the time that it took
 
 Legend: U units, U' of users, W words of theirs.
 """
@@ -41,14 +41,15 @@ ROOM = "room."
 
 @dataclass(frozen=True)
 class Pack:
-    """tokenizer: a SentencePiece model; codec, grammar: digests of what made it; seconds: that
-    speech and codes took."""
+    """tokenizer: a SentencePiece model; codec, grammar: digests of what made it; voices: what
+    `voices_digest` gave; seconds: that speech and codes took."""
 
     bank: Bank
     phones: Phones
     tokenizer: bytes
     codec: str
     grammar: str
+    voices: str
     seconds: float
 
 
@@ -72,6 +73,7 @@ def save_pack(path: Path, pack: Pack) -> None:
         "tokens": json.dumps(asdict(bank.tokens)),
         "codec": pack.codec,
         "grammar": pack.grammar,
+        "voices": pack.voices,
         "seconds": json.dumps(pack.seconds),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +107,7 @@ def load_pack(path: Path) -> Pack:
         phones = _phones(tensors, json.loads(metadata["names"]), bank.units)
         tokenizer = tensors["tokenizer"].tobytes()
         return Pack(
-            bank, phones, tokenizer, metadata["codec"], metadata["grammar"],
+            bank, phones, tokenizer, metadata["codec"], metadata["grammar"], metadata["voices"],
             float(metadata["seconds"]),
         )  # fmt: skip
     except (

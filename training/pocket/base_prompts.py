@@ -1,13 +1,15 @@
 """What a prompt says of its character, in one of its wordings, and where it says which fact. Pure.
 
 In training a part of the fact sentences have a word or two that are of other sentences: a fact is
-found by its value and by what is left, as it must be where a wording is new.
+found by its value and by what is left, as it must be where a wording is new. Now and then nothing
+is left that tells it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +84,7 @@ def worded(grammar: Grammar, character: Character, rng: random.Random, side: Sid
     head = rng.choice(wordings(grammar.talk.heads[scope], side))
     text = filled(head, {**values, "facts": " ".join(sentence for sentence, _ in sentences)})
     text = text.removesuffix(" Information:")  # where there is none
-    return Prompted(text, tuple(_told(text, sentences, values)))
+    return Prompted(text, tuple(_told(text, head, sentences, values)))
 
 
 def prompt_text(grammar: Grammar, character: Character, rng: random.Random, side: Side) -> str:
@@ -91,7 +93,7 @@ def prompt_text(grammar: Grammar, character: Character, rng: random.Random, side
 
 
 def _with_slips(template: str, grammar: Grammar, rng: random.Random) -> str:
-    """A template in which up to two words, but no slot, are those of any other topic's sentence."""
+    """A template in which up to two words, but no slot, are of any topic's sentence."""
     words = template.split()
     plain = [place for place, word in enumerate(words) if "{" not in word]
     others = [topic.fact for topic in grammar.talk.topics.values() if topic.fact]
@@ -103,20 +105,36 @@ def _with_slips(template: str, grammar: Grammar, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def _told(text: str, sentences: Sequence[tuple[str, Fact | None]], values: Mapping[str, str]):
+def _told(
+    text: str, head: str, sentences: Sequence[tuple[str, Fact | None]], values: Mapping[str, str]
+) -> Iterator[Told]:
+    """Where `text`, which is `head` filled with all of them, tells its facts."""
     for topic in ("name", "company"):
-        value = values[topic]
-        if value and (start := text.find(value)) >= 0:
-            yield Told(topic, start, start + len(value))
+        if f"{{{topic}}}" in head and (span := _span_of(topic, text, head, values)):
+            yield Told(topic, *span)
     cursor = 0
     for sentence, fact in sentences:
         cursor = text.find(sentence, cursor)
         if cursor < 0:
             return  # a sentence that the head has changed: nothing is said of what follows
         if fact is not None:
-            value = sentence.lower().rfind(fact.value.lower())
-            yield Told(fact.topic, cursor + max(0, value), cursor + len(sentence))
+            value = _last_word_match(fact.value, sentence)
+            yield Told(fact.topic, cursor + value, cursor + len(sentence))
         cursor += len(sentence)
+
+
+def _span_of(slot: str, text: str, head: str, values: Mapping[str, str]) -> tuple[int, int] | None:
+    """Characters [start, end) of a slot of the head, from the words that stand before it there."""
+    before = filled(head[: head.index(f"{{{slot}}}")] + "\0", {**values, "facts": "\1"})[:-1]
+    found = text[len(before) : len(before) + len(values[slot])]
+    same = "\1" not in before and found.lower() == values[slot].lower()
+    return (len(before), len(before) + len(found)) if same else None
+
+
+def _last_word_match(value: str, sentence: str) -> int:
+    """Where a value stands in its sentence; 0 if it cannot be told."""
+    found = list(re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", sentence, re.IGNORECASE))
+    return found[-1].start() if found else 0
 
 
 def told_row(
@@ -131,10 +149,18 @@ def told_row(
     first = next((start for label, start, _ in prompt.training_spans() if label == "text"), 0)
     whole = system_text(prompted.text)
     lead = whole.index(prompted.text.strip())
+
+    def in_bytes(place: int) -> int:
+        return len(whole[: lead + place].encode())
+
+    spans = [  # a piece's are in bytes
+        (acts[f"ask/{told.topic}"], in_bytes(told.start), in_bytes(told.end))
+        for told in prompted.told
+        if f"ask/{told.topic}" in acts
+    ]
     for place, piece in enumerate(tokenizer.encode(whole, return_type="proto").pieces):
-        for told in prompted.told:
-            act = acts.get(f"ask/{told.topic}")
-            if act is not None and piece.begin - lead < told.end and piece.end - lead > told.start:
+        for act, start, end in spans:
+            if piece.begin < end and piece.end > start:
                 row[first + place + 1] = act  # place t has read the frame before it
     return row
 

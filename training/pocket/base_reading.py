@@ -49,7 +49,12 @@ def reading_clip(
     name: str,
     acts: Mapping[str, int],
 ) -> TrainingClip:
-    """A prompt and its facts as text. words: of values, too; acts: as `told_row`'s."""
+    """A prompt and its facts as text.
+
+    Args:
+        words: of which half of the values are made.
+        acts: numbers of what users do, for the labels of the prompt's facts (`told_row`).
+    """
     character, facts = _character(grammar, words, rng)
     prompted = worded(grammar, character, rng, "train")
     prompt = build_prompt(prompt_tokens(tokenizer, prompted.text), tokens)

@@ -198,6 +198,17 @@ def _answers(
         yield Unit(speaker, f"answer/{name}", text, role, tuple(values.items()), side)
 
 
+def _is_held_out(slot: str, value: str, grammar: Grammar) -> bool:
+    """Whether an answer's value, or the name in a company's, is one that training must not hold."""
+    own = "surname" if slot == "company" else slot
+    if own not in grammar.slots:
+        return False  # goods, of which none is held out
+    known = grammar.values(own, "train")
+    held = {held.lower() for held in grammar.values(own, "held") if held not in known}
+    words = value.lower().split()
+    return value.lower() in held or (slot == "company" and any(word in held for word in words))
+
+
 def _any_words(grammar: Grammar) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The words of all values of training, and those of a dictionary."""
     values = (value for slot in grammar.slots for value in grammar.values(slot, "train"))
@@ -211,8 +222,12 @@ def _strange(
     words: tuple[tuple[str, ...], tuple[str, ...]],
     rng: random.Random,
 ) -> Iterator[Unit]:
-    """Answers whose value is no value of the grammar: one of its words, or all of it, is any words.
-    Who gives them has read them in the prompt; there is nothing to guess them by."""
+    """The answers with other values: a word of each, or all of it, is any word. Who gives them has
+    read them in the prompt; there is next to nothing to guess them by.
+
+    An answer stays as it is where its new value would be a held-out one, and is left out where it
+    begins with its value.
+    """
 
     def any_word() -> str:
         return rng.choice(words[rng.random() < FROM_DICTIONARY])
@@ -229,7 +244,7 @@ def _strange(
         if slot in ("name", "company"):
             told[0] = told[0].capitalize()
         new = " ".join(told)
-        if slot in grammar.slots and new in grammar.values(slot, "held"):
+        if _is_held_out(slot, new, grammar):
             yield unit
         elif value in unit.text:
             values = ((slot, new), *others)

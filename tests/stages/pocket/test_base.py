@@ -310,25 +310,9 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
 
     def run(name, *arguments):
         where = ["--out", str(tmp_path / name), "--work", str(tmp_path / f"{name}-work")]
-        assert (
-            base_command.main(
-                [
-                    *where,
-                    "--steps",
-                    "4",
-                    "--reading-steps",
-                    "1",
-                    "--word-steps",
-                    "1",
-                    "--batch-size",
-                    "2",
-                    "--processes",
-                    "1",
-                    *arguments,
-                ]
-            )
-            == 0
-        )
+        few = {"steps": 4, "reading-steps": 1, "word-steps": 1, "batch-size": 2, "processes": 1}
+        options = [f"--{option}={value}" for option, value in few.items()]
+        assert base_command.main([*where, *options, *arguments]) == 0
         return (tmp_path / name / "base.safetensors").read_bytes()
 
     first = run("one")
@@ -344,7 +328,11 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
     assert "nothing was left to do" in again and " 0 min of training" in again
     assert run("two", "--seed", "2") != first
     start = tmp_path / "one"
-    assert run("on", "--start", str(start), "--muon-rate", "2") != first
+    alike = run("muon", "--muon-rate", "2")
+    assert alike != first, "Muon changes the weights"
+    assert run("on", "--start", str(start), "--muon-rate", "2") not in (first, alike)
+    with pytest.raises(SystemExit):
+        run("one", "--start", str(start))
     own = {"steps": 4, "weights": base_weights.base_config(start)["weights"]}
     assert base_weights.base_config(tmp_path / "on")["starts"] == [own]
     card = (tmp_path / "on" / "BASE.md").read_text()
@@ -362,7 +350,7 @@ def test_what_cannot_be_trained_is_said_at_once(tmp_path, bank, phones, capsys, 
     from training.pocket import base_command
 
     other = tmp_path / "bank.safetensors"
-    save_pack(other, Pack(bank, phones, b"", "codec", "another grammar", 0))
+    save_pack(other, Pack(bank, phones, b"", "codec", "another grammar", "voices", 0))
     argv = ["--work", str(tmp_path), "--bank", str(other), "--processes", "1"]
     with pytest.raises(RequestError, match="is of another"):
         base_command.main(argv)

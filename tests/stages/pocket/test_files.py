@@ -120,7 +120,7 @@ def test_what_decides_the_codes_is_all_but_the_decoder(codec):
 
 def test_a_pack_gives_back_what_was_put_into_it(tmp_path, bank, phones):
     path = tmp_path / "work" / "bank.safetensors"
-    save_pack(path, Pack(bank, phones, b"pieces", "codec", "grammar", 1.5))
+    save_pack(path, Pack(bank, phones, b"pieces", "codec", "grammar", "voices", 1.5))
     found = load_pack(path)
     assert found.bank.units == bank.units and found.bank.tokens == bank.tokens
     assert all(np.array_equal(a, b) for a, b in zip(found.bank.codes, bank.codes, strict=True))
@@ -130,7 +130,8 @@ def test_a_pack_gives_back_what_was_put_into_it(tmp_path, bank, phones):
     for place, sounds in phones.sounds.items():
         assert np.array_equal(found.phones.sounds[place].phones, sounds.phones)
         assert found.phones.sounds[place].word_ends == sounds.word_ends
-    assert (found.tokenizer, found.codec, found.grammar) == (b"pieces", "codec", "grammar")
+    assert (found.tokenizer, found.codec) == (b"pieces", "codec")
+    assert (found.grammar, found.voices) == ("grammar", "voices")
     assert found.seconds == 1.5
 
 
@@ -138,7 +139,7 @@ def test_a_damaged_pack_is_named(tmp_path, bank, phones):
     path = tmp_path / "bank.safetensors"
     with pytest.raises(MissingInputError, match="codes-only"):
         load_pack(path)
-    save_pack(path, Pack(bank, phones, b"", "codec", "grammar", 0))
+    save_pack(path, Pack(bank, phones, b"", "codec", "grammar", "voices", 0))
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole.replace(b'"names"', b'"nomes"', 1), b""):
         path.write_bytes(damaged)

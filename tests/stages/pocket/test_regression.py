@@ -21,7 +21,7 @@ from training.pocket.regression import CLIPS, FOLDER, LONGEST_FRAMES, clip_bytes
 def pack(bank, phones, grammar):
     """Of the shipped codec and tokenizer by its word: its codes are random."""
     codec = regression.load_pocket_codec(POCKET).digest
-    return Pack(bank, phones, (POCKET / TOKENIZER).read_bytes(), codec, grammar.digest, 0.0)
+    return Pack(bank, phones, (POCKET / TOKENIZER).read_bytes(), codec, grammar.digest, "", 0.0)
 
 
 def test_the_shipped_clips_are_sixteen_dialogues_behind_prompts():
