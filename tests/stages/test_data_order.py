@@ -51,7 +51,7 @@ def test_two_runs_are_equal(in_order, tmp_path):
     assert digests(tmp_path) == in_order
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_another_order_changes_no_byte(in_order, tmp_path, monkeypatch, seed):
     def shuffled(runner, stage, context, folder, tasks, begin):
         tasks = list(tasks)

@@ -129,7 +129,7 @@ class Polite(ServedModel):
         return {slot: (0.5 * user_pcm(1) if audible else np.zeros(1920, np.float32), said[slot][1])}
 
 
-@pytest.mark.parametrize("audio_format", ["pcm", "opus"])
+@pytest.mark.parametrize("audio_format", ["opus", pytest.param("pcm", marks=pytest.mark.slow)])
 def test_it_hears_a_microphone_answers_and_measures(tiny_checkpoint, tmp_path, audio_format):
     """A WAV as microphone: what is saved holds it on the right, and the model on the left."""
     from playwright.async_api import expect
