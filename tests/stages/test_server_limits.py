@@ -170,7 +170,7 @@ def test_time_and_idleness_have_an_end(model, limit, reason, code):
 
 
 def test_who_sends_ten_times_too_fast_is_answered_frame_by_frame(model):
-    num_frames = 100
+    num_frames = 200
 
     async def talk(url):
         async with session_at(url, seed=3, format="pcm") as ws:

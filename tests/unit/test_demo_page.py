@@ -30,6 +30,9 @@ def test_the_demo_is_one_seed_of_the_claims_page():
     claim, common, config = load_claim("before-after"), load_common(), load_config(demo.CONFIG)
     assert config.evaluate.seed == config.seed == common.seeds[0]
     assert claim.set["train.steps"] == config.train.steps
+    for section in ("evaluate", "serve"):
+        sampling = getattr(config, section).sampling
+        assert claim.set[f"{section}.sampling"] == sampling.model_dump()
     assert set(config.evaluate.items) <= set(claim.set["evaluate.items"])
 
 

@@ -9,8 +9,8 @@
         word_counts  int32 [U']
         tokenizer    uint8 [B]           a SentencePiece model's bytes
         room.<name>  int16 [8, T]
-    metadata: units and classes of phones as JSON, the codec's steady state, digests of codec and
-    grammar, the voices that speak, the time that it took
+    metadata: units and classes of phones as JSON, the codec's steady state, digests of codec,
+    grammar and voices, the time that it took
 
 Legend: U units, U' of users, W words of theirs.
 """
@@ -41,8 +41,8 @@ ROOM = "room."
 
 @dataclass(frozen=True)
 class Pack:
-    """tokenizer: a SentencePiece model; codec, grammar: digests of what made it; voices: what
-    `voices_digest` gave; seconds: that speech and codes took."""
+    """tokenizer: a SentencePiece model; codec, grammar, voices: digests of what made it; seconds:
+    that speech and codes took."""
 
     bank: Bank
     phones: Phones

@@ -26,7 +26,7 @@ from training.batches import Clip
 from training.free_running import FreeRun, run_freely
 from training.pocket.base_bank import Bank
 from training.pocket.base_measures import Question, place_to_cut
-from training.pocket.base_prompts import Character, Fact, more_facts, prompt_text
+from training.pocket.base_prompts import Character, Fact, more_facts, worded
 from training.pocket.base_units import NEUTRAL, SAMPLE_ACT, UnitIndex, company_of
 from training.pocket.base_voices import (
     AGENT_VOICES,
@@ -109,7 +109,7 @@ def draw_probe(
         )
         units.append(unit)
         at = end + WAIT_FRAMES
-    prompt = prompt_text(grammar, character, rng, wording)
+    prompt = worded(grammar, character, rng, wording).text
     return Probe(character, prompt, voice, user, sample, tuple(units), tuple(questions))
 
 

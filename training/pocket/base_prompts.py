@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from duplex.streams import Prompt, system_text
 from training.pocket.codec_labels import IGNORED
 from training.pocket.roles import Grammar, Side, filled, with_article, wordings
 
+BETWEEN = " "  # sentences
 SLIPPED, MOST_SLIPS = 0.2, 2  # of the fact sentences of training; words of each
 
 
@@ -82,14 +84,9 @@ def worded(grammar: Grammar, character: Character, rng: random.Random, side: Sid
     sentences += [(mood, None)] if mood else []
     rng.shuffle(sentences)
     head = rng.choice(wordings(grammar.talk.heads[scope], side))
-    text = filled(head, {**values, "facts": " ".join(sentence for sentence, _ in sentences)})
+    text = filled(head, {**values, "facts": BETWEEN.join(sentence for sentence, _ in sentences)})
     text = text.removesuffix(" Information:")  # where there is none
-    return Prompted(text, tuple(_told(text, head, sentences, values)))
-
-
-def prompt_text(grammar: Grammar, character: Character, rng: random.Random, side: Side) -> str:
-    """The text alone."""
-    return worded(grammar, character, rng, side).text
+    return Prompted(text, tuple(_told(head, sentences, values)))
 
 
 def _with_slips(template: str, grammar: Grammar, rng: random.Random) -> str:
@@ -106,29 +103,23 @@ def _with_slips(template: str, grammar: Grammar, rng: random.Random) -> str:
 
 
 def _told(
-    text: str, head: str, sentences: Sequence[tuple[str, Fact | None]], values: Mapping[str, str]
+    head: str, sentences: Sequence[tuple[str, Fact | None]], values: Mapping[str, str]
 ) -> Iterator[Told]:
-    """Where `text`, which is `head` filled with all of them, tells its facts."""
-    for topic in ("name", "company"):
-        if f"{{{topic}}}" in head and (span := _span_of(topic, text, head, values)):
-            yield Told(topic, *span)
-    cursor = 0
-    for sentence, fact in sentences:
-        cursor = text.find(sentence, cursor)
-        if cursor < 0:
-            return  # a sentence that the head has changed: nothing is said of what follows
-        if fact is not None:
-            value = _last_word_match(fact.value, sentence)
-            yield Told(fact.topic, cursor + value, cursor + len(sentence))
-        cursor += len(sentence)
-
-
-def _span_of(slot: str, text: str, head: str, values: Mapping[str, str]) -> tuple[int, int] | None:
-    """Characters [start, end) of a slot of the head, from the words that stand before it there."""
-    before = filled(head[: head.index(f"{{{slot}}}")] + "\0", {**values, "facts": "\1"})[:-1]
-    found = text[len(before) : len(before) + len(values[slot])]
-    same = "\1" not in before and found.lower() == values[slot].lower()
-    return (len(before), len(before) + len(found)) if same else None
+    """Where the filled head tells its facts; filling changes no length but those of slots."""
+    at = 0
+    for words, slot, _, _ in string.Formatter().parse(head):
+        at += len(words)
+        if slot == "facts":
+            for sentence, fact in sentences:
+                if fact is not None:
+                    value = _last_word_match(fact.value, sentence)
+                    yield Told(fact.topic, at + value, at + len(sentence))
+                at += len(sentence) + len(BETWEEN)
+            at -= len(BETWEEN) if sentences else 0
+        elif slot:
+            if slot in ("name", "company"):
+                yield Told(slot, at, at + len(values[slot]))
+            at += len(values[slot])
 
 
 def _last_word_match(value: str, sentence: str) -> int:

@@ -139,6 +139,7 @@ def _agent_units(
     talk, mood = grammar.talk, grammar.talk.moods[speaker.state]
     neutral = speaker.state == NEUTRAL
     count = amounts.answers if neutral else amounts.moody_answers
+    words = _any_words(grammar)
     for name, topic in talk.topics.items():
         yield from _answers(grammar, speaker, name, topic, "train", count, rng)
         if neutral:
@@ -146,7 +147,7 @@ def _agent_units(
             yield from _answers(grammar, speaker, name, topic, "held", held, rng)
             strange = amounts.strange_answers
             plain = _answers(grammar, speaker, name, topic, "train", strange, rng)
-            yield from _strange(plain, grammar, _any_words(grammar), rng)
+            yield from _strange(plain, grammar, words, rng)
     fixed = {
         "opener": mood.opener,
         "feeling": mood.feeling,
@@ -225,8 +226,8 @@ def _strange(
     """The answers with other values: a word of each, or all of it, is any word. Who gives them has
     read them in the prompt; there is next to nothing to guess them by.
 
-    An answer stays as it is where its new value would be a held-out one, and is left out where it
-    begins with its value.
+    An answer stays as it is where its new value would be held out, or a name of the other sex,
+    and is left out where it begins with its value.
     """
 
     def any_word() -> str:
@@ -244,7 +245,7 @@ def _strange(
         if slot in ("name", "company"):
             told[0] = told[0].capitalize()
         new = " ".join(told)
-        if _is_held_out(slot, new, grammar):
+        if _is_held_out(slot, new, grammar) or (slot == "name" and new in grammar.slots["name"]):
             yield unit
         elif value in unit.text:
             values = ((slot, new), *others)

@@ -9,6 +9,7 @@ espeak does.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 from typing import Literal
@@ -121,6 +122,7 @@ def spoken_params(speaker: Speaker, emotion: Emotion = "neutral") -> Params:
 
 
 def voices_digest() -> str:
-    """Canonical text of all voices and rooms, for keys."""
+    """sha256 of all voices and rooms."""
     rooms = {name: section.model_dump(mode="json") for name, section in ROOMS.items()}
-    return canonical_json([AGENT_VOICES, USER_VOICES, HELD_USER_VOICES, rooms])
+    content = [AGENT_VOICES, USER_VOICES, HELD_USER_VOICES, rooms]
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
