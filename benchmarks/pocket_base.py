@@ -20,8 +20,8 @@ short:
                       cut in (the same run without the cut shows it): silent within .8 s
     collapsed         runs without a word, or without one from the last but one question on
     speech says text  word errors of pocketsphinx on the decoded speech against the text row, with
-                      one language model of all that was said; beside it, the same for encoded and
-                      decoded speech of the synthesiser, which is the floor
+                      one language model of all that was said; beside it, the same for the same
+                      turns by the synthesiser, encoded and decoded, which is the floor
     margin            how much likelier a held-out dialogue's words are under its own prompt than
                       under another character's, teacher-forced (training/prompt_swap.py)
     voice             of the runs with a voice sample: the agent's pitch is that of the sample's sex
@@ -44,8 +44,8 @@ import numpy as np
 import soxr
 import torch
 
-from benchmarks.codec import Told
 from benchmarks.pocket_base_page import describe
+from benchmarks.pocket_base_speech import Turn, decode, speech_says_text
 from duplex.datafiles import CHECKOUT
 from duplex.files import write_atomic, write_json
 from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
@@ -67,7 +67,7 @@ from training.pocket.roles import Grammar, load_grammar
 from training.prompt_swap import plan_swaps, score_swaps
 
 RESULTS = CHECKOUT / "docs" / "results"
-BATCH, SEED, SWAP_CLIPS, SWAPS, FLOOR = 20, 4242, 40, 3, 80
+BATCH, SEED, SWAP_CLIPS, SWAPS = 20, 4242, 40, 3
 EXAMPLES = 6
 # As many voices of training as are held out.
 KNOWN_USERS = tuple(
@@ -128,7 +128,7 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
         "base": base_config(base),
         "shares": shares(alone, answers, cut_in),
         "known_voices": fact_shares(answers_of(known)),
-        "speech": speech_says_text(alone, bank, tokenizer, codec.mimi),
+        "speech": speech_says_text(turns_of(alone, tokenizer), codec),
         "margin": margins(lm, grammar, bank, tokenizer, seed),
         "topics": by_topic(answers),
         "examples": [example(*pair) for pair in zip(alone[:EXAMPLES], answers, strict=False)],
@@ -199,15 +199,6 @@ def _runs(
     return made
 
 
-def decode(mimi: Any, codes: np.ndarray) -> np.ndarray:
-    """float32 [S] of codes [8, T], decoded by themselves."""
-    from moshi.utils.compile import no_compile
-
-    with torch.no_grad(), no_compile():
-        sound = mimi.decode(torch.from_numpy(codes.astype(np.int64))[None])
-    return sound[0, 0].numpy()
-
-
 # -- measures over all runs
 
 
@@ -276,27 +267,18 @@ def by_topic(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
     return {topic: [sum(hits), len(hits)] for topic, hits in sorted(rows.items())}
 
 
-def speech_says_text(runs: Sequence[Run], bank: Bank, tokenizer: Any, mimi: Any) -> dict[str, Any]:
-    """Word errors against the text row, and those of the synthesiser's own speech."""
-    turns = [
-        (tokenizer.decode(tokens), run.samples[start * FRAME_SAMPLES : end * FRAME_SAMPLES])
+def turns_of(runs: Sequence[Run], tokenizer: Any) -> list[Turn]:
+    """All turns of the agents."""
+    return [
+        (
+            tokenizer.decode(tokens),
+            run.samples[start * FRAME_SAMPLES : end * FRAME_SAMPLES],
+            run.probe.agent_voice,
+        )
         for run in runs
         for start, end, tokens in spoken_turns(run.text, run.speaking)
         if tokens
     ]
-    answers = [p for p, u in enumerate(bank.units) if u.act.startswith("answer/")][:FLOOR]
-    floor = [(bank.units[p].text, decode(mimi, bank.codes[p])) for p in answers]
-    found = {}
-    for name, pairs in (("base", turns), ("synthesiser", floor)):
-        if not pairs:
-            found[name] = {"turns": 0, "words": 0, "wer": None}
-            continue
-        recogniser = Told([text for text, _ in pairs])
-        counted = [recogniser.errors(text, samples) for text, samples in pairs]
-        errors, words = (sum(column) for column in zip(*counted, strict=True))
-        rate = errors / words if words else None
-        found[name] = {"turns": len(pairs), "words": words, "wer": rate}
-    return found
 
 
 def margins(lm: Any, grammar: Grammar, bank: Bank, tokenizer: Any, seed: int) -> dict[str, Any]:

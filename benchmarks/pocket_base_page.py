@@ -22,6 +22,12 @@ def describe(result: dict[str, Any]) -> str:
         f"({result['base']['steps']} steps; {result['machine']}, {result['seconds_a_run']} s a run "
         "on one core, both of its passes).",
         "",
+        "Answers: questions behind which it says something before the next one. Fact right: of the "
+        "answered ones whose fact the prompt holds, it is said, word for word. Refuses: of those "
+        "whose fact the prompt lacks, it says that it doesn't know. Premature: it starts over the "
+        "question. Yields: of its turns that the user cuts into, silent within 0.8 s. Voice: its "
+        "pitch is that of the voice sample's sex.",
+        "",
         "| share | reached | of | 95 % | wanted |",
         "| --- | ---: | ---: | --- | --- |",
         *(_row(name, share, WANTED) for name, share in result["shares"].items()),
@@ -64,13 +70,13 @@ def _row(name: str, share: dict[str, Any], wanted: dict[str, str]) -> str:
 
 
 def _speech(speech: dict[str, Any]) -> str:
-    base, floor = speech["base"], speech["synthesiser"]
+    base, floor, clean = (speech[name] for name in ("base", "through_codec", "synthesiser"))
     if base["wer"] is None:
         return "Speech says its text: nothing was said."
     return (
         f"Speech says its text: word error rate {base['wer']:.2f} over {base['turns']} turns "
-        f"({base['words']} words; wanted < .20). The synthesiser's own sentences through the codec:"
-        f" {floor['wer']:.2f}."
+        f"({base['words']} words; wanted < .20). The same turns by the synthesiser: "
+        f"{floor['wer']:.2f} through the codec, {clean['wer']:.2f} before it."
     )
 
 
@@ -78,6 +84,7 @@ def _margin(margin: dict[str, Any]) -> str:
     words = margin["words"]
     return (
         f"Prompt-swap margin: {words['mean']:+.3f} nats per word token "
-        f"[{words['low']:+.3f}, {words['high']:+.3f}] over {words['clips']} held-out dialogues; "
+        f"[{words['low']:+.3f}, {words['high']:+.3f}] over {words['clips']} held-out dialogues, "
+        "others than those of BASE.md; "
         f"their own words {margin['own_words']:.3f}, semantic codes {margin['own_semantic']:.3f}."
     )

@@ -19,7 +19,7 @@ from training.pocket.base_voices import AGENT_VOICES, agent_speaker, users
 from training.pocket.roles import Grammar
 
 PROMPT = Prompted("Read aloud.")
-UTTERANCES, GAP, TAIL = (1, 3), (3, 10), 6
+UTTERANCES, GAP, TAIL = (2, 5), (3, 10), 6
 
 
 class Aloud:
@@ -51,4 +51,4 @@ class Aloud:
         spoken = self.maker.clip(dialogue, rng, name)
         noise = np.random.default_rng(rng.getrandbits(32))
         one = thinned(spoken, noise)
-        return TrainingClip(one.clip, one.audible, worded=False)
+        return TrainingClip(one.clip, one.audible, one.phones, worded=False)

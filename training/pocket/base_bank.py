@@ -99,7 +99,7 @@ def build_bank(
     codes: dict[int, np.ndarray] = {}
     for places in _sheets(units):
         sheet = [units[place] for place in places]
-        params = _params(sheet[0].speaker, grammar)
+        params = params_of(sheet[0].speaker, grammar)
         path = folder / f"{_key(sheet, params, codec, revision)}.safetensors"
         made = _read(path)
         if made is None:
@@ -123,7 +123,8 @@ def _sheets(units: Sequence[Unit]) -> Iterator[list[int]]:
             yield places[start : start + UNITS_A_SHEET]
 
 
-def _params(speaker: Speaker, grammar: Grammar) -> Params:
+def params_of(speaker: Speaker, grammar: Grammar) -> Params:
+    """What espeak is given: a user's voice, an agent's in its mood."""
     emotion = grammar.talk.moods[speaker.state].emotion if speaker.side == "agent" else "neutral"
     return spoken_params(speaker, emotion)
 

@@ -30,10 +30,10 @@ from duplex.streams import USER_ROWS, build_prompt, prompt_tokens
 from training.batches import Batch, Clip, make_batch
 from training.pocket.base_bank import Bank
 from training.pocket.base_dialogue import ANSWER_GAP, Dialogue, Said
-from training.pocket.base_phones import Phones, no_labels
+from training.pocket.base_phones import AGENT, USER, Phones, no_labels
 from training.pocket.base_prompts import told_row
 from training.pocket.base_units import acts_of
-from training.pocket.codec_labels import HALVES, IGNORED
+from training.pocket.codec_labels import IGNORED
 
 SILENT_SHARE = 0.2  # of the agent's silent frames carry audio loss
 SETTLING_FRAMES = 3  # after speech; these carry it always
@@ -62,7 +62,7 @@ class PlacedTurn:
 @dataclass(frozen=True)
 class DialogueClip:
     """A clip with its turns, frames counted from the first frame after the prompt. phones: int16
-    [T, 2] of the user's channel; acts: int16 [T, 2], what the user has done by what was said, and
+    [T, 4] of both channels; acts: int16 [T, 2], what the user has done by what was said, and
     the question that the prompt has just answered."""
 
     clip: Clip
@@ -88,14 +88,13 @@ class ClipMaker:
         num_frames = max(turn.end for turn, _ in placed) + dialogue.tail
         agent = np.repeat(np.asarray(self.bank.tokens.silence)[:, None], num_frames, axis=1)
         user = room_codes(self.bank, dialogue.user.state, num_frames, rng)
-        heard = []
+        said: dict[str, list[tuple[int, int, int]]] = {"user": [], "agent": []}
         for turn, pieces in placed:
             channel = agent if turn.role == "agent" else user
             for start, codes, unit in pieces:
                 length = min(codes.shape[1], num_frames - start)
                 channel[:, start : start + length] = codes[:, :length]
-                if turn.role == "user":
-                    heard.append((start, unit))
+                said[turn.role].append((start, unit, length))
         text = align(self._text_turns([turn for turn, _ in placed]), num_frames)
         prompt, told = self._prompt(dialogue)
         codes = assemble(prompt, text.row, np.stack([agent, user])).astype(np.int16)
@@ -104,18 +103,18 @@ class ClipMaker:
         spans = tuple((t.role, frames + t.start, frames + t.end) for t in turns)
         phones = None
         if self.phones is not None:
-            track = self.phones.track(heard, num_frames)
+            track = self.phones.tracks(said["user"], said["agent"], num_frames)
             phones = np.concatenate([no_labels(frames), track])
         clip = Clip(name, codes, frames, frames, spans)
         acts = np.full((frames + num_frames, len(ACT_LABELS)), IGNORED, dtype=np.int16)
-        acts[:, 0] = self._asked(heard, frames, frames + num_frames)
+        acts[:, 0] = self._asked(said["user"], frames, frames + num_frames)
         acts[:frames, 1] = told
         return DialogueClip(clip, turns, phones, acts)
 
-    def _asked(self, heard: Sequence[tuple[int, int]], first: int, length: int) -> np.ndarray:
+    def _asked(self, heard: Sequence[tuple[int, int, int]], first: int, length: int) -> np.ndarray:
         """int16 [length]: behind each unit of the user's, from `first` on, what it does."""
         track = np.full(length, IGNORED, dtype=np.int16)
-        for start, unit in heard:
+        for start, unit, _ in heard:
             end = first + start + self.bank.speech_frames(unit)
             act = self.acts.get(self.bank.units[unit].act)
             if act is not None:
@@ -210,8 +209,8 @@ def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Rand
 
 @dataclass(frozen=True)
 class TrainingClip:
-    """A clip; in which of its frames the agent's codes carry loss, bool [T]; what phones the
-    user says, int16 [T, 2] (`base_phones`), and acts as a `DialogueClip`'s, None where that is
+    """A clip; in which of its frames the agent's codes carry loss, bool [T]; what phones
+    both say, int16 [T, 4] (`base_phones`), and acts as a `DialogueClip`'s, None where that is
     not told; and whether its text carries loss."""
 
     clip: Clip
@@ -223,7 +222,7 @@ class TrainingClip:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch, with the phones in the user's channel, and the acts: int16 [B, T, 2]."""
+    """A batch, with the phones of both channels, int16 [B, T, 4], and the acts: int16 [B, T, 2]."""
 
     batch: Batch
     phones: torch.Tensor
@@ -233,7 +232,7 @@ class Lesson:
     def labels(self) -> dict[str, torch.Tensor]:
         """Of each task of `base_ear`: [B, T, labels]."""
         acts = {name: self.acts[..., n : n + 1] for n, name in enumerate(ACT_LABELS)}
-        return {"phones": self.phones, **acts}
+        return {"phones": self.phones[..., USER], "spoken": self.phones[..., AGENT], **acts}
 
     def to(self, device: torch.device) -> Lesson:
         return Lesson(self.batch.to(device), self.phones.to(device), self.acts.to(device))
@@ -287,7 +286,8 @@ def whole_lesson(clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:
 def unlabelled(batch: Batch) -> Lesson:
     """A batch of which nothing is told."""
     nothing = torch.full(batch.codes[:, 0].shape, IGNORED, dtype=torch.int16)[..., None]
-    return Lesson(batch, nothing.repeat(1, 1, HALVES), nothing.repeat(1, 1, len(ACT_LABELS)))
+    phones = nothing.repeat(1, 1, no_labels(0).shape[1])
+    return Lesson(batch, phones, nothing.repeat(1, 1, len(ACT_LABELS)))
 
 
 def _labelled(batch: Batch, clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:

@@ -141,7 +141,7 @@ def _make_pack(
     codec = load_pocket_codec(arguments.codec)
     processes = arguments.processes
     bank = speak_and_encode(units, grammar, codec, places, report, processes)
-    phones = find_phones(units, places.codes, espeak.revision(), report, processes)
+    phones = find_phones(units, grammar, places.codes, espeak.revision(), report, processes)
     places.work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(grammar, units, arguments.seed) if given is None else given
     append_line(places.timing, json.dumps({"seconds": time.monotonic() - started_s}))

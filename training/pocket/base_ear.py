@@ -1,7 +1,8 @@
-"""Second tasks of the lower layers while the base is trained: to name what is heard and read.
+"""Second tasks of the lower layers while the base is trained: to name what is heard, read and said.
 
 What a user says shows in the loss through few words of the text row, and a small model learns
-utterances by heart before it learns to hear. Two linear heads are thrown away at the end:
+utterances by heart before it learns to hear; it learns sentences' sounds by heart, too, before it
+follows its own text. Three linear heads are thrown away at the end:
 
     phones   on the second layer: the phone in each half of the frame before last, which the layer
              has read with all codebooks
@@ -10,7 +11,10 @@ utterances by heart before it learns to hear. Two linear heads are thrown away a
              question that it answers: so question and fact are written alike where the layers
              behind look one up by the other
 
-What either changed in the base was not measured apart.
+    spoken   on the fifth: the phones that the agent is to say in this frame, whose codes no layer
+             has read
+
+What each changed in the base was not measured apart.
 
 Shapes: B clips, T frames, C width, P classes.
 """
@@ -47,6 +51,7 @@ TASKS = {
     "phones": Task("phones", 1, BEHIND, 1.0, HALVES),
     "asked": Task("acts", 3, 0, 1.0, 1),
     "told": Task("acts", 3, 0, 0.5, 1),
+    "spoken": Task("spoken", 4, 0, 1.0, HALVES),
 }
 
 

@@ -65,9 +65,14 @@ class Hearing:
             codes[USER_ROWS, start : start + part.shape[1]] = part
         frames = self.head.shape[1]
         whole = np.concatenate([self.head, codes], axis=1).astype(np.int16)
-        labels = np.concatenate([no_labels(frames), self.phones.track(heard, num_frames)])
+        labels = np.concatenate([no_labels(frames), self._labels(heard, num_frames)])
         silent = np.zeros(whole.shape[1], dtype=bool)
         return TrainingClip(Clip(name, whole, frames, frames), silent, labels)
+
+    def _labels(self, heard: list[tuple[int, int]], num_frames: int) -> np.ndarray:
+        """int16 [T, 4]: what the user says."""
+        whole = [(start, place, self.bank.codes[place].shape[1]) for start, place in heard]
+        return self.phones.tracks(whole, [], num_frames)
 
     def _written(self, heard: list[tuple[int, int]], num_frames: int) -> np.ndarray:
         """The text row [T]: each word's pieces from the frame behind its end on."""

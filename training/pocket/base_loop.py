@@ -76,7 +76,8 @@ def train(
     lm.to(ranks.device)
     dtype = torch.bfloat16 if settings.mixed else torch.float32
     assert source.maker.phones is not None
-    classes = {"phones": len(source.maker.phones.names), "acts": len(source.maker.acts)}
+    sounds = len(source.maker.phones.names)
+    classes = {"phones": sounds, "spoken": sounds, "acts": len(source.maker.acts)}
     Ear.add(lm, classes, settings.seed)
     last = settings.steps if until is None else min(until, settings.steps)
     lm.train().requires_grad_(True)

@@ -3,16 +3,16 @@
     WORK/bank.safetensors
         codes        int16 [8, ΣT]       of all units, one behind the other
         frames       int32 [U]           T of each
-        phones       int16 [ΣT', 2]      of users' units, in their order
+        phones       int16 [ΣT', 2]      of units with labels, in their order
         phone_frames int32 [U']          T' of each
-        word_ends    int32 [W]           of users' units' words, in their order
+        word_ends    int32 [W]           of their words, in their order
         word_counts  int32 [U']
         tokenizer    uint8 [B]           a SentencePiece model's bytes
         room.<name>  int16 [8, T]
     metadata: units and classes of phones as JSON, the codec's steady state, digests of codec,
     grammar and voices, the time that it took
 
-Legend: U units, U' of users, W words of theirs.
+Legend: U units, U' of them with labels, W words of those.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from duplex.files import atomic_path
 from duplex.streams import CODEBOOKS, CodecTokens
 from pipeline.engines.pocket import CARD
 from training.pocket.base_bank import Bank
-from training.pocket.base_phones import Phones, Sounds
+from training.pocket.base_phones import Phones, Sounds, labelled
 from training.pocket.base_units import Unit
 from training.pocket.base_voices import ROOMS, Speaker
 from training.pocket.codec_labels import IGNORED
@@ -128,10 +128,9 @@ def _phones(tensors: dict[str, np.ndarray], names: list[str], units: Sequence[Un
         _parts(tensors["word_ends"], tensors["word_counts"], 0),
         strict=True,
     )
-    users = [place for place, unit in enumerate(units) if unit.speaker.side == "user"]
     heard = {
         place: Sounds(phones, tuple(ends.tolist()))
-        for place, (phones, ends) in zip(users, sounds, strict=True)
+        for place, (phones, ends) in zip(labelled(units), sounds, strict=True)
     }
     return Phones(tuple(names), heard)
 

@@ -1,7 +1,8 @@
-"""When each word and phone of a user's utterance sounds: labels for lessons in hearing.
+"""When each word and phone of an utterance sounds: labels for lessons in hearing and speaking.
 
 espeak tells both while it speaks. Codes don't hold them, so the utterances are spoken once more
-(10 ms each), without being encoded, and the labels kept in a file beside the codes.
+(10 ms each), without being encoded, and the labels kept in a file beside the codes. A voice's
+sample, which stands in the prompt alone, has none.
 
 Shapes: T_i frames of an utterance, two halves each (`codec_labels`).
 """
@@ -21,13 +22,22 @@ from safetensors.numpy import save_file
 from duplex.base import canonical_json
 from duplex.files import atomic_path
 from duplex.frames import FRAME_SAMPLES, frame_at, frames_covering_samples
+from training.pocket.base_bank import params_of
 from training.pocket.base_espeak import Espeak
 from training.pocket.base_parallel import shared_out
-from training.pocket.base_units import Unit
-from training.pocket.base_voices import Params, spoken_params
-from training.pocket.codec_labels import IGNORED, PhoneSet, frame_labels, phones_on_grid
+from training.pocket.base_units import SAMPLE_ACT, Unit
+from training.pocket.base_voices import Params
+from training.pocket.codec_labels import (
+    HALVES,
+    IGNORED,
+    PhoneSet,
+    frame_labels,
+    phones_on_grid,
+)
+from training.pocket.roles import Grammar
 
 VERSION = 1
+USER, AGENT = slice(0, HALVES), slice(HALVES, 2 * HALVES)  # columns of a clip's labels
 
 
 @dataclass(frozen=True)
@@ -41,47 +51,63 @@ class Sounds:
 
 @dataclass(frozen=True)
 class Phones:
-    """names: classes, silence first; sounds: by place of the unit, users' alone."""
+    """names: classes, silence first; sounds: by place of the unit."""
 
     names: tuple[str, ...]
     sounds: dict[int, Sounds]
 
-    def track(self, heard: Sequence[tuple[int, int]], num_frames: int) -> np.ndarray:
-        """int16 [num_frames, 2] of a channel; silence where nobody speaks.
+    def track(self, said: Sequence[Uttered], num_frames: int, between: int) -> np.ndarray:
+        """int16 [num_frames, 2] of a channel.
 
         Args:
-            heard: (first frame, place) of its utterances, in order.
+            said: its utterances, in order.
+            between: the label where nobody speaks.
         """
-        row = np.zeros((num_frames, 2), dtype=np.int16)
-        for start, place in heard:
-            phones = self.sounds[place].phones
-            row[start : start + len(phones)] = phones[: max(0, num_frames - start)]
+        row = np.full((num_frames, HALVES), between, dtype=np.int16)
+        for start, place, length in said:
+            phones = self.sounds[place].phones[: max(0, min(length, num_frames - start))]
+            row[start : start + len(phones)] = phones
         return row
 
+    def tracks(
+        self, user: Sequence[Uttered], agent: Sequence[Uttered], num_frames: int
+    ) -> np.ndarray:
+        """int16 [num_frames, 4]: the user's channel, in which silence is heard, and the agent's,
+        of which its turns are labelled."""
+        row = self.track(user, num_frames, 0)
+        return np.concatenate([row, self.track(agent, num_frames, IGNORED)], axis=1)
 
+
+Uttered = tuple[int, int, int]  # first frame, place of the unit, frames of it that are said
 Heard = tuple[np.ndarray, list[int]]  # names of phones [S // 240], by word the frame of its end
 
 
 def find_phones(
     units: Sequence[Unit],
+    grammar: Grammar,
     folder: Path,
     revision: str,
     report: Callable[[str], None],
     processes: int = 1,
 ) -> Phones:
-    """Labels of all users' units; read where `folder` has them.
+    """Labels of all units; read where `folder` has them.
 
     Args:
         revision: of espeak.
     """
-    places = [place for place, unit in enumerate(units) if unit.speaker.side == "user"]
-    said = [(units[p].text, spoken_params(units[p].speaker)) for p in places]
+    places = labelled(units)
+    said = [(units[place].text, params_of(units[place].speaker, grammar)) for place in places]
     key = hashlib.sha256(canonical_json([VERSION, revision, said]).encode()).hexdigest()[:32]
     path = folder / f"phones-{key}.safetensors"
     if not path.exists():
         report(f"listening for the phones of {len(places)} utterances …")
         _write(path, shared_out(_listen, said, processes))
     return _read(path, places)
+
+
+def labelled(units: Sequence[Unit]) -> list[int]:
+    """Places of the units that have labels, in their order."""
+    return [place for place, unit in enumerate(units) if unit.act != SAMPLE_ACT]
 
 
 def _listen(said: Sequence[tuple[str, Params]]) -> list[Heard]:
@@ -125,5 +151,5 @@ def _read(path: Path, places: Sequence[int]) -> Phones:
 
 
 def no_labels(num_frames: int) -> np.ndarray:
-    """int16 [num_frames, 2] of a clip whose user is not labelled."""
-    return np.full((num_frames, 2), IGNORED, dtype=np.int16)
+    """int16 [num_frames, 4] of frames that are not labelled."""
+    return np.full((num_frames, 2 * HALVES), IGNORED, dtype=np.int16)

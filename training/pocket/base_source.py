@@ -39,7 +39,7 @@ LOSS = LossSection(semantic_weight=10, acoustic_weight=1, text_padding_weight=0.
 POOL_STEPS = 4
 GROUPS_AHEAD = 4  # of `POOL_STEPS` steps, drawn by each process
 # A reading, a hearing clip, one read aloud to so many dialogues.
-READ_ONE_TO, HEARD_ONE_TO, ALOUD_ONE_TO = 8, 4, 6
+READ_ONE_TO, HEARD_ONE_TO, ALOUD_ONE_TO = 8, 4, 1
 READING_CLIPS = 2  # in the place of one dialogue, while there are no others
 
 
@@ -110,11 +110,10 @@ class Source:
         clips = [muffled(thinned(one, noise), noise) for one in self._dialogues(step)]
         for number in range(max(1, size // to_hear)):
             lessons.append(muffled(self.heard(f"{step}.{number}"), noise))
-        if spoken:
-            clips += [self.read(f"{step}.{number}") for number in range(size // ALOUD_ONE_TO)]
-        else:
-            clips = [silenced(one) for one in clips]
-        return [lesson(clips), lesson(lessons)]
+        if not spoken:
+            return [lesson([silenced(one) for one in clips]), lesson(lessons)]
+        aloud = [self.read(f"{step}.{number}") for number in range(max(1, size // ALOUD_ONE_TO))]
+        return [lesson(clips), lesson(lessons), lesson(aloud)]
 
     def _dialogues(self, step: int) -> list[DialogueClip]:
         group, place = divmod(step, POOL_STEPS)

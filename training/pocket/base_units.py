@@ -33,6 +33,8 @@ ALOUD_ACT = "aloud"
 LISTENING_ACT = "listening"
 MOODY_ALOUD = 4  # in a mood an agent reads aloud a part of what it does without one
 WORDS_A_UNIT = (2, 3, 3, 4)
+ALOUD_VALUES = 0.5  # of what is read aloud: words of the grammar's values; else of a dictionary
+WORDS_ALOUD = (3, 9)
 FROM_DICTIONARY = 0.2  # of strange words; the others are of the grammar's values
 WHOLLY_STRANGE = 0.4  # of strange values; of the others one word is another
 
@@ -52,7 +54,7 @@ class Amounts:
     samples: int = 16
     heard: int = 10
     words: int = 90
-    aloud: int = 280
+    aloud: int = 1600
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,11 @@ def _agent_units(
         yield from _samples(grammar, speaker, amounts.samples, rng)
     vocabulary = load_vocabulary(held_out=False)
     for _ in range(amounts.aloud if neutral else amounts.aloud // MOODY_ALOUD):
-        yield Unit(speaker, ALOUD_ACT, sentence(vocabulary, rng, own=False))
+        if rng.random() < ALOUD_VALUES:
+            chosen = rng.choices(words[0], k=rng.randint(*WORDS_ALOUD))
+            yield Unit(speaker, ALOUD_ACT, f"{' '.join(chosen).capitalize()}.")
+        else:
+            yield Unit(speaker, ALOUD_ACT, sentence(vocabulary, rng, own=False))
 
 
 def _answers(

@@ -8,7 +8,7 @@ from pipeline.engines.codec import measure_tokens
 from pipeline.engines.script_words import script_words
 from tests.stages.conftest import TINY_CARD
 from training.pocket.base_bank import Bank, Codec
-from training.pocket.base_phones import Phones, Sounds
+from training.pocket.base_phones import Phones, Sounds, labelled
 from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import ROOMS
 from training.pocket.roles import load_grammar
@@ -43,14 +43,13 @@ def phones(bank):
 
 
 def random_phones(bank):
-    """Labels of the users' utterances, any phones, the words as long as each other."""
+    """Labels of the utterances, any phones, the words as long as each other."""
     rng, sounds = np.random.default_rng(1), {}
-    for place, unit in enumerate(bank.units):
-        if unit.speaker.side == "user":
-            frames, words = bank.speech_frames(place), len(script_words(unit.text))
-            labels = rng.integers(0, 5, (frames, 2)).astype(np.int16)
-            ends = tuple(frames * (number + 1) // words for number in range(words))
-            sounds[place] = Sounds(labels, ends)
+    for place in labelled(bank.units):
+        frames, words = bank.speech_frames(place), len(script_words(bank.units[place].text))
+        labels = rng.integers(0, 5, (frames, 2)).astype(np.int16)
+        ends = tuple(frames * (number + 1) // words for number in range(words))
+        sounds[place] = Sounds(labels, ends)
     return Phones(("_", "a", "b", "c", "d"), sounds)
 
 

@@ -95,12 +95,12 @@ def test_a_clip_is_what_the_tensors_stage_makes(
 def staged(tmp_path, checkpoint, grammar, bank, order, prompt):
     """The tensors stage's tensor and record of the two units, mixed by the speech stage's own
     function."""
-    from training.pocket.base_bank import LOUDNESS_DBFS, _params
+    from training.pocket.base_bank import LOUDNESS_DBFS, params_of
 
     voiced = []
     for number, place_of in enumerate(order):
         unit = bank.units[place_of]
-        samples = speak(unit.text, _params(unit.speaker, grammar))
+        samples = speak(unit.text, params_of(unit.speaker, grammar))
         gap = LEAD_FRAMES if number == 0 else 5
         voiced.append(
             VoicedTurn(unit.speaker.side, unit.text, f"v-{unit.speaker.side}", samples, (), gap)

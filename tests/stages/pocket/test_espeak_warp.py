@@ -8,6 +8,7 @@ from training.pocket.base_espeak import Espeak, warped
 from training.pocket.base_phones import find_phones
 from training.pocket.base_units import Unit
 from training.pocket.base_voices import HELD_USER_VOICES, USER_VOICES, WARPS, user_speaker
+from training.pocket.roles import load_grammar
 
 TEXT = "How much is the lamp?"
 
@@ -50,6 +51,6 @@ def test_labels_of_a_warped_voice_end_where_its_speech_does(tmp_path):
     starts_s = [phone.start_s for phone in phones]
     assert starts_s == pytest.approx([phone.start_s / warp for phone in plain_phones])
     unit = Unit(user_speaker(slow, "quiet"), "ask/price", TEXT)
-    found = find_phones([unit], tmp_path, "revision", lambda line: None)
+    found = find_phones([unit], load_grammar(), tmp_path, "revision", lambda line: None)
     assert len(found.sounds[0].phones) == -(-num_samples // 1920)
     assert found.sounds[0].word_ends[-1] == int(ends_s[-1] * 12.5)

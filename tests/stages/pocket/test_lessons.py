@@ -30,14 +30,15 @@ from training.pocket.base_ear import BEHIND, Ear
 from training.pocket.base_hearing import LAG, Hearing
 from training.pocket.base_initial import DISTANCES, prepare
 from training.pocket.base_loop import ALONE, accumulate_gradients
+from training.pocket.base_phones import AGENT, USER
 from training.pocket.base_prompts import Character, Fact, worded
 from training.pocket.base_source import LoopSettings, Source
-from training.pocket.codec_labels import IGNORED
+from training.pocket.codec_labels import HALVES, IGNORED
 from training.pocket.roles import filled, wordings
 from training.projection import rms_norm
 
 PIECES = 40
-CLASSES = {"phones": 5, "acts": 60}
+CLASSES = {"phones": 5, "acts": 60, "spoken": 5}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,8 @@ def test_a_hearing_clip_writes_what_is_said_while_it_is_said(hearing, bank, toke
         told = one.phones[frames:]
         for start, place, _ in heard:
             labels = phones.sounds[place].phones
-            assert np.array_equal(told[start : start + len(labels)], labels)
+            assert np.array_equal(told[start : start + len(labels), USER], labels)
+        assert (told[:, AGENT] == IGNORED).all(), "it says nothing"
         assert (codes[AGENT_ROWS, frames:] == np.asarray(bank.tokens.silence)[:, None]).all()
         assert not lesson([one]).batch.loss_mask[:, 1:].any()
 
@@ -141,7 +143,7 @@ def test_ranks_share_a_batch_and_their_gradients_add_up(grammar, bank, tokenizer
     source = Source(grammar, ClipMaker(bank, tokenizer, phones), settings)
     for step in range(3):  # reading; words alone; all
         batches = source.batches(step)
-        assert len(batches) == (1 if step == 0 else 2)
+        assert len(batches) == step + 1
         assert any(one.batch.loss_mask[:, 1:].any() for one in batches) == (step == 2)
         whole = gradients(batches, 0, 1)
         for name, gradient in gradients(one_clip_each(batches), 0, 1).items():
@@ -169,7 +171,7 @@ def test_the_ear_is_taught_the_phones_it_has_read_and_leaves_no_trace(
         forward(codes, mask, torch.zeros(10))
 
         def nats(phones):
-            return float(ear.nll({**heard.labels, "phones": phones})["phones"])
+            return float(ear.nll({**heard.labels, "phones": phones[..., USER]})["phones"])
 
         first = nats(heard.phones)
         # Labels of the frames that are not yet read when they are due change nothing.
@@ -181,12 +183,45 @@ def test_the_ear_is_taught_the_phones_it_has_read_and_leaves_no_trace(
         assert nats(early) != first
     assert 0 <= ear.shares(ALONE)["phones"] < 0.6
     ear.restart()
-    assert ear.shares(ALONE) == {"phones": 0, "asked": 0, "told": 0}
+    assert ear.shares(ALONE) == {"phones": 0, "asked": 0, "told": 0, "spoken": 0}
     ear.remove()
     assert {n: t.shape for n, t in lm.state_dict().items()} == {
         n: t.shape for n, t in before.items()
     }
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
+
+
+def test_phones_of_both_stand_where_they_are_said(grammar, bank, tokenizer, phones):
+    """The agent's where it speaks, up to where it is cut short; of its silence nothing is told."""
+    source = Source(grammar, ClipMaker(bank, tokenizer, phones), LoopSettings(9, batch_size=2))
+    of_text: dict[tuple[str, str], list[np.ndarray]] = {}
+    for place, sounds in phones.sounds.items():
+        unit = bank.units[place]
+        of_text.setdefault((unit.speaker.side, unit.text), []).append(sounds.phones)
+    seen, cut = 0, 0
+    for number in range(12):
+        one = source.clip(f"phones-{number}", "train")
+        first = one.clip.prompt_frames
+        assert one.phones is not None and (one.phones[:first] == IGNORED).all()
+        assert ((one.phones[first:, AGENT] == IGNORED).mean()) > 0.3
+        speaking = np.zeros(one.clip.num_frames, dtype=bool)
+        for turn in one.turns:
+            start, end = first + turn.start, first + turn.end
+            speaking[start:end] |= turn.role == "agent"
+            by_voice = of_text.get((turn.role, turn.text))
+            if by_voice is None:
+                continue  # of several units
+            column = AGENT if turn.role == "agent" else USER
+            whole = one.phones[start:end, column]
+            assert any(np.array_equal(whole, labels[: len(whole)]) for labels in by_voice)
+            cut += all(len(whole) < len(labels) for labels in by_voice)
+            seen += 1
+        assert (one.phones[~speaking][:, AGENT] == IGNORED).all()
+    assert seen > 30 and cut
+    aloud = source.read("phones")
+    assert aloud.phones is not None
+    assert (aloud.phones[:, AGENT] != IGNORED).any(1).sum() > 20
+    assert lesson([aloud]).labels["spoken"].shape[-1] == HALVES
 
 
 def test_behind_what_a_user_says_stands_what_it_was(grammar, bank, tokenizer, phones):

@@ -1,0 +1,69 @@
+"""How well the pocket base's speech says its text, beside the synthesiser's of the same turns.
+
+One recogniser with one language model of all turns hears three readings of each: the base's own
+speech; espeak's, encoded and decoded by the codec, which no base trained on its codes can be
+expected to surpass; and espeak's as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.codec import Told
+from duplex.frames import FRAME_SAMPLES, frames_covering_samples
+from duplex.mixing import normalize_loudness
+from training.pocket.base_bank import LOUDNESS_DBFS, Codec
+from training.pocket.base_espeak import Espeak
+from training.pocket.base_units import NEUTRAL
+from training.pocket.base_voices import agent_speaker, spoken_params
+
+LEAD_FRAMES, TAIL_FRAMES = 8, 2  # of silence around what is encoded
+
+Turn = tuple[str, np.ndarray, str]  # its text, how it sounds, float32 [S], and the agent's voice
+
+
+def speech_says_text(turns: Sequence[Turn], codec: Codec) -> dict[str, Any]:
+    """Word errors against the text row, of each of the three."""
+    readings: dict[str, list[np.ndarray]] = {"base": [], "through_codec": [], "synthesiser": []}
+    with Espeak() as speak:
+        for text, samples, voice in turns:
+            spoken = speak(text, spoken_params(agent_speaker(voice, NEUTRAL)))
+            levelled = normalize_loudness(spoken, LOUDNESS_DBFS)
+            readings["base"].append(samples)
+            readings["through_codec"].append(_through(codec, levelled))
+            readings["synthesiser"].append(levelled)
+    recogniser = Told([text for text, *_ in turns]) if turns else None
+    found = {}
+    for name, sounds in readings.items():
+        counted = [
+            recogniser.errors(text, samples)
+            for (text, *_), samples in zip(turns, sounds, strict=True)
+            if recogniser is not None
+        ]
+        errors, words = sum(e for e, _ in counted), sum(n for _, n in counted)
+        rate = errors / words if words else None
+        found[name] = {"turns": len(turns), "words": words, "wer": rate}
+    return found
+
+
+def decode(mimi: Any, codes: np.ndarray) -> np.ndarray:
+    """float32 [S] of codes [8, T], decoded by themselves."""
+    from moshi.utils.compile import no_compile
+
+    with torch.no_grad(), no_compile():
+        sound = mimi.decode(torch.from_numpy(codes.astype(np.int64))[None])
+    return sound[0, 0].numpy()
+
+
+def _through(codec: Codec, samples: np.ndarray) -> np.ndarray:
+    """float32 [S]: encoded and decoded, with silence around."""
+    from pipeline.engines.codec import encode
+
+    frames = LEAD_FRAMES + frames_covering_samples(len(samples)) + TAIL_FRAMES
+    channel = np.zeros(frames * FRAME_SAMPLES, dtype=np.float32)
+    channel[LEAD_FRAMES * FRAME_SAMPLES :][: len(samples)] = samples
+    return decode(codec.mimi, encode(codec.mimi, channel[None])[0])
