@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from duplex.characters import Fact, GapRange, Persona, Scenario, VoiceTraits
 from duplex.records import Dialogue, Turn
+
+
+def slow(*values: Any) -> Any:
+    """A parameter that `make test-all` alone tries."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def persona(persona_id: str = "angry-ann", **changes: Any) -> Persona:

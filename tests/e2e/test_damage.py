@@ -42,6 +42,7 @@ def test_a_damaged_tensor_stops_training_by_name(workplace):
     assert blob.name in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow  # a tensor stops training: above
 def test_a_damaged_adapter_stops_the_merge_by_name(workplace):
     damage(folder_of(workplace, "train") / "adapter" / "adapter_model.safetensors")
     result = workplace.run("--to", "merge", "--set", "merge.dtype=bfloat16")

@@ -175,6 +175,7 @@ def actions(pod, *settings):
     return {row["name"]: row["action"] for row in json.loads(result.stdout)["stages"]}
 
 
+@pytest.mark.slow  # the other recipe runs: below
 def test_dialogues_that_exist(pod):
     """Way A, without its training: what comes after the import is planned."""
     records = dialogues_of(pod)

@@ -47,6 +47,7 @@ def test_some_dialogues_are_sent_back_here(in_order):
     assert in_order["made"] > 18
 
 
+@pytest.mark.slow  # in another order they are, too: below
 def test_two_runs_are_equal(in_order, tmp_path):
     assert digests(tmp_path) == in_order
 
@@ -63,6 +64,7 @@ def test_another_order_changes_no_byte(in_order, tmp_path, monkeypatch, seed):
     assert digests(tmp_path) == in_order
 
 
+@pytest.mark.slow  # dialogues of a whole run: e2e/test_pipeline.py
 def test_a_run_with_more_dialogues_keeps_the_speech_that_it_had(in_order, tmp_path):
     digests(tmp_path, per_persona=3)
     assert digests(tmp_path) == in_order | {"made": digests_made(tmp_path)}

@@ -17,6 +17,7 @@ from pipeline.engines.checkpoint import Checkpoint
 from pipeline.merge import MergeStage
 from pipeline.serving.model import ServedModel
 from pipeline.train import TrainStage
+from tests.factories import slow
 from tests.stages.conftest import write_tiny_checkpoint
 from tests.stages.training_factories import (
     PREFIX,
@@ -68,7 +69,7 @@ def assert_same_agent(first, second):
 # -- converting
 
 
-@pytest.mark.parametrize("form", ["split", "fused", "schedule", "norms"])
+@pytest.mark.parametrize("form", ["split", slow("fused"), slow("schedule"), slow("norms")])
 def test_the_agent_says_what_it_said(wide, tmp_path, form):
     base = wide
     if form == "fused":
@@ -161,7 +162,7 @@ def test_config_json_holds_nothing_that_moshi_does_not_know(wide, tmp_path):
 # -- merging and cutting
 
 
-@pytest.mark.parametrize("form", ["split", "fused"])
+@pytest.mark.parametrize("form", ["split", slow("fused")])
 def test_merging_and_cutting_commute(wide, adapter, tmp_path, form):
     base, lora = wide, adapter
     if form == "fused":

@@ -198,6 +198,7 @@ def test_damaged_weights_and_pickles_are_refused(tmp_path, sample):
         engine_of(tmp_path).synthesize(asked(sample))
 
 
+@pytest.mark.slow  # another engine's: test_csm.py
 def test_close_frees_the_models_and_the_engine_can_be_used_again(folder, sample, monkeypatch):
     engine = engine_of(folder)
     engine._load()

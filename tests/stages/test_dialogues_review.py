@@ -121,6 +121,7 @@ def test_each_dialogue_ends_at_its_first_attempt_that_is_like_none_before(tmp_pa
     assert not any(in_conflict(a, b) for a in kept for b in kept if a.id < b.id)
 
 
+@pytest.mark.slow  # many seeds
 @given(st.integers(min_value=0, max_value=2**31))
 @settings(deadline=None, max_examples=15)
 def test_whatever_the_seed_the_review_comes_to_an_end(tmp_path_factory, seed):

@@ -13,6 +13,7 @@ from pipeline.evaluation.checkpoints import Machine, play_checkpoints
 from pipeline.evaluation.offline import play_checkpoint
 from pipeline.evaluation.play import PlaySettings, same_answer
 from pipeline.serving.model import ServedModel
+from tests.factories import slow
 from tests.stages.planted_server import spoken
 
 GREEDY = SamplingSection(text_temperature=0, audio_temperature=0)
@@ -40,7 +41,7 @@ def same(one, other):
     return same_answer(one, other) and one.text == other.text
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, HOT])
+@pytest.mark.parametrize("sampling", [slow(GREEDY), HOT])
 def test_who_else_talks_changes_nothing(model, sampling):
     """Five calls over three slots, of which each ends and begins at its own frame."""
     ended = []

@@ -169,6 +169,7 @@ def test_two_runs_have_one_digest_though_their_pages_differ(stage_run):
     assert stage_run.run("third").digest != one.digest
 
 
+@pytest.mark.slow  # scores by themselves: test_likelihood.py
 def test_clips_are_scored_the_same_on_every_run_and_on_the_page(
     stage_run, tiny_checkpoint, tmp_path, monkeypatch
 ):
@@ -302,6 +303,7 @@ def test_servers_are_named_by_where_they_are():
             name_targets([wrong])
 
 
+@pytest.mark.slow  # the same of scores alone: test_likelihood.py
 def test_one_real_model_against_itself_shows_no_change(tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other spin
     tokenizer = (tiny_checkpoint / "tokenizer.model").read_bytes()

@@ -171,6 +171,7 @@ TRANSCRIPT = {
 }
 
 
+@pytest.mark.slow  # files that are read by the same functions: below
 def test_damaged_recordings(tmp_path, tiny_checkpoint):
     good = [
         stereo(tmp_path / "a.wav"),
@@ -191,6 +192,7 @@ def test_damaged_recordings(tmp_path, tiny_checkpoint):
     assert imported and len(imported.records) + len(imported.refused) == EACH
 
 
+@pytest.mark.slow  # the same for tensors: above
 def test_damaged_transcripts(tmp_path, tiny_checkpoint):
     audio = stereo(tmp_path / "a.wav")
     files = tmp_path / "wav"
@@ -203,6 +205,7 @@ def test_damaged_transcripts(tmp_path, tiny_checkpoint):
     assert "f0000" in {record.id for record in imported.records}
 
 
+@pytest.mark.slow  # the same for tensors: above
 def test_damaged_lists(tmp_path, tiny_checkpoint):
     """Dialogue lists and indexes: one file each, since a list that is no JSON is refused whole."""
     turns = [{"role": "agent", "text": "Hurry up."}, {"role": "user", "text": "Yes."}]

@@ -189,6 +189,7 @@ def test_kills_and_a_budget_pay_nothing_twice_and_never_too_much(tmp_path: Path)
     assert_no_key(workplace.runs, stopped.stdout + result.stdout)
 
 
+@pytest.mark.slow  # kills pay for none, either: above
 def test_another_config_and_clean_pay_for_no_reply_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

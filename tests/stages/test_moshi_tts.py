@@ -224,6 +224,7 @@ def test_the_revision_follows_weights_and_voices_and_not_the_device(folders, tmp
     assert "@def" not in moshi_tts.revision(SpeechSection(revision="def"))
 
 
+@pytest.mark.slow  # another engine's: test_csm.py
 def test_close_frees_the_model_and_the_engine_can_be_used_again(folders):
     engine = moshi_tts.make(section_of(*folders))
     first = engine.synthesize(asked("hello")).samples.tobytes()

@@ -19,7 +19,7 @@ from duplex.datafiles import CHECKOUT, load_personas, load_world
 from duplex.errors import DataFileError
 from pipeline.personas import PersonasStage
 from pipeline.personas_command import review_files
-from tests.factories import persona, scenario, write_yaml
+from tests.factories import persona, scenario, slow, write_yaml
 
 KEY = "tiger-lily-must-not-be-seen-0123456789"
 VET = CHECKOUT / "data" / "vet-reception"
@@ -341,10 +341,10 @@ def test_a_draft_is_asked_again_with_the_reason_and_written_as_a_draft(tmp_path,
 @pytest.mark.parametrize(
     ("answers", "said", "code"),
     [
-        ([completion(None, refusal="I will not play a person in distress.")], "refused: I will", 1),
-        ([completion("Sure! Here is a persona:")], "no whole JSON object", 1),
+        slow([completion(None, refusal="I will not play one.")], "refused: I will", 1),
+        slow([completion("Sure! Here is a persona:")], "no whole JSON object", 1),
         ([(401, json.dumps({"error": {"message": f"bad key {KEY}"}}))], "answered 401", 2),
-        ([drafted(name="Pia")], "fact name must be the persona's name", 1),
+        slow([drafted(name="Pia")], "fact name must be the persona's name", 1),
     ],
 )
 def test_what_cannot_be_drafted_says_why_writes_nothing_and_hides_the_key(
@@ -358,6 +358,7 @@ def test_what_cannot_be_drafted_says_why_writes_nothing_and_hides_the_key(
     assert KEY not in everything_seen(result, tmp_path)
 
 
+@pytest.mark.slow  # budgets: test_budget.py
 def test_a_draft_in_the_same_words_is_paid_once_and_counts_in_the_runs_budget(tmp_path, serve):
     endpoint = serve(drafted())
     assert draft(endpoint, tmp_path).returncode == 0

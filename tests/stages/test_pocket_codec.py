@@ -144,6 +144,7 @@ def test_another_seed_is_another_run(tape, tmp_path):
     assert run(trainer(tape, tmp_path, tiny_recipe(seed=4)), until=4) == 0
 
 
+@pytest.mark.slow  # the command trains, too
 def test_training_lowers_the_losses(tape, tmp_path):
     one = trainer(tape, tmp_path, tiny_recipe(steps=60, decoder_steps=0, warmup_steps=5))
     with no_compile():

@@ -174,6 +174,7 @@ def test_damaged_weights_are_told_as_such_and_are_another_revision(tmp_path, sam
         pocket_tts.make(section_of(path)).synthesize(asked(sample))
 
 
+@pytest.mark.slow  # another engine's: test_csm.py
 def test_close_frees_the_model_and_the_engine_can_be_used_again(description, sample):
     engine = pocket_tts.make(section_of(description))
     first = engine.synthesize(asked(sample)).samples.tobytes()

@@ -74,6 +74,7 @@ def test_a_record_that_kills_its_workers_is_rejected_and_no_other(
     assert f"a worker died at r-00 ({most} of {most}): its process ended" in said
 
 
+@pytest.mark.slow  # one that dies with each try: above
 def test_a_worker_that_dies_once_changes_no_digest(tmp_path, ray_runner):
     behaviours = {2: ("die-once", tmp_path / "died")}
     manifest, _ = toys.run(tmp_path / "there", behaviours, runner=ray_runner)

@@ -41,6 +41,7 @@ def bring_in(path, tmp_path, options=None, rate=0.0):
     return import_stage(config, tmp_path / "runs", "speech", path, recording=options)
 
 
+@pytest.mark.slow  # six seconds of a core
 def test_a_recording_without_a_transcript_gets_its_turns_and_words(tmp_path, conversation):
     """Bounds: turns within 0.2 s; word error rate under .5 (measured: .24, pocketsphinx)."""
     samples, truth = conversation

@@ -169,6 +169,7 @@ def test_time_and_idleness_have_an_end(model, limit, reason, code):
     in_loop(model, talk, limits=Limits(roll=True, **limit))
 
 
+@pytest.mark.slow  # nine seconds of a core
 def test_who_sends_ten_times_too_fast_is_answered_frame_by_frame(model):
     num_frames = 200
 

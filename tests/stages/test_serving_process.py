@@ -194,6 +194,7 @@ def test_a_taken_port_is_said_with_its_number_and_exits_1(tiny_checkpoint):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow  # while it loads: below
 def test_it_ends_with_its_standard_input(tiny_checkpoint, tmp_path):
     with process(tiny_checkpoint, tmp_path, "--die-with-stdin") as (server, url, _):
         assert probe_sync(url, prompt="Hello.").proven

@@ -10,6 +10,7 @@ from pipeline.serving import prefill
 from pipeline.serving.model import ServedModel
 from pipeline.serving.prefill import PromptCache
 from pipeline.serving.sampling import SlotSampler, pick
+from tests.factories import slow
 from tests.stages.conftest import write_tiny_checkpoint
 
 SLOTS = 3
@@ -114,6 +115,7 @@ def test_the_fifteenth_conversation_of_a_slot_is_the_first(model, references):
     assert alone(model, 0, slot=1).said == references[0].said
 
 
+@pytest.mark.slow  # shorter neighbours: above
 def test_a_long_neighbour_whose_ring_has_wrapped_is_not_touched_by_a_prompt(model):
     """Blocks of a prompt written into the shared ring would overwrite its oldest frames."""
     user = audio(9, 110)  # beyond the context of 90
@@ -148,7 +150,7 @@ def test_nothing_is_ungenerated_not_even_in_the_first_frame_without_a_prompt(mon
         assert (out[slots] >= 0).all()
 
 
-@pytest.mark.parametrize("block", [1, 5, 1000])
+@pytest.mark.parametrize("block", [slow(1), 5, slow(1000)])
 def test_a_prompt_in_blocks_is_the_prompt_frame_by_frame(model, references, monkeypatch, block):
     monkeypatch.setitem(prefill.BLOCK_FRAMES, "cpu", block)
     monkeypatch.setattr(model, "cache", PromptCache(0))

@@ -48,6 +48,7 @@ def test_it_gives_what_peft_gives(tiny_checkpoint, adapter, tmp_path, form, conf
     assert not torch.allclose(*expected, atol=0.01)
 
 
+@pytest.mark.slow  # float32 and eight steps: above
 def test_a_bfloat16_file_and_sixteen_steps_give_it_too(tmp_path):
     wide = write_tiny_checkpoint(tmp_path / "wide", dep_q=16)
     path = wide / "model.safetensors"

@@ -108,6 +108,7 @@ def test_the_loss_falls_on_what_can_be_learnt(tiny_checkpoint, tensors, tmp_path
         assert last["streams"][stream] < 0.7 * first["streams"][stream], stream
 
 
+@pytest.mark.slow  # a killed one has it, too: below
 def test_two_runs_have_the_same_digest(trained, tiny_checkpoint, tensors, tmp_path):
     config = make_config(tiny_checkpoint)
     again = run_stage(TrainStage(), config, tmp_path / "again", tensors=tensors)

@@ -208,6 +208,7 @@ def test_gender_is_guessed_only_where_that_is_allowed(speech, vad, tmp_path):
     assert guessed == "male"
 
 
+@pytest.mark.slow  # three recognitions
 def test_a_given_transcript_is_kept_only_where_all_of_it_is_in_the_stretch(speech, vad, tmp_path):
     root = recording(tmp_path / "r", speech["anna"])
     write_yaml(root / "voices.yaml", {"speakers": {"someone": {"transcript": TEXT}}})

@@ -11,6 +11,7 @@ from moshi.models.loaders import _lm_kwargs
 
 from duplex.config_train import GuardsSection, LoraSection, TrainSection
 from pipeline.engines.pocket import LM_CONFIG
+from tests.factories import slow
 from training import attention
 from training.estimate import (
     MOSHI_7B,
@@ -72,7 +73,7 @@ def test_the_7b_model(dep_q, billions, linears):
     assert {kind.columns % BLOCK for kind in kinds} == {0}, "nf4 packs all of them"
 
 
-@pytest.mark.parametrize(("dep_q", "codebooks"), [(8, 8), (16, 16)])
+@pytest.mark.parametrize(("dep_q", "codebooks"), [(8, 8), slow(16, 16)])
 def test_adapters_of_the_7b_model_are_put_on_and_counted(dep_q, codebooks):
     """PEFT itself, on the meta device: each name is found, and each group has the size computed."""
     lora = LoraSection(rank=16, embeddings=True)
