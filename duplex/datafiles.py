@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from duplex.base import Record
 from duplex.characters import Domain, Persona, Scenario
 from duplex.errors import DataFileError
+from duplex.files import parse_yaml
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -75,7 +76,7 @@ def read_yaml(path: Path) -> Any:
 @lru_cache(maxsize=1024)
 def _parsed(text: str) -> Any:
     """Once for each content: planning reads all files of data/ again for each stage."""
-    return yaml.safe_load(text)
+    return parse_yaml(text)
 
 
 def describe_faults(error: ValidationError) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from duplex.base import canonical_json
 from duplex.datafiles import CHECKOUT
 from duplex.errors import MissingInputError
-from duplex.files import sha256_bytes, sha256_file
+from duplex.files import known_sha256, sha256_bytes
 from duplex.streams import CODEBOOKS, DELAYS, TEXT_PAD
 
 LAYOUT_VERSION = 3
@@ -123,7 +123,7 @@ def recipe_digest() -> str:
                 f"{POCKET / name}: must be there, as it is in the repository; found none. Restore "
                 "it, or train the pocket models anew: python -m training.pocket --help"
             )
-    found = {name: sha256_file(POCKET / name) for name in FILES}
+    found = {name: known_sha256(POCKET / name) for name in FILES}
     return sha256_bytes(canonical_json({"layout": LAYOUT_VERSION, **found}).encode())
 
 

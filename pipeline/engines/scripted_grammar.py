@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from duplex.base import Frozen, Role
 from duplex.errors import DataFileError
+from duplex.files import parse_yaml
 from pipeline.engines.scripted_menu import Menu, load_menu
 
 CUSTOMER_TYPES = ("angry", "nervous", "friendly", "indecisive", "enthusiast")
@@ -216,7 +216,7 @@ def digest_grammar(folder: Path) -> str:
 
 
 def _load_exchanges(path: Path) -> tuple[Exchange, ...]:
-    data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data: Any = parse_yaml(path.read_text(encoding="utf-8"))
     try:
         return TypeAdapter(tuple[Exchange, ...]).validate_python(data)
     except ValidationError as error:
@@ -224,7 +224,7 @@ def _load_exchanges(path: Path) -> tuple[Exchange, ...]:
 
 
 def _load_lines(path: Path) -> dict[str, tuple[Sequence, ...]]:
-    data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data: Any = parse_yaml(path.read_text(encoding="utf-8"))
     lines: dict[str, tuple[Sequence, ...]] = {}
     for key, templates in _flatten(data).items():
         parsed: list[Sequence] = []

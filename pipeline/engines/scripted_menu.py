@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from duplex.base import Frozen
 from duplex.errors import DataFileError
+from duplex.files import parse_yaml
 from duplex.wording import ONES, TENS
 from duplex.words import has_words
 
@@ -114,7 +114,7 @@ class Menu(Frozen):
 
 
 def load_menu(path: Path) -> Menu:
-    data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data: Any = parse_yaml(path.read_text(encoding="utf-8"))
     try:
         return Menu.model_validate(data)
     except ValidationError as error:

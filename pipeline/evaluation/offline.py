@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from duplex.errors import CorruptFileError
+from duplex.frames import SAMPLE_RATE
 from pipeline.evaluation.batch import Call
 from pipeline.evaluation.batch_worker import read_conversation, write_call
 from pipeline.evaluation.items import SpokenItem
@@ -25,6 +26,7 @@ ADVICE = (
     "Signal 9 that nobody sent is most often the system short of memory: lower "
     "evaluate.runtime.slots."
 )
+WORTH_S = 60.0  # of conversation that another process is worth, which imports and loads for seconds
 _MEMORY_SHARE = 0.4  # of all there is, for the weights of all processes
 
 
@@ -46,7 +48,7 @@ def play_checkpoint(
     Args:
         tokenizer: SentencePiece model that prompts are proven by.
         slots: conversations at a time in one process, at most.
-        processes: None: as many as the device and the memory suggest.
+        processes: None: as many as the device, the memory and what is to be held suggest.
 
     Raises:
         DuplexError: what loading the checkpoint or holding a conversation raised.
@@ -57,7 +59,8 @@ def play_checkpoint(
     calls = [_call(one, settings) for one in taken]
     place = pick_device(device)
     if processes is None:
-        processes = fitting_processes(checkpoint, place)
+        seconds = sum(len(call.user) for call in calls) / SAMPLE_RATE
+        processes = min(fitting_processes(checkpoint, place), max(1, int(seconds / WORTH_S)))
     processes = min(processes, len(calls))
     slots = _even_slots(-(-len(calls) // processes), slots, settings.again)
     with tempfile.TemporaryDirectory(prefix="duplex-evaluate-") as name:

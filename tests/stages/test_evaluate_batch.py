@@ -85,6 +85,7 @@ def test_a_batch_gives_what_a_server_gives_bit_for_bit(tiny_checkpoint, monkeypa
     """Two processes, two seeds, three items; the first conversation over a real server too, and
     then all of them: with one slot each row of each sum is the same one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(offline, "WORTH_S", 5)  # of eighteen
     items = [spoken(item_id=f"item-{n}", seconds=3, user_turns=["Hm " * (n + 1)]) for n in range(3)]
     tokenizer = (tiny_checkpoint / "tokenizer.model").read_bytes()
     settings = PlaySettings(seeds=(4, 5), tokenizer=tokenizer)

@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
+from duplex import configfile, files
 from duplex.config import Config
 from duplex.configfile import load_config
 from pipeline.serving.app import main as serve
@@ -106,7 +108,11 @@ def test_no_archive_is_unpacked_and_no_code_of_a_hub_is_run():
 
 def test_yaml_is_read_by_safe_loaders(tmp_path):
     named = {ast.unparse(call.args[1]) for _, call in calls_of("yaml.load")}
-    assert named == {"_Loader"}  # of duplex/configfile.py
+    assert named == {"_Loader", "_SafeLoader"}  # of duplex/configfile.py and duplex/files.py
+    assert issubclass(configfile._Loader, yaml.SafeLoader)
+    assert files._SafeLoader in (yaml.SafeLoader, yaml.CSafeLoader)
+    with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
+        files.parse_yaml("name: !!python/object/apply:os.getcwd []")
     (tmp_path / "c.yaml").write_text("name: !!python/object/apply:os.getcwd []")
     with pytest.raises(ValueError, match="must be YAML"):
         load_config(tmp_path / "c.yaml")
