@@ -9,7 +9,7 @@ runs the prompt is worded as none of training was, and so are most of the questi
 the facts have values that no prompt of it had. All three are told apart below. Half as many further
 runs ask by voices of training, in the very recordings that training used (those voices have no new
 questions): what falls between the two is voice, recording and, in part, wording together. Text is
-sampled at .4 / top 10, audio at .7 / top 50. Definitions: training/pocket/base_measures.py; in
+sampled at .4 / top 10, audio at .2 / top 50. Definitions: training/pocket/base_measures.py; in
 short:
 
     answers           questions behind which the agent says something before the next one
@@ -60,7 +60,7 @@ from training.pocket.base_data import Places, load_pocket_codec, speak_and_encod
 from training.pocket.base_measures import Answer, collapsed, judge, spoken_turns, yields
 from training.pocket.base_probe import Probe, choose_cut, draw_probe, run_probes
 from training.pocket.base_source import LoopSettings, Source
-from training.pocket.base_units import NEUTRAL, Amounts, Unit, UnitIndex, inventory
+from training.pocket.base_units import ALOUD_ACT, NEUTRAL, Amounts, Unit, UnitIndex, inventory
 from training.pocket.base_voices import Speaker, gender_of, users
 from training.pocket.base_weights import base_config, load_base, load_tokenizer
 from training.pocket.roles import Grammar, load_grammar
@@ -145,6 +145,7 @@ def held_out_units(units: Sequence[Unit]) -> list[Unit]:
         or unit.speaker in KNOWN_USERS
         or (
             unit.speaker.state == NEUTRAL
+            and unit.act != ALOUD_ACT
             and (unit.side == "held" or not unit.act.startswith("answer/"))
         )
     ]
