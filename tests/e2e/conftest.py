@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parents[2]
 PERSONAS = ["angry-marcus", "friendly-june", "nervous-mei"]
 
@@ -59,7 +61,11 @@ class Workplace:
     def persona_file(self, persona_id: str) -> Path:
         return self.folder / "personas" / f"{persona_id}.yaml"
 
-    def duplex(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    def duplex(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return forked.duplex(arguments, self.folder, environment())
+
+    def started(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+        """The same as a shell starts it."""
         return subprocess.run(
             [sys.executable, "-m", "duplex.cli", *arguments],
             cwd=self.folder, env=environment(), capture_output=True, text=True, **options,
@@ -145,7 +151,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
             return workplace
         workplace = make_workplace(shared / "finished")
         compile_peft()
-        result = workplace.run()
+        result = workplace.started("run", "small.yaml")
         assert result.returncode == 0, result.stdout + result.stderr
         (shared / "finished.done").touch()
     return workplace

@@ -21,6 +21,7 @@ def damage(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow  # a damaged tensor: below
 def test_a_damaged_recording_is_rejected_by_name(workplace):
     blob = sorted((folder_of(workplace, "speech") / "blobs").iterdir())[0]
     damage(blob)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tests import forked
 from tests.e2e.conftest import ROOT, environment
 
 README = (ROOT / "README.md").read_text()
@@ -55,10 +56,7 @@ def checkout(finished, tmp_path_factory):
 
 def run(command, folder):
     arguments = [part for word in shlex.split(command)[1:] for part in expand(word, folder)]
-    return subprocess.run(
-        [sys.executable, "-m", "duplex.cli", *arguments],
-        cwd=folder, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    return forked.duplex(arguments, folder, environment())
 
 
 def expand(word, folder):

@@ -18,6 +18,7 @@ from duplex.cli import app
 from duplex.config import Config
 from duplex.configfile import load_config
 from duplex.errors import ConfigError
+from tests import forked
 from tests.e2e.conftest import ROOT, environment
 
 README = (ROOT / "runpod" / "README.md").read_text()
@@ -149,10 +150,7 @@ def said(pod, line):
     """A line of the README in that place."""
     line = line.replace("/workspace", str(pod / "workspace"))
     line = line.replace("nvidia/personaplex-7b-v1", "pocket")
-    return subprocess.run(
-        [sys.executable, "-m", "duplex.cli", *shlex.split(line)[1:]],
-        cwd=pod, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    return forked.duplex(shlex.split(line)[1:], pod, environment())
 
 
 def way(heading, up_to):

@@ -83,6 +83,7 @@ def test_setup_installs_what_the_image_installs():
     assert extras[0] == extras[1]
 
 
+@pytest.mark.slow  # seven seconds of a core
 def test_what_is_run_ends_well_when_its_hours_are_over(fresh):  # noqa: F811
     """The task's own line, with start.sh as it is; SIGTERM ends it as it ends a pod."""
     variables = environment() | TASK["envs"] | {

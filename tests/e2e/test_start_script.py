@@ -312,7 +312,7 @@ def test_killed_again_and_again_as_a_fresh_user_it_ends_served_with_equal_digest
         pod.start()
         pod.wait_for("/ready", 200, 900)
         url = PROBE.format(port=pod.port) + f"&token={TOKEN}"
-        assert workplace.duplex("probe", url, timeout=60).returncode == 0
+        assert workplace.started("probe", url, timeout=60).returncode == 0
         owners = {path.lstat().st_uid for path in workplace.runs.rglob("*")}
         assert owners == {user.uid}
         code, seconds = pod.stop()

@@ -113,6 +113,7 @@ def test_a_batch_gives_what_a_server_gives_bit_for_bit(tiny_checkpoint, monkeypa
     assert served[0].served is None
 
 
+@pytest.mark.slow  # seven seconds of a core
 def test_a_server_that_says_something_else_is_told(tiny_checkpoint, monkeypatch):
     items = [spoken(seconds=2, user_turns=["Hm"])]
     tokenizer = (tiny_checkpoint / "tokenizer.model").read_bytes()

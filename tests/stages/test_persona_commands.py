@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +17,7 @@ from duplex.datafiles import CHECKOUT, load_personas, load_world
 from duplex.errors import DataFileError
 from pipeline.personas import PersonasStage
 from pipeline.personas_command import review_files
+from tests import forked
 from tests.factories import persona, scenario, slow, write_yaml
 
 KEY = "tiger-lily-must-not-be-seen-0123456789"
@@ -27,11 +26,8 @@ COFFEE = str(CHECKOUT / "data" / "domains" / "coffee-shop.yaml")
 
 
 def duplex(*arguments, cwd, **variables):
-    return subprocess.run(
-        [sys.executable, "-m", "duplex.cli", *map(str, arguments)],
-        cwd=cwd, env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | variables,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)} | variables
+    return forked.duplex([str(argument) for argument in arguments], cwd, environment)
 
 
 def checked(*paths, cwd):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
 
 import yaml
 
 from duplex.characters import Domain, Persona, Scenario
 from duplex.datafiles import CHECKOUT
+from tests import forked
 
 TEXT = (CHECKOUT / "docs" / "personas.md").read_text()
 
@@ -26,11 +25,8 @@ def test_each_command_of_the_page_does_what_it_says(tmp_path):
     ]
     assert len(commands) == 5 and all(command.startswith("duplex ") for command in commands)
     for command in commands:
-        result = subprocess.run(
-            [sys.executable, "-m", "duplex.cli", *shlex.split(command)[1:]],
-            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CHECKOUT), "OPENAI_API_KEY": "none"},
-            capture_output=True, text=True,
-        )  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "OPENAI_API_KEY": "none"}
+        result = forked.duplex(shlex.split(command)[1:], tmp_path, environment)
         assert result.returncode == 0, command + result.stdout + result.stderr
     assert yaml.safe_load((tmp_path / "mine" / "angry-ruth.yaml").read_text())["type"] == "angry"
 

@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from duplex.metrics import word_error_rate, words_of
 from pipeline import recordings
 from pipeline.imports import import_stage
 from pipeline.recordings import RecordingOptions, voice_id
+from tests import forked
 from tests.stages.recordings_helpers import SCRIPT, speak, write
 
 SPHINX = RecordingOptions(persona="Ann B", prompt="You are Ann.", recogniser="pocketsphinx")
@@ -246,13 +245,7 @@ def test_the_command_brings_in_speech_that_the_next_stage_takes(tmp_path, short,
 
 
 def duplex(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "duplex.cli", *arguments],
-        cwd=CHECKOUT,
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
-        capture_output=True,
-        text=True,
-    )
+    return forked.duplex(arguments, CHECKOUT, os.environ | {"PYTHONPATH": str(CHECKOUT)})
 
 
 def next_blob(folder):

@@ -139,6 +139,7 @@ def test_a_full_context_ends_the_conversation_and_says_so(model):
     in_loop(model, talk)
 
 
+@pytest.mark.slow  # by itself: test_conversation.py
 def test_with_roll_it_goes_on_behind_the_context(model):
     async def talk(url):
         async with session_at(url, seed=3, format="pcm") as ws:

@@ -107,6 +107,7 @@ def test_neighbours_that_come_and_go_change_nothing(model, references):
         assert talk.said == references[number].said, number
 
 
+@pytest.mark.slow  # a seed decides one: test_conversation.py
 def test_the_fifteenth_conversation_of_a_slot_is_the_first(model, references):
     for turn in range(14):
         talk = Talk(model, turn % 3, 1)

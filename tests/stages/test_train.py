@@ -352,6 +352,7 @@ def test_the_rate_rises_and_falls():
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.1
 
 
+@pytest.mark.slow  # trains at eight codebooks: above
 def test_a_wider_checkpoint_trains_too(tmp_path):
     """dep_q 16, as PersonaPlex has it."""
     wide = write_tiny_checkpoint(tmp_path / "wide", dep_q=16)

@@ -77,6 +77,7 @@ class Down:
         return Reply(encoded(samples))
 
 
+@pytest.mark.slow  # four seconds of a core
 def test_a_turn_that_fails_for_now_does_not_buy_the_others_again(tmp_path):
     answer = Down(faults=1)
     with serving(answer) as server:

@@ -102,6 +102,7 @@ def test_a_price_is_that_of_the_good_that_was_asked_for(units, dialogues):
     assert checked > 20
 
 
+@pytest.mark.slow  # four seconds of a core
 def test_the_same_seed_draws_the_same(grammar, units):
     index = UnitIndex(units)
     first, again, other = (

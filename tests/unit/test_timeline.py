@@ -242,6 +242,7 @@ def test_what_always_holds(turns, seed, section):
             assert heard < HEARD_SHARE * WORD_S + FINISH_WORD_S
 
 
+@pytest.mark.slow  # the same of a whole run: stages/test_data_order.py
 @settings(deadline=None)  # sound takes long where others compute too
 @given(conversations(), st.integers(0, 99))
 def test_equal_seeds_give_equal_bytes(turns, seed):
