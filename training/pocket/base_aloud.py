@@ -1,8 +1,9 @@
 """Clips that teach to speak: the agent reads aloud what its text row holds, whatever it is.
 
-Dialogues hold some thousand different sentences; these are strings of a dictionary's words, prices,
-names and telephone numbers, so that the sound of a piece is learnt apart from the sentence that it
-stands in. What is said cannot be guessed from its fixed prompt, so the text carries no loss.
+Dialogues hold some thousand different sentences; these are words of the grammar's values and of a
+dictionary in any order, prices, names and telephone numbers, so that the sound of a piece is learnt
+apart from the sentence that it stands in. What is said cannot be guessed from its fixed prompt, so
+the text carries no loss.
 """
 
 from __future__ import annotations
