@@ -45,11 +45,12 @@ import soxr
 import torch
 
 from benchmarks.pocket_base_page import describe
-from benchmarks.pocket_base_speech import Turn, decode, speech_says_text
+from benchmarks.pocket_base_speech import Turn, speech_says_text
 from duplex.datafiles import CHECKOUT
 from duplex.files import write_atomic, write_json
 from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
 from duplex.metrics import proportion_interval, segments, speech_activity
+from pipeline.engines.codec import decode
 from pipeline.engines.vad import VAD_RATE
 from pipeline.engines.voice_sound import gender_of_pitch
 from training.device import cpu_name

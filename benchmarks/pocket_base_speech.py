@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.codec import Told
 from duplex.frames import FRAME_SAMPLES, frames_covering_samples
 from duplex.mixing import normalize_loudness
-from training.pocket.base_bank import LOUDNESS_DBFS, Codec
+from pipeline.engines.codec import decode, encode
+from training.pocket.base_bank import LEAD_FRAMES, LOUDNESS_DBFS, TAIL_FRAMES, Codec
 from training.pocket.base_espeak import Espeak
 from training.pocket.base_units import NEUTRAL
 from training.pocket.base_voices import agent_speaker, spoken_params
-
-LEAD_FRAMES, TAIL_FRAMES = 8, 2  # of silence around what is encoded
 
 Turn = tuple[str, np.ndarray, str]  # its text, how it sounds, float32 [S], and the agent's voice
 
@@ -50,19 +48,8 @@ def speech_says_text(turns: Sequence[Turn], codec: Codec) -> dict[str, Any]:
     return found
 
 
-def decode(mimi: Any, codes: np.ndarray) -> np.ndarray:
-    """float32 [S] of codes [8, T], decoded by themselves."""
-    from moshi.utils.compile import no_compile
-
-    with torch.no_grad(), no_compile():
-        sound = mimi.decode(torch.from_numpy(codes.astype(np.int64))[None])
-    return sound[0, 0].numpy()
-
-
 def _through(codec: Codec, samples: np.ndarray) -> np.ndarray:
     """float32 [S]: encoded and decoded, with silence around."""
-    from pipeline.engines.codec import encode
-
     frames = LEAD_FRAMES + frames_covering_samples(len(samples)) + TAIL_FRAMES
     channel = np.zeros(frames * FRAME_SAMPLES, dtype=np.float32)
     channel[LEAD_FRAMES * FRAME_SAMPLES :][: len(samples)] = samples

@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-SECONDS = 240
-
 
 def duplex(
     arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]

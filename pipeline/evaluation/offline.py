@@ -26,7 +26,7 @@ ADVICE = (
     "Signal 9 that nobody sent is most often the system short of memory: lower "
     "evaluate.runtime.slots."
 )
-WORTH_S = 60.0  # of conversation that another process is worth, which imports and loads for seconds
+SECONDS_A_PROCESS = 60.0  # of conversation: each imports and loads for some seconds
 _MEMORY_SHARE = 0.4  # of all there is, for the weights of all processes
 
 
@@ -60,7 +60,7 @@ def play_checkpoint(
     place = pick_device(device)
     if processes is None:
         seconds = sum(len(call.user) for call in calls) / SAMPLE_RATE
-        processes = min(fitting_processes(checkpoint, place), max(1, int(seconds / WORTH_S)))
+        processes = worthwhile_processes(seconds, fitting_processes(checkpoint, place))
     processes = min(processes, len(calls))
     slots = _even_slots(-(-len(calls) // processes), slots, settings.again)
     with tempfile.TemporaryDirectory(prefix="duplex-evaluate-") as name:
@@ -112,6 +112,11 @@ def _even_slots(calls: int, most: int, again: bool) -> int:
     calls += again
     rounds = max(-(-calls // most), 1 + again)
     return -(-calls // rounds)
+
+
+def worthwhile_processes(seconds: float, most: int) -> int:
+    """Up to `most`, each with `SECONDS_A_PROCESS` of conversation or more."""
+    return max(1, min(most, int(seconds / SECONDS_A_PROCESS)))
 
 
 def fitting_processes(checkpoint: Path, device: str) -> int:

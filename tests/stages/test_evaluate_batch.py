@@ -80,12 +80,18 @@ def test_a_prompt_that_is_not_taken_and_a_call_that_is_too_long_are_refused(mode
     assert len(converse_together(model, calls(2), GREEDY)) == 2  # and it goes on
 
 
+def test_no_process_is_started_for_less_than_a_minute_of_conversation():
+    found = [offline.worthwhile_processes(s, most) for s, most in ((24, 8), (119, 8), (680, 2))]
+    assert found == [1, 1, 2]
+    assert offline.worthwhile_processes(680, 64) == 11
+
+
 @pytest.mark.slow
 def test_a_batch_gives_what_a_server_gives_bit_for_bit(tiny_checkpoint, monkeypatch):
     """Two processes, two seeds, three items; the first conversation over a real server too, and
     then all of them: with one slot each row of each sum is the same one."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(offline, "WORTH_S", 5)  # of eighteen
+    monkeypatch.setattr(offline, "SECONDS_A_PROCESS", 5)  # of eighteen
     items = [spoken(item_id=f"item-{n}", seconds=3, user_turns=["Hm " * (n + 1)]) for n in range(3)]
     tokenizer = (tiny_checkpoint / "tokenizer.model").read_bytes()
     settings = PlaySettings(seeds=(4, 5), tokenizer=tokenizer)
@@ -113,7 +119,6 @@ def test_a_batch_gives_what_a_server_gives_bit_for_bit(tiny_checkpoint, monkeypa
     assert served[0].served is None
 
 
-@pytest.mark.slow  # seven seconds of a core
 def test_a_server_that_says_something_else_is_told(tiny_checkpoint, monkeypatch):
     items = [spoken(seconds=2, user_turns=["Hm"])]
     tokenizer = (tiny_checkpoint / "tokenizer.model").read_bytes()

@@ -36,7 +36,7 @@ def test_what_was_made_is_kept_by_what_it_hangs_on(tmp_path):
 @pytest.mark.slow
 def test_conversations_held_both_ways_are_compared(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(offline, "WORTH_S", 6)  # of twelve
+    monkeypatch.setattr(offline, "SECONDS_A_PROCESS", 6)  # of twelve
     # One slot everywhere: a random model's likeliest token hangs on how sums are rounded.
     tiny = {"slots": 1, "count": 3, "seconds": 4.0, "rounds": 2, "sample": 2}
     found = evaluate.speed(tiny_checkpoint, tmp_path, **tiny)

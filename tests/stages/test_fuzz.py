@@ -171,7 +171,7 @@ TRANSCRIPT = {
 }
 
 
-@pytest.mark.slow  # files that are read by the same functions: below
+@pytest.mark.slow  # seven seconds of a core; by name: test_recordings.py
 def test_damaged_recordings(tmp_path, tiny_checkpoint):
     good = [
         stereo(tmp_path / "a.wav"),
@@ -192,7 +192,7 @@ def test_damaged_recordings(tmp_path, tiny_checkpoint):
     assert imported and len(imported.records) + len(imported.refused) == EACH
 
 
-@pytest.mark.slow  # the same for tensors: above
+@pytest.mark.slow  # four seconds of a core; by name: test_recordings.py
 def test_damaged_transcripts(tmp_path, tiny_checkpoint):
     audio = stereo(tmp_path / "a.wav")
     files = tmp_path / "wav"
@@ -205,7 +205,7 @@ def test_damaged_transcripts(tmp_path, tiny_checkpoint):
     assert "f0000" in {record.id for record in imported.records}
 
 
-@pytest.mark.slow  # the same for tensors: above
+@pytest.mark.slow  # four seconds of a core
 def test_damaged_lists(tmp_path, tiny_checkpoint):
     """Dialogue lists and indexes: one file each, since a list that is no JSON is refused whole."""
     turns = [{"role": "agent", "text": "Hurry up."}, {"role": "user", "text": "Yes."}]

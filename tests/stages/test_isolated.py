@@ -326,7 +326,7 @@ def test_chatterbox_without_its_package_says_what_is_missing():
         engine.synthesize(request())
 
 
-@pytest.mark.slow  # without its package: in this file
+@pytest.mark.slow  # without its package: above
 def test_chatterbox_without_its_weights_says_what_is_missing(fake, tmp_path):
     fake._environment["HF_HUB_CACHE"] = str(tmp_path / "empty")
     with pytest.raises(MissingInputError, match="needs the weights ResembleAI/chatterbox"):

@@ -195,7 +195,6 @@ def test_a_planted_regression_is_found_where_there_are_clips_enough(scored):
     assert least_items(asked) <= 16
 
 
-@pytest.mark.slow  # a planted one is found: in this file
 def test_the_same_model_twice_shows_no_regression(scored):
     checkpoints, tensors, section, entries = scored
     twice = teacher_force(

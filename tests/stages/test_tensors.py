@@ -295,7 +295,6 @@ def test_text_without_a_frame_is_an_error_unless_it_may_go(tmp_path, tiny_checkp
     assert clips["c0"].dropped_tokens > 0
 
 
-@pytest.mark.slow  # any order gives them: test_data_order.py
 def test_bytes_are_the_same_with_workers_and_with_the_cache(tmp_path, tiny_checkpoint, speech):
     digests = {}
     for name, runtime in {

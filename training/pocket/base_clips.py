@@ -30,7 +30,7 @@ from duplex.streams import USER_ROWS, build_prompt, prompt_tokens
 from training.batches import Batch, Clip, make_batch
 from training.pocket.base_bank import Bank
 from training.pocket.base_dialogue import ANSWER_GAP, Dialogue, Said
-from training.pocket.base_phones import AGENT, USER, Phones, no_labels
+from training.pocket.base_phones import AGENT, COLUMNS, USER, Phones, Uttered, no_labels
 from training.pocket.base_prompts import told_row
 from training.pocket.base_units import acts_of
 from training.pocket.codec_labels import IGNORED
@@ -88,7 +88,7 @@ class ClipMaker:
         num_frames = max(turn.end for turn, _ in placed) + dialogue.tail
         agent = np.repeat(np.asarray(self.bank.tokens.silence)[:, None], num_frames, axis=1)
         user = room_codes(self.bank, dialogue.user.state, num_frames, rng)
-        said: dict[str, list[tuple[int, int, int]]] = {"user": [], "agent": []}
+        said: dict[str, list[Uttered]] = {"user": [], "agent": []}
         for turn, pieces in placed:
             channel = agent if turn.role == "agent" else user
             for start, codes, unit in pieces:
@@ -111,7 +111,7 @@ class ClipMaker:
         acts[:frames, 1] = told
         return DialogueClip(clip, turns, phones, acts)
 
-    def _asked(self, heard: Sequence[tuple[int, int, int]], first: int, length: int) -> np.ndarray:
+    def _asked(self, heard: Sequence[Uttered], first: int, length: int) -> np.ndarray:
         """int16 [length]: behind each unit of the user's, from `first` on, what it does."""
         track = np.full(length, IGNORED, dtype=np.int16)
         for start, unit, _ in heard:
@@ -286,8 +286,7 @@ def whole_lesson(clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:
 def unlabelled(batch: Batch) -> Lesson:
     """A batch of which nothing is told."""
     nothing = torch.full(batch.codes[:, 0].shape, IGNORED, dtype=torch.int16)[..., None]
-    phones = nothing.repeat(1, 1, no_labels(0).shape[1])
-    return Lesson(batch, phones, nothing.repeat(1, 1, len(ACT_LABELS)))
+    return Lesson(batch, nothing.repeat(1, 1, COLUMNS), nothing.repeat(1, 1, len(ACT_LABELS)))
 
 
 def _labelled(batch: Batch, clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:

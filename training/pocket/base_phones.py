@@ -38,6 +38,9 @@ from training.pocket.roles import Grammar
 
 VERSION = 1
 USER, AGENT = slice(0, HALVES), slice(HALVES, 2 * HALVES)  # columns of a clip's labels
+COLUMNS = 2 * HALVES
+
+Uttered = tuple[int, int, int]  # first frame, place of the unit, frames of it that are said
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,6 @@ class Phones:
         return np.concatenate([row, self.track(agent, num_frames, IGNORED)], axis=1)
 
 
-Uttered = tuple[int, int, int]  # first frame, place of the unit, frames of it that are said
 Heard = tuple[np.ndarray, list[int]]  # names of phones [S // 240], by word the frame of its end
 
 
@@ -152,4 +154,4 @@ def _read(path: Path, places: Sequence[int]) -> Phones:
 
 def no_labels(num_frames: int) -> np.ndarray:
     """int16 [num_frames, 4] of frames that are not labelled."""
-    return np.full((num_frames, 2 * HALVES), IGNORED, dtype=np.int16)
+    return np.full((num_frames, COLUMNS), IGNORED, dtype=np.int16)

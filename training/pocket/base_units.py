@@ -141,7 +141,7 @@ def _agent_units(
     talk, mood = grammar.talk, grammar.talk.moods[speaker.state]
     neutral = speaker.state == NEUTRAL
     count = amounts.answers if neutral else amounts.moody_answers
-    words = _any_words(grammar)
+    words = of_values, _ = _any_words(grammar)
     for name, topic in talk.topics.items():
         yield from _answers(grammar, speaker, name, topic, "train", count, rng)
         if neutral:
@@ -172,7 +172,7 @@ def _agent_units(
     vocabulary = load_vocabulary(held_out=False)
     for _ in range(amounts.aloud if neutral else amounts.aloud // MOODY_ALOUD):
         if rng.random() < ALOUD_VALUES:
-            chosen = rng.choices(words[0], k=rng.randint(*WORDS_ALOUD))
+            chosen = rng.choices(of_values, k=rng.randint(*WORDS_ALOUD))
             yield Unit(speaker, ALOUD_ACT, f"{' '.join(chosen).capitalize()}.")
         else:
             yield Unit(speaker, ALOUD_ACT, sentence(vocabulary, rng, own=False))

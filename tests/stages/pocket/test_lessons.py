@@ -191,6 +191,33 @@ def test_the_ear_is_taught_the_phones_it_has_read_and_leaves_no_trace(
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
 
 
+def test_the_phones_to_be_said_are_named_before_their_codes_are_read(
+    grammar, bank, tokenizer, phones
+):
+    settings = LoopSettings(9, batch_size=2, reading_steps=0, word_steps=0, longest_frames=300)
+    source = Source(grammar, ClipMaker(bank, tokenizer, phones), settings)
+    lm = build_lm(TINY_LM_CONFIG, 1)
+    Ear.add(lm, CLASSES, seed=1)
+    forward = FastForward(lm)
+    ear = Ear(lm, forward)
+    said = lesson([source.read("spoken")])
+    frame = int((said.labels["spoken"][0, :, 0] != IGNORED).nonzero()[5])
+
+    def nats_up_to(frame, codes):
+        labels = said.labels["spoken"].clone()
+        labels[:, frame + 1 :] = IGNORED
+        with torch.no_grad():
+            forward(codes, said.batch.loss_mask, torch.zeros(10))
+            return float(ear.nll({**said.labels, "spoken": labels})["spoken"])
+
+    changed = said.batch.codes.clone()
+    rows = changed[:, AGENT_ROWS]
+    rows[..., frame:] = (rows[..., frame:] + 1) % TINY_LM_CONFIG["card"]
+    assert not torch.equal(changed, said.batch.codes)
+    assert nats_up_to(frame, changed) == nats_up_to(frame, said.batch.codes)
+    assert nats_up_to(frame + 1, changed) != nats_up_to(frame + 1, said.batch.codes)
+
+
 def test_phones_of_both_stand_where_they_are_said(grammar, bank, tokenizer, phones):
     """The agent's where it speaks, up to where it is cut short; of its silence nothing is told."""
     source = Source(grammar, ClipMaker(bank, tokenizer, phones), LoopSettings(9, batch_size=2))
