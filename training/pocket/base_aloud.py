@@ -2,7 +2,9 @@
 
 Dialogues hold some thousand different sentences; these are words of the grammar's values and of a
 dictionary in any order, prices, names and telephone numbers, so that the sound of a piece is learnt
-apart from the sentence that it stands in. What is said cannot be guessed from its fixed prompt, so
+apart from the sentence that it stands in. Each follows a sentence of dialogues in one turn: words
+that are spelt in many pieces are said faster than they are written, and without that lead half of
+their frames came before their text. What is said cannot be guessed from its fixed prompt, so
 the text carries no loss.
 """
 
@@ -13,14 +15,15 @@ import random
 import numpy as np
 
 from training.pocket.base_clips import ClipMaker, TrainingClip, thinned
-from training.pocket.base_dialogue import SAMPLED, Dialogue, Said
+from training.pocket.base_dialogue import PAUSE, SAMPLED, Dialogue, Said
 from training.pocket.base_prompts import Character, Prompted
 from training.pocket.base_units import ALOUD_ACT, NEUTRAL, SAMPLE_ACT, UnitIndex
 from training.pocket.base_voices import AGENT_VOICES, agent_speaker, users
 from training.pocket.roles import Grammar
 
 PROMPT = Prompted("Read aloud.")
-UTTERANCES, GAP, TAIL = (2, 5), (3, 10), 6
+UTTERANCES, GAP, TAIL = (1, 3), (3, 10), 6
+LEADS = ("reply", "refusal", "feeling", "small/", "reaction/", "extra/")
 
 
 class Aloud:
@@ -30,6 +33,10 @@ class Aloud:
         self.index, self.maker = index, maker
         moods = grammar.talk.moods
         self._speakers = [agent_speaker(voice, mood) for voice in AGENT_VOICES for mood in moods]
+        self._leads: dict[str, list[int]] = {}
+        for place, unit in enumerate(index.units):
+            if unit.speaker.side == "agent" and unit.act.startswith(LEADS):
+                self._leads.setdefault(unit.speaker.id, []).append(place)
         # As often as in dialogues.
         self._weights = [moods[speaker.state].weight for speaker in self._speakers]
 
@@ -37,16 +44,24 @@ class Aloud:
         """One agent, in half of the clips behind a sample of its voice; the user is silent."""
         speaker = rng.choices(self._speakers, self._weights)[0]
         units = self.index.find(speaker, ALOUD_ACT)
+        leads = self._leads.get(speaker.id, [])  # a small bank may lack them
         samples = self.index.find(agent_speaker(speaker.voice, NEUTRAL), SAMPLE_ACT)
         count = rng.randint(*UTTERANCES)
+        user = rng.choice(users("train"))
+        sample = rng.choice(samples) if samples and rng.random() < SAMPLED else None
+        choices = [leads, units] if leads else [units]
+        said = tuple(
+            Said("agent", tuple(rng.choice(places) for places in choices), rng.randint(*GAP))
+            for _ in range(count)
+        )
         dialogue = Dialogue(
             Character("", "", "", speaker.state),
             PROMPT,
             speaker,
-            rng.choice(users("train")),
-            rng.choice(samples) if samples and rng.random() < SAMPLED else None,
-            tuple(Said("agent", (rng.choice(units),), rng.randint(*GAP)) for _ in range(count)),
-            (0,) * count,
+            user,
+            sample,
+            said,
+            tuple(rng.randint(*PAUSE) for one in said for _ in one.units),
             TAIL,
         )
         spoken = self.maker.clip(dialogue, rng, name)

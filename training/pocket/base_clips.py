@@ -26,11 +26,12 @@ from torch.nn import functional
 
 from duplex.alignment import TextTurn, align
 from duplex.clips import assemble
-from duplex.streams import USER_ROWS, build_prompt, prompt_tokens
+from duplex.streams import TEXT_ROW, USER_ROWS, build_prompt, prompt_tokens
 from training.batches import Batch, Clip, make_batch
 from training.pocket.base_bank import Bank
 from training.pocket.base_dialogue import ANSWER_GAP, Dialogue, Said
-from training.pocket.base_phones import AGENT, COLUMNS, USER, Phones, Uttered, no_labels
+from training.pocket.base_phones import AGENT, COLUMNS, USER, WORD, Phones, Uttered, no_labels
+from training.pocket.base_pointer import point
 from training.pocket.base_prompts import told_row
 from training.pocket.base_units import acts_of
 from training.pocket.codec_labels import IGNORED
@@ -62,7 +63,7 @@ class PlacedTurn:
 @dataclass(frozen=True)
 class DialogueClip:
     """A clip with its turns, frames counted from the first frame after the prompt. phones: int16
-    [T, 4] of both channels; acts: int16 [T, 2], what the user has done by what was said, and
+    [T, 6] of both channels; acts: int16 [T, 2], what the user has done by what was said, and
     the question that the prompt has just answered."""
 
     clip: Clip
@@ -105,11 +106,30 @@ class ClipMaker:
         if self.phones is not None:
             track = self.phones.tracks(said["user"], said["agent"], num_frames)
             phones = np.concatenate([no_labels(frames), track])
+            self._point(phones, codes[TEXT_ROW], placed, frames)
         clip = Clip(name, codes, frames, frames, spans)
         acts = np.full((frames + num_frames, len(ACT_LABELS)), IGNORED, dtype=np.int16)
         acts[:, 0] = self._asked(said["user"], frames, frames + num_frames)
         acts[:frames, 1] = told
         return DialogueClip(clip, turns, phones, acts)
+
+    def _point(
+        self,
+        labels: np.ndarray,
+        text: np.ndarray,
+        placed: Sequence[tuple[PlacedTurn, Pieces]],
+        frames: int,
+    ) -> None:
+        """Label the word that the agent says in each frame. frames: of the prompt."""
+        assert self.phones is not None
+        for turn, pieces in placed:
+            tokens = self._encoded(turn.text)
+            first, end = frames + turn.start, frames + turn.end
+            stands = text[first : first + len(tokens)]
+            # Text of an earlier turn may still stand there, or this one's be cut short.
+            if turn.role == "agent" and np.array_equal(stands, tokens[: len(stands)]):
+                said = [(frames + start, self.phones.sounds[unit]) for start, _, unit in pieces]
+                point(labels, self.tokenizer, tokens, first, end, said)
 
     def _asked(self, heard: Sequence[Uttered], first: int, length: int) -> np.ndarray:
         """int16 [length]: behind each unit of the user's, from `first` on, what it does."""
@@ -210,7 +230,7 @@ def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Rand
 @dataclass(frozen=True)
 class TrainingClip:
     """A clip; in which of its frames the agent's codes carry loss, bool [T]; what phones
-    both say, int16 [T, 4] (`base_phones`), and acts as a `DialogueClip`'s, None where that is
+    both say, int16 [T, 6] (`base_phones`), and acts as a `DialogueClip`'s, None where that is
     not told; and whether its text carries loss."""
 
     clip: Clip
@@ -222,7 +242,7 @@ class TrainingClip:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch, with the phones of both channels, int16 [B, T, 4], and the acts: int16 [B, T, 2]."""
+    """A batch, with the phones of both channels, int16 [B, T, 6], and the acts: int16 [B, T, 2]."""
 
     batch: Batch
     phones: torch.Tensor
@@ -232,7 +252,8 @@ class Lesson:
     def labels(self) -> dict[str, torch.Tensor]:
         """Of each task of `base_ear`: [B, T, labels]."""
         acts = {name: self.acts[..., n : n + 1] for n, name in enumerate(ACT_LABELS)}
-        return {"phones": self.phones[..., USER], "spoken": self.phones[..., AGENT], **acts}
+        columns = {"phones": USER, "spoken": AGENT, "looked": WORD}
+        return {name: self.phones[..., column] for name, column in columns.items()} | acts
 
     def to(self, device: torch.device) -> Lesson:
         return Lesson(self.batch.to(device), self.phones.to(device), self.acts.to(device))

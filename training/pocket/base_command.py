@@ -40,12 +40,13 @@ from training.pocket.base_data import (
     speak_and_encode,
     train_tokenizer,
 )
-from training.pocket.base_ear import TASKS
+from training.pocket.base_ear import LOOKED_SHARE, TASKS
 from training.pocket.base_initial import prepare
 from training.pocket.base_loop import Trained, means, score, train
 from training.pocket.base_optimizer import MUON_MOMENTUM
 from training.pocket.base_pack import Pack, load_pack, save_pack
 from training.pocket.base_phones import find_phones
+from training.pocket.base_pointer import HEADS
 from training.pocket.base_prompts import MOST_SLIPS, SLIPPED
 from training.pocket.base_source import LOSS, LoopSettings, Source
 from training.pocket.base_units import Amounts, inventory
@@ -354,6 +355,7 @@ class _Run:
             asdict(self.settings),
             LOSS.model_dump(mode="json"),
             {name: asdict(task) for name, task in TASKS.items()},
+            [HEADS, LOOKED_SHARE],
             list(self.maker.acts),
             [SLIPPED, MOST_SLIPS, MUFFLED, ROW_LOST, FRAMES_A_GAP, LONGEST_GAP, MUON_MOMENTUM],
             self.ranks.device.type,

@@ -14,6 +14,9 @@ follows its own text. Three linear heads are thrown away at the end:
     spoken   on the fifth: the phones that the agent is to say in this frame, whose codes no layer
              has read
 
+A fourth task has no such head: `looked`, by which heads of attention are where the pieces of text
+stand that are being said (`base_pointer`).
+
 What each changed in the base was not measured apart.
 
 Shapes: B clips, T frames, C width, P classes.
@@ -30,6 +33,7 @@ from torch.nn import functional
 
 from training.distributed import Ranks
 from training.fast import FastForward
+from training.pocket.base_pointer import Pointer, told
 from training.pocket.codec_labels import HALVES, IGNORED
 
 BEHIND = 2  # frames: place t has read frame t - 1 in its first codebook, t - 2 in all
@@ -53,6 +57,14 @@ TASKS = {
     "told": Task("acts", 3, 0, 0.5, 1),
     "spoken": Task("spoken", 4, 0, 1.0, HALVES),
 }
+LOOKED, LOOKED_SHARE = "looked", 1.0
+SHARES = {**{name: task.share for name, task in TASKS.items()}, LOOKED: LOOKED_SHARE}
+
+
+def label_counts(labels: dict[str, torch.Tensor]) -> dict[str, int]:
+    """How many labels there are of each task."""
+    counts = {name: int((labels[name] != IGNORED).sum()) for name in TASKS}
+    return counts | {LOOKED: int(told(labels[LOOKED]).sum())}
 
 
 class Ear:
@@ -70,6 +82,7 @@ class Ear:
         for name, task in TASKS.items():
             layer = forward.layers[min(task.layer, len(forward.layers) - 1)]
             self._hooks.append(layer.register_forward_hook(self._listener(name)))
+        self._pointer = Pointer(forward.layers)
         self.restart()
 
     @staticmethod
@@ -100,6 +113,9 @@ class Ear:
             labels: int16 [B, T, labels] by task, `IGNORED` where there is none.
         """
         found = {}
+        found[LOOKED], there = self._pointer.nll(labels[LOOKED])
+        self._named[LOOKED] += there
+        self._labels[LOOKED] += told(labels[LOOKED]).sum()
         for name, task in TASKS.items():
             due = functional.pad(labels[name], (0, 0, task.behind, 0), value=IGNORED)
             due = due[:, : labels[name].shape[1]].long()
@@ -117,20 +133,22 @@ class Ear:
 
     def restart(self) -> None:
         """Count anew."""
-        self._named: dict[str, Any] = dict.fromkeys(TASKS, 0)
-        self._labels: dict[str, Any] = dict.fromkeys(TASKS, 0)
+        self._named: dict[str, Any] = dict.fromkeys(SHARES, 0)
+        self._labels: dict[str, Any] = dict.fromkeys(SHARES, 0)
 
     def shares(self, ranks: Ranks) -> dict[str, float]:
-        """Of each task's labels since `restart`, of all ranks, those that were named right."""
-        counts = [float(n) for name in TASKS for n in (self._named[name], self._labels[name])]
+        """Of each task's labels since `restart`, of all ranks, those that were named right; of
+        `looked` the attention that was where it belongs."""
+        counts = [float(n) for name in SHARES for n in (self._named[name], self._labels[name])]
         sums = ranks.sum(torch.tensor(counts)).view(-1, 2).tolist()
         return {
             name: round(named / max(1.0, labels), 4)
-            for name, (named, labels) in zip(TASKS, sums, strict=True)
+            for name, (named, labels) in zip(SHARES, sums, strict=True)
         }
 
     def remove(self) -> None:
         """Leave the model as it was without the heads."""
         for hook in self._hooks:
             hook.remove()
+        self._pointer.remove()
         delattr(self._lm, "ear")

@@ -26,10 +26,9 @@ from training.failures import require_finite
 from training.fast import FastForward
 from training.loss import AUDIO, WORDS, StreamSums, coefficients, part_counts
 from training.pocket.base_clips import DialogueClip, Lesson, TrainingClip, whole_lesson
-from training.pocket.base_ear import TASKS, Ear
+from training.pocket.base_ear import SHARES, Ear, label_counts
 from training.pocket.base_optimizer import Masters, mixed_forward
 from training.pocket.base_source import LoopSettings, Source, drawn_ahead
-from training.pocket.codec_labels import IGNORED
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 TIMING = "timing.jsonl"
@@ -144,9 +143,8 @@ def accumulate_gradients(
 ) -> StreamSums:
     """Leave the gradients of this rank's share of the lessons in the model; sums of the whole,
     float64 on their device."""
-    labels = {
-        name: sum(int((one.labels[name] != IGNORED).sum()) for one in lessons) for name in TASKS
-    }
+    of_each = [label_counts(one.labels) for one in lessons]
+    labels = {name: sum(counts[name] for counts in of_each) for name in SHARES}
     lessons = [one.to(ranks.device) for one in lessons]
     counts = [part_counts(one.batch.codes, one.batch.loss_mask) for one in lessons]
     whole = sum(counts[1:], counts[0])
@@ -164,7 +162,7 @@ def accumulate_gradients(
             if ear is not None:
                 own = {name: rows[ranks.rank :: ranks.count] for name, rows in one.labels.items()}
                 for name, nats in ear.nll(own).items():
-                    loss = loss + TASKS[name].share / max(1, labels[name]) * nats
+                    loss = loss + SHARES[name] / max(1, labels[name]) * nats
             loss.backward()
             total = total + sums  # of what carries no graph
     return _over_all(total, ranks)

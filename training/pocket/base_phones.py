@@ -38,7 +38,8 @@ from training.pocket.roles import Grammar
 
 VERSION = 1
 USER, AGENT = slice(0, HALVES), slice(HALVES, 2 * HALVES)  # columns of a clip's labels
-COLUMNS = 2 * HALVES
+WORD = slice(2 * HALVES, 2 * HALVES + 2)  # and where the word stands that the agent says
+COLUMNS = WORD.stop
 
 Uttered = tuple[int, int, int]  # first frame, place of the unit, frames of it that are said
 
@@ -75,10 +76,12 @@ class Phones:
     def tracks(
         self, user: Sequence[Uttered], agent: Sequence[Uttered], num_frames: int
     ) -> np.ndarray:
-        """int16 [num_frames, 4]: the user's channel, in which silence is heard, and the agent's,
-        of which its turns are labelled."""
-        row = self.track(user, num_frames, 0)
-        return np.concatenate([row, self.track(agent, num_frames, IGNORED)], axis=1)
+        """int16 [num_frames, 6]: the user's channel, in which silence is heard, and the agent's,
+        of which its turns are labelled; the columns `WORD` are `base_pointer`'s to fill."""
+        labels = no_labels(num_frames)
+        labels[:, USER] = self.track(user, num_frames, 0)
+        labels[:, AGENT] = self.track(agent, num_frames, IGNORED)
+        return labels
 
 
 Heard = tuple[np.ndarray, list[int]]  # names of phones [S // 240], by word the frame of its end
@@ -153,5 +156,5 @@ def _read(path: Path, places: Sequence[int]) -> Phones:
 
 
 def no_labels(num_frames: int) -> np.ndarray:
-    """int16 [num_frames, 4] of frames that are not labelled."""
+    """int16 [num_frames, 6] of frames that are not labelled."""
     return np.full((num_frames, COLUMNS), IGNORED, dtype=np.int16)
