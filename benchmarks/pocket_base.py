@@ -59,7 +59,7 @@ from training.pocket.base_bank import Bank
 from training.pocket.base_clips import ClipMaker
 from training.pocket.base_data import Places, load_pocket_codec, speak_and_encode
 from training.pocket.base_measures import Answer, collapsed, judge, spoken_turns, yields
-from training.pocket.base_probe import Probe, choose_cut, draw_probe, run_probes
+from training.pocket.base_probe import SAMPLING, Probe, choose_cut, draw_probe, run_probes
 from training.pocket.base_source import LoopSettings, Source
 from training.pocket.base_units import ALOUD_ACT, NEUTRAL, Amounts, Unit, UnitIndex, inventory
 from training.pocket.base_voices import Speaker, gender_of, users
@@ -127,6 +127,7 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
         "machine": cpu_name(),
         "seconds_a_run": round(spent_s / count, 1),
         "base": base_config(base),
+        "sampling": SAMPLING.model_dump(mode="json"),
         "shares": shares(alone, answers, cut_in),
         "known_voices": fact_shares(answers_of(known)),
         "speech": speech_says_text(turns_of(alone, tokenizer), codec),
@@ -284,8 +285,11 @@ def turns_of(runs: Sequence[Run], tokenizer: Any) -> list[Turn]:
 
 
 def margins(lm: Any, grammar: Grammar, bank: Bank, tokenizer: Any, seed: int) -> dict[str, Any]:
-    """Prompt-swap margins on held-out dialogues, and their own likelihoods."""
-    source = Source(grammar, ClipMaker(bank, tokenizer), LoopSettings(1, seed=seed))
+    """Prompt-swap margins on held-out dialogues, and their own likelihoods.
+
+    seed: of the training, whose own held-out dialogues, of BASE.md, these are not.
+    """
+    source = Source(grammar, ClipMaker(bank, tokenizer), LoopSettings(1, seed=seed + 1))
     clips = [one.clip for one in source.held_out(SWAP_CLIPS)]
     tasks = plan_swaps(clips, [clips], SWAPS, SEED)
     result = score_swaps(FastForward(lm), tasks, torch.device("cpu"))

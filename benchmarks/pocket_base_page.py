@@ -19,8 +19,8 @@ def describe(result: dict[str, Any]) -> str:
         "",
         f"`python -m benchmarks.pocket_base --runs {result['runs']} --write`: {result['runs']} "
         "conversations of 30 s with prompts that training never saw, by voices that it never heard "
-        f"({result['base']['steps']} steps; {result['machine']}, {result['seconds_a_run']} s a run "
-        "on one core, both of its passes).",
+        f"({_trainings(result['base'])}; {result['machine']}, {result['seconds_a_run']} s a run on "
+        f"one core, both of its passes; {_sampling(result['sampling'])}).",
         "",
         "Answers: questions behind which it says something before the next one. Fact right: of the "
         "answered ones whose fact the prompt holds, it is said, word for word. Refuses: of those "
@@ -60,6 +60,20 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _trainings(base: dict[str, Any]) -> str:
+    """The base's steps, those of the bases that it goes on from first."""
+    steps = [*(one["steps"] for one in base.get("starts", [])), base["steps"]]
+    return f"{' + '.join(map(str, steps))} steps"
+
+
+def _sampling(sampling: dict[str, Any]) -> str:
+    parts = (
+        f"{kind} at {sampling[f'{kind}_temperature']:g} / top {sampling[f'{kind}_topk']}"
+        for kind in ("text", "audio")
+    )
+    return ", ".join(parts)
+
+
 def _row(name: str, share: dict[str, Any], wanted: dict[str, str]) -> str:
     if not share["of"]:
         return f"| {name} | none | 0 | | {wanted.get(name, '')} |"
@@ -85,6 +99,6 @@ def _margin(margin: dict[str, Any]) -> str:
     return (
         f"Prompt-swap margin: {words['mean']:+.3f} nats per word token "
         f"[{words['low']:+.3f}, {words['high']:+.3f}] over {words['clips']} held-out dialogues, "
-        "others than those of BASE.md; "
+        "others than those of BASE.md, by recordings of training where they are no answers; "
         f"their own words {margin['own_words']:.3f}, semantic codes {margin['own_semantic']:.3f}."
     )

@@ -2,10 +2,10 @@
 
 Dialogues hold some thousand different sentences; these are words of the grammar's values and of a
 dictionary in any order, prices, names and telephone numbers, so that the sound of a piece is learnt
-apart from the sentence that it stands in. Each follows a sentence of dialogues in one turn: words
-that are spelt in many pieces are said faster than they are written, and without that lead half of
-their frames came before their text. What is said cannot be guessed from its fixed prompt, so
-the text carries no loss.
+apart from the sentence that it stands in. Each follows a sentence of dialogues in one turn: its
+words are spelt in so many pieces that they are said as fast as they are written, and without that
+lead 58 % of their frames come before their text. What is said cannot be guessed from its fixed
+prompt, so the text carries no loss.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ class Aloud:
         """One agent, in half of the clips behind a sample of its voice; the user is silent."""
         speaker = rng.choices(self._speakers, self._weights)[0]
         units = self.index.find(speaker, ALOUD_ACT)
-        leads = self._leads.get(speaker.id, [])  # a small bank may lack them
+        leads = self._leads[speaker.id]
         samples = self.index.find(agent_speaker(speaker.voice, NEUTRAL), SAMPLE_ACT)
         count = rng.randint(*UTTERANCES)
         user = rng.choice(users("train"))
         sample = rng.choice(samples) if samples and rng.random() < SAMPLED else None
-        choices = [leads, units] if leads else [units]
         said = tuple(
-            Said("agent", tuple(rng.choice(places) for places in choices), rng.randint(*GAP))
+            Said("agent", (rng.choice(leads), rng.choice(units)), rng.randint(*GAP))
             for _ in range(count)
         )
         dialogue = Dialogue(

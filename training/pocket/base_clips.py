@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,8 @@ class PlacedTurn:
 @dataclass(frozen=True)
 class DialogueClip:
     """A clip with its turns, frames counted from the first frame after the prompt. phones: int16
-    [T, 6] of both channels; acts: int16 [T, 2], what the user has done by what was said, and
-    the question that the prompt has just answered."""
+    [T, 6], what both say and where its text stands (`base_phones`); acts: int16 [T, 2], what the
+    user has done by what was said, and the question that the prompt has just answered."""
 
     clip: Clip
     turns: tuple[PlacedTurn, ...]
@@ -80,7 +81,8 @@ class ClipMaker:
         self.tokenizer = tokenizer
         self.phones = phones
         self.acts = {act: number for number, act in enumerate(acts_of(bank.units))}
-        self._tokens: dict[str, tuple[int, ...]] = {}
+        # A turn's text is asked for twice, and hardly ever again.
+        self._encoded = lru_cache(maxsize=256)(lambda text: tuple(tokenizer.encode(text)))
 
     def clip(self, dialogue: Dialogue, rng: random.Random, name: str) -> DialogueClip:
         """int16 [17, T]: prompt and dialogue. rng: where in the room's noise it starts, and where
@@ -161,11 +163,6 @@ class ClipMaker:
             found.append(TextTurn(turn.start, turn.end, tokens))
         return sorted(found, key=lambda turn: turn.start)
 
-    def _encoded(self, text: str) -> tuple[int, ...]:
-        if text not in self._tokens:
-            self._tokens[text] = tuple(self.tokenizer.encode(text))
-        return self._tokens[text]
-
 
 def room_codes(bank: Bank, room: str, num_frames: int, rng: random.Random) -> np.ndarray:
     """What is heard where nobody speaks: int64 [8, T], from any place of the room's noise on."""
@@ -229,9 +226,8 @@ def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Rand
 
 @dataclass(frozen=True)
 class TrainingClip:
-    """A clip; in which of its frames the agent's codes carry loss, bool [T]; what phones
-    both say, int16 [T, 6] (`base_phones`), and acts as a `DialogueClip`'s, None where that is
-    not told; and whether its text carries loss."""
+    """A clip; in which of its frames the agent's codes carry loss, bool [T]; phones and acts as a
+    `DialogueClip`'s, None where that is not told; and whether its text carries loss."""
 
     clip: Clip
     audible: np.ndarray
@@ -242,7 +238,7 @@ class TrainingClip:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch, with the phones of both channels, int16 [B, T, 6], and the acts: int16 [B, T, 2]."""
+    """A batch, with its clips' labels: phones int16 [B, T, 6] and acts int16 [B, T, 2]."""
 
     batch: Batch
     phones: torch.Tensor

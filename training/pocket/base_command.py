@@ -55,7 +55,20 @@ from training.pocket.base_weights import POCKET, TOKENIZER, base_config, load_ba
 from training.pocket.roles import Grammar, load_grammar
 from training.prompt_swap import plan_swaps, score_swaps
 
-SMALL = Amounts(6, 2, 2, 1, 4, 1, 2, 1, 3, 4, 4, 8)
+SMALL = Amounts(
+    answers=6,
+    moody_answers=2,
+    strange_answers=2,
+    questions=1,
+    good_questions=4,
+    held_answers=1,
+    others=2,
+    user_others=1,
+    samples=3,
+    heard=4,
+    words=4,
+    aloud=8,
+)
 VALID_CLIPS = 48
 WORKER = "training.pocket.base_worker"
 SWAPS = 2
@@ -180,7 +193,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--ahead", type=int, default=0,
         help="processes that draw batches ahead, for a GPU: each holds sixteen steps in shared "
-        "memory, by its sizes some 110 MB at 64 dialogues a batch",
+        "memory, by its sizes some 170 MB at 64 dialogues a batch",
     )  # fmt: skip
     add("--checkpoint-every", type=int, default=200, help="updates")
     add("--codes-only", action="store_true", help="stop when WORK/bank.safetensors is made")
@@ -191,7 +204,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--muon-rate", type=float, default=0.0,
         help="update the temporal layers' matrices by Muon, at so many times AdamW's rate; 0: no",
     )  # fmt: skip
-    add("--small", action="store_true", help="a third of the utterances, to try it out")
+    add("--small", action="store_true", help="a fifth of the utterances, to try it out")
     arguments = parser.parse_args(argv)
     for name, least in (
         ("steps", 1),
@@ -324,11 +337,15 @@ class _Run:
         write_card(out, made)
 
     def _how(self) -> str:
-        """The options that say where it was trained."""
-        if self.ranks.device.type == "cpu":
-            return f"--processes {self.ranks.count}"
-        elsewhere = " --bank BANK" if self.arguments.bank else ""
-        return f"--device cuda --processes 1 --ahead {self.arguments.ahead}{elsewhere}"
+        """The options that say where it was trained, and on which utterances."""
+        arguments = self.arguments
+        options = [f"--processes {self.ranks.count}"]
+        if self.ranks.device.type != "cpu":
+            options += ["--device cuda", f"--ahead {arguments.ahead}"]
+        options += ["--bank BANK"] if arguments.bank else []
+        options += ["--small"] if arguments.small and not arguments.bank else []
+        options += ["--codec CODEC"] if arguments.codec.resolve() != POCKET.resolve() else []
+        return " ".join(options)
 
     def _identity(self) -> str:
         """Digest of what decides the weights: settings, first weights, and of the data the codes

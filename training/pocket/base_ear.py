@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from training.distributed import Ranks
 from training.fast import FastForward
-from training.pocket.base_pointer import Pointer, told
+from training.pocket.base_pointer import Pointer, readable
 from training.pocket.codec_labels import HALVES, IGNORED
 
 BEHIND = 2  # frames: place t has read frame t - 1 in its first codebook, t - 2 in all
@@ -64,7 +64,7 @@ SHARES = {**{name: task.share for name, task in TASKS.items()}, LOOKED: LOOKED_S
 def label_counts(labels: dict[str, torch.Tensor]) -> dict[str, int]:
     """How many labels there are of each task."""
     counts = {name: int((labels[name] != IGNORED).sum()) for name in TASKS}
-    return counts | {LOOKED: int(told(labels[LOOKED]).sum())}
+    return counts | {LOOKED: int(readable(labels[LOOKED]).sum())}
 
 
 class Ear:
@@ -115,7 +115,7 @@ class Ear:
         found = {}
         found[LOOKED], there = self._pointer.nll(labels[LOOKED])
         self._named[LOOKED] += there
-        self._labels[LOOKED] += told(labels[LOOKED]).sum()
+        self._labels[LOOKED] += readable(labels[LOOKED]).sum()
         for name, task in TASKS.items():
             due = functional.pad(labels[name], (0, 0, task.behind, 0), value=IGNORED)
             due = due[:, : labels[name].shape[1]].long()

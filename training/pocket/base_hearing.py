@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from duplex.streams import AGENT_ROWS, TEXT_PAD, TEXT_ROW, USER_ROWS, build_prompt, prompt_tokens
-from pipeline.serving.text import WORD_START
 from training.batches import Clip
 from training.pocket.base_bank import Bank
 from training.pocket.base_clips import TrainingClip, room_codes
 from training.pocket.base_phones import Phones, no_labels
+from training.pocket.base_pointer import pieces_by_word
 from training.pocket.base_units import WORDS_ACT
 from training.pocket.base_voices import users
 from training.pocket.roles import Side
@@ -70,7 +70,7 @@ class Hearing:
         return TrainingClip(Clip(name, whole, frames, frames), silent, labels)
 
     def _labels(self, heard: list[tuple[int, int]], num_frames: int) -> np.ndarray:
-        """int16 [T, 4]: what the user says."""
+        """int16 [T, 6]: what the user says."""
         whole = [(start, place, self.bank.codes[place].shape[1]) for start, place in heard]
         return self.phones.tracks(whole, [], num_frames)
 
@@ -89,11 +89,8 @@ class Hearing:
 
     def _pieces(self, place: int, num_words: int) -> list[list[int]]:
         """The pieces of an utterance by its words, as the whole text is cut."""
-        words: list[list[int]] = []
-        for piece in self.tokenizer.encode(self.bank.units[place].text):
-            if self.tokenizer.id_to_piece(piece).startswith(WORD_START) or not words:
-                words.append([])
-            words[-1].append(piece)
+        pieces = list(self.tokenizer.encode(self.bank.units[place].text))
+        words = [pieces[word] for word in pieces_by_word(self.tokenizer, pieces)]
         # A word of the script may be two of the text ("o'clock", "7"): what is over joins the last.
         while len(words) > num_words:
             last = words.pop()

@@ -38,7 +38,7 @@ from training.pocket.roles import Grammar
 
 VERSION = 1
 USER, AGENT = slice(0, HALVES), slice(HALVES, 2 * HALVES)  # columns of a clip's labels
-WORD = slice(2 * HALVES, 2 * HALVES + 2)  # and where the word stands that the agent says
+WORD = slice(2 * HALVES, 2 * HALVES + 2)  # and where the text stands that the agent is saying
 COLUMNS = WORD.stop
 
 Uttered = tuple[int, int, int]  # first frame, place of the unit, frames of it that are said

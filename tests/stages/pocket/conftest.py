@@ -13,7 +13,7 @@ from training.pocket.base_units import Amounts, inventory
 from training.pocket.base_voices import ROOMS
 from training.pocket.roles import load_grammar
 
-FEW = Amounts(2, 1, 1, 1, 4, 1, 1, 1, 1, 2, 3, 4)
+FEW = Amounts(2, 1, 1, 1, 4, 1, 2, 1, 1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def random_phones(bank):
     for place in labelled(bank.units):
         frames, words = bank.speech_frames(place), len(script_words(bank.units[place].text))
         labels = rng.integers(0, 5, (frames, 2)).astype(np.int16)
-        ends = tuple(frames * (number + 1) // words for number in range(words))
+        ends = tuple(frames * (number + 1) // words - 1 for number in range(words))
         sounds[place] = Sounds(labels, ends)
     return Phones(("_", "a", "b", "c", "d"), sounds)
 
