@@ -37,7 +37,7 @@ from training.pocket.base_voices import (
 )
 from training.pocket.roles import Grammar, Side
 
-SAMPLING = SamplingSection(text_temperature=0.4, text_topk=10, audio_temperature=0.2, audio_topk=50)
+SAMPLING = SamplingSection(text_temperature=0.1, text_topk=10, audio_temperature=0.1, audio_topk=50)
 RUN_FRAMES = 375  # 30 s
 LEAD_FRAMES = 5
 WAIT_FRAMES = 54  # from the end of a question to the next one
