@@ -20,7 +20,7 @@ from pipeline.engines.scripted_grammar import Exchange, Grammar
 # How a plan is sought, one way after the other: how often, whether exchanges are dropped by rank,
 # and the highest rank that may go. The last way leaves fragments without hello and goodbye; only
 # dialogues of a few turns come to it.
-_WAYS = ((50, True, 4), (100, False, 4), (200, False, 5))
+_WAYS = ((50, True, 4), (100, False, 4), (1000, False, 5))
 _STEPS = 60  # far more than the exchanges that any plan can hold
 UNKNOWN = "unknown"  # the exchange that asks what no prompt answers
 MIN_FACTS = 2  # what a customer must tell in every conversation
