@@ -127,8 +127,8 @@ def describe(found: Mapping[str, Any]) -> str:
         f"## {first} against {last}",
         "",
         "The means over items, their difference with its 95 % interval, and the verdict, corrected "
-        "for the number of measures ([evaluation](../evaluation.md)). Measures that neither model "
-        "gave anything to are left out.",
+        "for the number of measures ([evaluation](../evaluation.md)); four items never give one. "
+        "Measures that neither model gave anything to are left out.",
         "",
         f"| measure | n | {first} | {last} | difference | 95 % | verdict |",
         "| --- | ---: | ---: | ---: | ---: | --- | --- |",

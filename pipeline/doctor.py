@@ -176,7 +176,7 @@ def _model(config: Config) -> dict[str, str]:
     identity = model_identity(config.model)
     if config.model.base == "pocket":
         return _check(
-            "model", "ok", "pocket: 7 M weights from data/pocket; speaks by synthetic voices"
+            "model", "ok", "pocket: 12 M weights from data/pocket; speaks by synthetic voices"
         )
     if identity.startswith("folder:"):
         return _check("model", "ok", f"folder {find_path(config.model.base)}")

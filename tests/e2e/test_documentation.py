@@ -60,6 +60,7 @@ def run(command, folder):
 
 
 def expand(word, folder):
+    word = word.replace("-KEY", "-*")  # there is one folder of each stage
     return sorted(str(p.relative_to(folder)) for p in folder.glob(word)) if "*" in word else [word]
 
 
