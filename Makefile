@@ -28,7 +28,7 @@ demo: setup
 # 12 minutes on two cores, no network. Three workers, since many wait for processes and clocks;
 # tests/conftest.py keeps what shares a fixture together.
 test: setup
-	$(BIN)/python -m pytest -q -n 4 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 3 -m 'not slow and not gpu'
 
 test-all: setup
 	$(BIN)/python -m pytest -q -m 'not gpu'

@@ -145,6 +145,7 @@ def test_two_hundred_dialogues_arrive_whatever_the_endpoint_does(tmp_path: Path)
     assert codes >= {"refused", "cut-short", "unreadable", "unknown-role"}
 
 
+@pytest.mark.slow  # many kills; one stop, and what its log holds: the last test here
 def test_kills_and_a_budget_pay_nothing_twice_and_never_too_much(tmp_path: Path) -> None:
     draw = random.Random()
     seed = draw.randrange(2**32)
