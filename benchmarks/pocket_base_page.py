@@ -99,6 +99,7 @@ def _margin(margin: dict[str, Any]) -> str:
     return (
         f"Prompt-swap margin: {words['mean']:+.3f} nats per word token "
         f"[{words['low']:+.3f}, {words['high']:+.3f}] over {words['clips']} held-out dialogues, "
-        "others than those of BASE.md, by recordings of training where they are no answers; "
+        "others than those of BASE.md (all that the agent says in them but its answers is by "
+        "recordings that training used, too); "
         f"their own words {margin['own_words']:.3f}, semantic codes {margin['own_semantic']:.3f}."
     )

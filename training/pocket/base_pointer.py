@@ -36,7 +36,7 @@ READ = 1  # frames behind its own in which a piece is read, and so attended to
 
 
 def pieces_by_word(tokenizer: Any, tokens: Sequence[int]) -> list[slice]:
-    """The pieces of each word, in order; each of them but the first begins with a space."""
+    """The pieces of each word, in order; each word but the first begins with a space."""
     starts = [
         number
         for number, token in enumerate(tokens)
