@@ -4,13 +4,14 @@ Dialogues hold some thousand different sentences; these are words of the grammar
 dictionary in any order, prices, names and telephone numbers, so that the sound of a piece is learnt
 apart from the sentence that it stands in. Each follows a sentence of dialogues in one turn: its
 words are spelt in so many pieces that they are said as fast as they are written, and without that
-lead 58 % of their frames come before their text. What is said cannot be guessed from its fixed
-prompt, so the text carries no loss.
+lead 58 % of their frames come before their text. The lead's sound carries loss like any other. What
+is said cannot be guessed from its fixed prompt, so the text carries no loss.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 
@@ -66,4 +67,4 @@ class Aloud:
         spoken = self.maker.clip(dialogue, rng, name)
         noise = np.random.default_rng(rng.getrandbits(32))
         one = thinned(spoken, noise)
-        return TrainingClip(one.clip, one.audible, one.phones, worded=False)
+        return replace(one, worded=False)

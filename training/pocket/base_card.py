@@ -71,7 +71,7 @@ def card(folder: Path, made: Made) -> str:
         f"--steps {settings.steps} --batch-size {settings.batch_size} "
         f"--reading-steps {settings.reading_steps} --word-steps {settings.word_steps} "
         f"--learning-rate {settings.learning_rate:g} "
-        + (f"--muon-rate {settings.muon_rate:g} " if settings.muon_rate else "")
+        + f"--muon-rate {settings.muon_rate:g} "
         + f"--seed {settings.seed} {made.how} "
         f"{'--start START ' if made.starts else ''}--work WORK",
         "```",

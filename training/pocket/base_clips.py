@@ -31,7 +31,8 @@ from duplex.streams import TEXT_ROW, USER_ROWS, build_prompt, prompt_tokens
 from training.batches import Batch, Clip, make_batch
 from training.pocket.base_bank import Bank
 from training.pocket.base_dialogue import ANSWER_GAP, Dialogue, Said
-from training.pocket.base_phones import AGENT, COLUMNS, USER, WORD, Phones, Uttered, no_labels
+from training.pocket.base_labels import ASKED, COLUMNS, NUM_COLUMNS, TOLD, no_labels
+from training.pocket.base_phones import Phones, Uttered
 from training.pocket.base_pointer import point
 from training.pocket.base_prompts import told_row
 from training.pocket.base_units import acts_of
@@ -39,7 +40,6 @@ from training.pocket.codec_labels import IGNORED
 
 SILENT_SHARE = 0.2  # of the agent's silent frames carry audio loss
 SETTLING_FRAMES = 3  # after speech; these carry it always
-ACT_LABELS = ("asked", "told")  # columns of a clip's acts: by the user, by the prompt
 ACT_FRAMES = 3  # behind a user's unit, which carry its act; as many as no answer comes within
 assert ANSWER_GAP[0] >= ACT_FRAMES
 MUFFLED = 0.5  # of the clips lack a part of what the user says
@@ -63,14 +63,12 @@ class PlacedTurn:
 
 @dataclass(frozen=True)
 class DialogueClip:
-    """A clip with its turns, frames counted from the first frame after the prompt. phones: int16
-    [T, 6], what both say and where its text stands (`base_phones`); acts: int16 [T, 2], what the
-    user has done by what was said, and the question that the prompt has just answered."""
+    """A clip with its turns, frames counted from the first frame after the prompt. labels: int16
+    [T, 8] (`base_labels`)."""
 
     clip: Clip
     turns: tuple[PlacedTurn, ...]
-    phones: np.ndarray | None = None
-    acts: np.ndarray | None = None
+    labels: np.ndarray
 
 
 class ClipMaker:
@@ -104,16 +102,13 @@ class ClipMaker:
         frames = prompt.shape[1]
         turns = tuple(turn for turn, _ in placed)
         spans = tuple((t.role, frames + t.start, frames + t.end) for t in turns)
-        phones = None
+        labels = no_labels(frames + num_frames)
+        labels[:frames, TOLD] = told[:, None]
+        labels[frames:, ASKED] = self._asked(said["user"], num_frames)[:, None]
         if self.phones is not None:
-            track = self.phones.tracks(said["user"], said["agent"], num_frames)
-            phones = np.concatenate([no_labels(frames), track])
-            self._point(phones, codes[TEXT_ROW], placed, frames)
-        clip = Clip(name, codes, frames, frames, spans)
-        acts = np.full((frames + num_frames, len(ACT_LABELS)), IGNORED, dtype=np.int16)
-        acts[:, 0] = self._asked(said["user"], frames, frames + num_frames)
-        acts[:frames, 1] = told
-        return DialogueClip(clip, turns, phones, acts)
+            self.phones.label(labels[frames:], said["user"], said["agent"])
+            self._point(labels, codes[TEXT_ROW], placed, frames)
+        return DialogueClip(Clip(name, codes, frames, frames, spans), turns, labels)
 
     def _point(
         self,
@@ -133,11 +128,11 @@ class ClipMaker:
                 said = [(frames + start, self.phones.sounds[unit]) for start, _, unit in pieces]
                 point(labels, self.tokenizer, tokens, first, end, said)
 
-    def _asked(self, heard: Sequence[Uttered], first: int, length: int) -> np.ndarray:
-        """int16 [length]: behind each unit of the user's, from `first` on, what it does."""
-        track = np.full(length, IGNORED, dtype=np.int16)
+    def _asked(self, heard: Sequence[Uttered], num_frames: int) -> np.ndarray:
+        """int16 [num_frames]: behind each unit of the user's what it does."""
+        track = np.full(num_frames, IGNORED, dtype=np.int16)
         for start, unit, _ in heard:
-            end = first + start + self.bank.speech_frames(unit)
+            end = start + self.bank.speech_frames(unit)
             act = self.acts.get(self.bank.units[unit].act)
             if act is not None:
                 track[end : end + ACT_FRAMES] = act
@@ -226,33 +221,29 @@ def _cut_frame(said: Said, bank: Bank, start: int, length: int, rng: random.Rand
 
 @dataclass(frozen=True)
 class TrainingClip:
-    """A clip; in which of its frames the agent's codes carry loss, bool [T]; phones and acts as a
-    `DialogueClip`'s, None where that is not told; and whether its text carries loss."""
+    """A clip; in which of its frames the agent's codes carry loss, bool [T]; its labels, int16
+    [T, 8]; and whether its text carries loss."""
 
     clip: Clip
     audible: np.ndarray
-    phones: np.ndarray | None = None
-    acts: np.ndarray | None = None
+    labels: np.ndarray
     worded: bool = True
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch, with its clips' labels: phones int16 [B, T, 6] and acts int16 [B, T, 2]."""
+    """A batch, with its clips' labels, int16 [B, T, 8]."""
 
     batch: Batch
-    phones: torch.Tensor
-    acts: torch.Tensor
+    labels: torch.Tensor
 
     @property
-    def labels(self) -> dict[str, torch.Tensor]:
-        """Of each task of `base_ear`: [B, T, labels]."""
-        acts = {name: self.acts[..., n : n + 1] for n, name in enumerate(ACT_LABELS)}
-        columns = {"phones": USER, "spoken": AGENT, "looked": WORD}
-        return {name: self.phones[..., column] for name, column in columns.items()} | acts
+    def by_task(self) -> dict[str, torch.Tensor]:
+        """Labels of each task of `base_ear`: [B, T, labels]."""
+        return {name: self.labels[..., columns] for name, columns in COLUMNS.items()}
 
     def to(self, device: torch.device) -> Lesson:
-        return Lesson(self.batch.to(device), self.phones.to(device), self.acts.to(device))
+        return Lesson(self.batch.to(device), self.labels.to(device))
 
 
 def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
@@ -261,12 +252,12 @@ def thinned(one: DialogueClip, rng: np.random.Generator) -> TrainingClip:
     for role, start, end in one.clip.turns:
         if role == "agent":
             audible[start : end + SETTLING_FRAMES] = True
-    return TrainingClip(one.clip, audible, one.phones, one.acts)
+    return TrainingClip(one.clip, audible, one.labels)
 
 
 def silenced(one: TrainingClip) -> TrainingClip:
     """The same clip, of which words alone carry loss."""
-    return TrainingClip(one.clip, np.zeros_like(one.audible), one.phones, one.acts)
+    return replace(one, audible=np.zeros_like(one.audible))
 
 
 def muffled(one: TrainingClip, rng: np.random.Generator) -> TrainingClip:
@@ -302,17 +293,14 @@ def whole_lesson(clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:
 
 def unlabelled(batch: Batch) -> Lesson:
     """A batch of which nothing is told."""
-    nothing = torch.full(batch.codes[:, 0].shape, IGNORED, dtype=torch.int16)[..., None]
-    return Lesson(batch, nothing.repeat(1, 1, COLUMNS), nothing.repeat(1, 1, len(ACT_LABELS)))
+    shape = (len(batch.codes), batch.codes.shape[2], NUM_COLUMNS)
+    return Lesson(batch, torch.full(shape, IGNORED, dtype=torch.int16))
 
 
 def _labelled(batch: Batch, clips: Sequence[DialogueClip | TrainingClip]) -> Lesson:
     made = unlabelled(batch)
     for row, one in enumerate(clips):
-        if one.phones is not None:
-            made.phones[row, : len(one.phones)] = torch.from_numpy(one.phones)
-        if one.acts is not None:
-            made.acts[row, : len(one.acts)] = torch.from_numpy(one.acts)
+        made.labels[row, : len(one.labels)] = torch.from_numpy(one.labels)
     return made
 
 
@@ -325,9 +313,6 @@ def joined(lessons: Sequence[Lesson]) -> Lesson:
 
     codes = torch.cat([padded(one.batch.codes, NO_INPUT) for one in lessons])
     mask = torch.cat([padded(one.batch.loss_mask, 0) for one in lessons])
-    phones, acts = (
-        torch.cat([padded(rows.transpose(1, 2), IGNORED).transpose(1, 2) for rows in labels])
-        for labels in ([one.phones for one in lessons], [one.acts for one in lessons])
-    )
+    rows = [padded(one.labels.transpose(1, 2), IGNORED) for one in lessons]
     frames = sum(one.batch.num_frames for one in lessons)
-    return Lesson(Batch(codes, mask, frames), phones, acts)
+    return Lesson(Batch(codes, mask, frames), torch.cat(rows).transpose(1, 2))

@@ -182,10 +182,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--start", type=Path, help="folder of a base whose weights and tokenizer to go on from")
     add("--work", type=Path, required=True, help="where a run keeps what it has")
     add("--codec", type=Path, default=POCKET, help="folder of the pocket codec")
-    add("--steps", type=int, default=6000, help="updates in all")
+    add("--steps", type=int, default=3150, help="updates in all")
     add("--reading-steps", type=int, default=150, help="first steps, of prompts and words alone")
     add(
-        "--word-steps", type=int, default=2000, help="steps behind them: dialogues, but words alone"
+        "--word-steps", type=int, default=1400, help="steps behind them: dialogues, but words alone"
     )
     add("--seed", type=int, default=1)
     add("--processes", type=int, default=2, help="which share the work; each takes a core")
@@ -198,10 +198,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=200, help="updates")
     add("--codes-only", action="store_true", help="stop when WORK/bank.safetensors is made")
     add("--bank", type=Path, help="such a file; then nothing is spoken or encoded here")
-    add("--batch-size", type=int, default=8)
+    add("--batch-size", type=int, default=12)
     add("--learning-rate", type=float, default=1.5e-3)
     add(
-        "--muon-rate", type=float, default=0.0,
+        "--muon-rate", type=float, default=2.0,
         help="update the temporal layers' matrices by Muon, at so many times AdamW's rate; 0: no",
     )  # fmt: skip
     add("--small", action="store_true", help="a fifth of the utterances, to try it out")
@@ -359,8 +359,7 @@ class _Run:
             for name, tensor in (
                 ("codes", one.batch.codes),
                 ("loss_mask", one.batch.loss_mask),
-                ("phones", one.phones),
-                ("acts", one.acts),
+                ("labels", one.labels),
             )
         }
         codes = {f"unit {n}": torch.from_numpy(part) for n, part in enumerate(self.bank.codes)}

@@ -20,7 +20,8 @@ from duplex.streams import AGENT_ROWS, TEXT_PAD, TEXT_ROW, USER_ROWS, build_prom
 from training.batches import Clip
 from training.pocket.base_bank import Bank
 from training.pocket.base_clips import TrainingClip, room_codes
-from training.pocket.base_phones import Phones, no_labels
+from training.pocket.base_labels import no_labels
+from training.pocket.base_phones import Phones
 from training.pocket.base_pointer import pieces_by_word
 from training.pocket.base_units import WORDS_ACT
 from training.pocket.base_voices import users
@@ -65,14 +66,11 @@ class Hearing:
             codes[USER_ROWS, start : start + part.shape[1]] = part
         frames = self.head.shape[1]
         whole = np.concatenate([self.head, codes], axis=1).astype(np.int16)
-        labels = np.concatenate([no_labels(frames), self._labels(heard, num_frames)])
+        labels = no_labels(whole.shape[1])
+        spans = [(start, place, self.bank.codes[place].shape[1]) for start, place in heard]
+        self.phones.label(labels[frames:], spans, [])
         silent = np.zeros(whole.shape[1], dtype=bool)
         return TrainingClip(Clip(name, whole, frames, frames), silent, labels)
-
-    def _labels(self, heard: list[tuple[int, int]], num_frames: int) -> np.ndarray:
-        """int16 [T, 6]: what the user says."""
-        whole = [(start, place, self.bank.codes[place].shape[1]) for start, place in heard]
-        return self.phones.tracks(whole, [], num_frames)
 
     def _written(self, heard: list[tuple[int, int]], num_frames: int) -> np.ndarray:
         """The text row [T]: each word's pieces from the frame behind its end on."""

@@ -143,7 +143,7 @@ def accumulate_gradients(
 ) -> StreamSums:
     """Leave the gradients of this rank's share of the lessons in the model; sums of the whole,
     float64 on their device."""
-    of_each = [label_counts(one.labels) for one in lessons]
+    of_each = [label_counts(one.by_task) for one in lessons]
     labels = {name: sum(counts[name] for counts in of_each) for name in SHARES}
     lessons = [one.to(ranks.device) for one in lessons]
     counts = [part_counts(one.batch.codes, one.batch.loss_mask) for one in lessons]
@@ -160,7 +160,7 @@ def accumulate_gradients(
         if len(codes):  # a batch of few clips leaves nothing for the last ranks
             loss, sums = forward(codes, mask, weights)
             if ear is not None:
-                own = {name: rows[ranks.rank :: ranks.count] for name, rows in one.labels.items()}
+                own = {name: rows[ranks.rank :: ranks.count] for name, rows in one.by_task.items()}
                 for name, nats in ear.nll(own).items():
                     loss = loss + SHARES[name] / max(1, labels[name]) * nats
             loss.backward()
@@ -193,7 +193,7 @@ def score(
             nothing = torch.zeros_like(part_counts(batch.codes, batch.loss_mask))
             _, sums = forward(batch.codes, batch.loss_mask, nothing)
             if ear is not None:
-                ear.nll(given.labels)
+                ear.nll(given.by_task)
         total = sums.detached() if total is None else total + sums.detached()
     assert total is not None, "score needs a clip of each rank"
     return _over_all(total, ranks)

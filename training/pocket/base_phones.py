@@ -24,6 +24,7 @@ from duplex.files import atomic_path
 from duplex.frames import FRAME_SAMPLES, frame_at, frames_covering_samples
 from training.pocket.base_bank import params_of
 from training.pocket.base_espeak import Espeak
+from training.pocket.base_labels import HEARD, SPOKEN
 from training.pocket.base_parallel import shared_out
 from training.pocket.base_units import SAMPLE_ACT, Unit
 from training.pocket.base_voices import Params
@@ -37,9 +38,6 @@ from training.pocket.codec_labels import (
 from training.pocket.roles import Grammar
 
 VERSION = 1
-USER, AGENT = slice(0, HALVES), slice(HALVES, 2 * HALVES)  # columns of a clip's labels
-WORD = slice(2 * HALVES, 2 * HALVES + 2)  # and where the text stands that the agent is saying
-COLUMNS = WORD.stop
 
 Uttered = tuple[int, int, int]  # first frame, place of the unit, frames of it that are said
 
@@ -73,15 +71,11 @@ class Phones:
             row[start : start + len(phones)] = phones
         return row
 
-    def tracks(
-        self, user: Sequence[Uttered], agent: Sequence[Uttered], num_frames: int
-    ) -> np.ndarray:
-        """int16 [num_frames, 6]: the user's channel, in which silence is heard, and the agent's,
-        of which its turns are labelled; the columns `WORD` are `base_pointer`'s to fill."""
-        labels = no_labels(num_frames)
-        labels[:, USER] = self.track(user, num_frames, 0)
-        labels[:, AGENT] = self.track(agent, num_frames, IGNORED)
-        return labels
+    def label(self, labels: np.ndarray, user: Sequence[Uttered], agent: Sequence[Uttered]) -> None:
+        """Fill the columns `HEARD` and `SPOKEN` of a dialogue's frames, int16 [T, 8]: in the user's
+        channel silence is heard, too, in the agent's its turns are labelled."""
+        labels[:, HEARD] = self.track(user, len(labels), 0)
+        labels[:, SPOKEN] = self.track(agent, len(labels), IGNORED)
 
 
 Heard = tuple[np.ndarray, list[int]]  # names of phones [S // 240], by word the frame of its end
@@ -153,8 +147,3 @@ def _read(path: Path, places: Sequence[int]) -> Phones:
         for place, part, own in zip(places, parts, ends, strict=True)
     }
     return Phones(tuple(json.loads(metadata["names"])), sounds)
-
-
-def no_labels(num_frames: int) -> np.ndarray:
-    """int16 [num_frames, 6] of frames that are not labelled."""
-    return np.full((num_frames, COLUMNS), IGNORED, dtype=np.int16)

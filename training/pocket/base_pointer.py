@@ -24,7 +24,8 @@ from torch import nn
 
 from pipeline.serving.text import WORD_START
 from training.attention import rotate
-from training.pocket.base_phones import WORD, Sounds
+from training.pocket.base_labels import LOOKED
+from training.pocket.base_phones import Sounds
 from training.pocket.codec_labels import IGNORED
 from training.projection import rms_norm
 
@@ -54,7 +55,7 @@ def point(
     end: int,
     said: Sequence[tuple[int, Sounds]],
 ) -> None:
-    """Fill the columns `WORD` of a clip's labels, int16 [T, 6], for one turn of the agent's.
+    """Fill the columns `LOOKED` of a clip's labels, int16 [T, 8], for one turn of the agent's.
 
     In each frame in which a word is said: the places that read the first and the one behind the
     last of its pieces that sound in the frame.
@@ -81,7 +82,7 @@ def point(
             for frame in range(at, min(at + length, end, len(labels))):
                 low, high = sounding(edges, (frame - at) / length, (frame - at + 1) / length)
                 place = first + READ + pieces.start
-                labels[frame, WORD] = place + low, place + high
+                labels[frame, LOOKED] = place + low, place + high
             at, number = at + length, number + 1
 
 

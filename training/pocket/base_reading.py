@@ -28,10 +28,10 @@ from duplex.streams import (
     prompt_tokens,
 )
 from training.batches import Clip
-from training.pocket.base_clips import ACT_LABELS, TrainingClip
+from training.pocket.base_clips import TrainingClip
+from training.pocket.base_labels import TOLD, no_labels
 from training.pocket.base_prompts import Character, Fact, more_facts, told_row, worded
 from training.pocket.base_units import company_of
-from training.pocket.codec_labels import IGNORED
 from training.pocket.roles import Grammar, filled, wordings
 
 FACTS = (2, 6)
@@ -72,10 +72,10 @@ def reading_clip(
     codes[AGENT_ROWS] = codes[USER_ROWS] = np.asarray(tokens.silence)[:, None]
     frames = head.shape[1]
     whole = np.concatenate([head, codes], axis=1).astype(np.int16)
-    labels = np.full((whole.shape[1], len(ACT_LABELS)), IGNORED, dtype=np.int16)
-    labels[:frames, 1] = told_row(tokenizer, prompt, prompted, acts)
+    labels = no_labels(whole.shape[1])
+    labels[:frames, TOLD] = told_row(tokenizer, prompt, prompted, acts)[:, None]
     silent = np.zeros(whole.shape[1], dtype=bool)
-    return TrainingClip(Clip(name, whole, frames, frames), silent, acts=labels)
+    return TrainingClip(Clip(name, whole, frames, frames), silent, labels)
 
 
 def _character(

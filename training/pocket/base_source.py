@@ -40,7 +40,7 @@ LOSS = LossSection(semantic_weight=10, acoustic_weight=1, text_padding_weight=0.
 POOL_STEPS = 4
 GROUPS_AHEAD = 4  # of `POOL_STEPS` steps, drawn by each process
 # A reading, a hearing clip, one read aloud to so many dialogues.
-READ_ONE_TO, HEARD_ONE_TO, ALOUD_ONE_TO = 8, 4, 1
+READ_ONE_TO, HEARD_ONE_TO, ALOUD_ONE_TO = 8, 2, 1
 READING_CLIPS = 2  # in the place of one dialogue, while there are no others
 
 
@@ -174,9 +174,7 @@ def cropped(one: DialogueClip, longest: int) -> DialogueClip:
     spans = tuple((r, s, min(e, longest)) for r, s, e in clip.turns if s < longest)
     codes = clip.codes[:, :longest]
     short = Clip(clip.id, codes, clip.prompt_frames, clip.loss_from, spans)
-    phones = None if one.phones is None else one.phones[:longest]
-    acts = None if one.acts is None else one.acts[:longest]
-    return DialogueClip(short, one.turns[: len(spans)], phones, acts)
+    return DialogueClip(short, one.turns[: len(spans)], one.labels[:longest])
 
 
 class _Groups:

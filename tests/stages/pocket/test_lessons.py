@@ -29,8 +29,8 @@ from training.pocket.base_dialogue import draw_dialogue
 from training.pocket.base_ear import BEHIND, SHARES, Ear
 from training.pocket.base_hearing import LAG, Hearing
 from training.pocket.base_initial import DISTANCES, prepare
+from training.pocket.base_labels import ASKED, HEARD, SPOKEN, TOLD
 from training.pocket.base_loop import ALONE, accumulate_gradients
-from training.pocket.base_phones import AGENT, USER
 from training.pocket.base_prompts import Character, Fact, worded
 from training.pocket.base_source import LoopSettings, Source
 from training.pocket.codec_labels import HALVES, IGNORED
@@ -115,12 +115,12 @@ def test_a_hearing_clip_writes_what_is_said_while_it_is_said(hearing, bank, toke
         pieces = np.flatnonzero(text > TEXT_PAD)
         first, place, _ = min(heard)
         assert pieces[0] == first + phones.sounds[place].word_ends[0] + LAG
-        assert one.phones is not None and (one.phones[:frames] == IGNORED).all()
-        told = one.phones[frames:]
+        assert (one.labels[:frames] == IGNORED).all()
+        told = one.labels[frames:]
         for start, place, _ in heard:
             labels = phones.sounds[place].phones
-            assert np.array_equal(told[start : start + len(labels), USER], labels)
-        assert (told[:, AGENT] == IGNORED).all(), "it says nothing"
+            assert np.array_equal(told[start : start + len(labels), HEARD], labels)
+        assert (told[:, SPOKEN] == IGNORED).all(), "it says nothing"
         assert (codes[AGENT_ROWS, frames:] == np.asarray(bank.tokens.silence)[:, None]).all()
         assert not lesson([one]).batch.loss_mask[:, 1:].any()
 
@@ -170,15 +170,15 @@ def test_the_ear_is_taught_the_phones_it_has_read_and_leaves_no_trace(
     with torch.no_grad():
         forward(codes, mask, torch.zeros(10))
 
-        def nats(phones):
-            return float(ear.nll({**heard.labels, "phones": phones[..., USER]})["phones"])
+        def nats(labels):
+            return float(ear.nll({**heard.by_task, "phones": labels[..., HEARD]})["phones"])
 
-        first = nats(heard.phones)
+        first = nats(heard.labels)
         # Labels of the frames that are not yet read when they are due change nothing.
-        late = heard.phones.clone()
+        late = heard.labels.clone()
         late[:, -BEHIND:] = 1
         assert nats(late) == first
-        early = heard.phones.clone()
+        early = heard.labels.clone()
         early[:, :-BEHIND] = (early[:, :-BEHIND] + 1) % 5
         assert nats(early) != first
     assert 0 <= ear.shares(ALONE)["phones"] < 0.6
@@ -201,14 +201,14 @@ def test_the_phones_to_be_said_are_named_before_their_codes_are_read(
     forward = FastForward(lm)
     ear = Ear(lm, forward)
     said = lesson([source.read("spoken")])
-    frame = int((said.labels["spoken"][0, :, 0] != IGNORED).nonzero()[5])
+    frame = int((said.by_task["spoken"][0, :, 0] != IGNORED).nonzero()[5])
 
     def nats_up_to(frame, codes):
-        labels = said.labels["spoken"].clone()
+        labels = said.by_task["spoken"].clone()
         labels[:, frame + 1 :] = IGNORED
         with torch.no_grad():
             forward(codes, said.batch.loss_mask, torch.zeros(10))
-            return float(ear.nll({**said.labels, "spoken": labels})["spoken"])
+            return float(ear.nll({**said.by_task, "spoken": labels})["spoken"])
 
     changed = said.batch.codes.clone()
     rows = changed[:, AGENT_ROWS]
@@ -229,8 +229,8 @@ def test_phones_of_both_stand_where_they_are_said(grammar, bank, tokenizer, phon
     for number in range(12):
         one = source.clip(f"phones-{number}", "train")
         first = one.clip.prompt_frames
-        assert one.phones is not None and (one.phones[:first] == IGNORED).all()
-        assert ((one.phones[first:, AGENT] == IGNORED).mean()) > 0.3
+        assert (one.labels[:first, :TOLD.start] == IGNORED).all()
+        assert ((one.labels[first:, SPOKEN] == IGNORED).mean()) > 0.3
         speaking = np.zeros(one.clip.num_frames, dtype=bool)
         for turn in one.turns:
             start, end = first + turn.start, first + turn.end
@@ -238,17 +238,16 @@ def test_phones_of_both_stand_where_they_are_said(grammar, bank, tokenizer, phon
             by_voice = of_text.get((turn.role, turn.text))
             if by_voice is None:
                 continue  # of several units
-            column = AGENT if turn.role == "agent" else USER
-            whole = one.phones[start:end, column]
+            column = SPOKEN if turn.role == "agent" else HEARD
+            whole = one.labels[start:end, column]
             assert any(np.array_equal(whole, labels[: len(whole)]) for labels in by_voice)
             cut += all(len(whole) < len(labels) for labels in by_voice)
             seen += 1
-        assert (one.phones[~speaking][:, AGENT] == IGNORED).all()
+        assert (one.labels[~speaking][:, SPOKEN] == IGNORED).all()
     assert seen > 30 and cut
     aloud = source.read("phones")
-    assert aloud.phones is not None
-    assert (aloud.phones[:, AGENT] != IGNORED).any(1).sum() > 20
-    assert lesson([aloud]).labels["spoken"].shape[-1] == HALVES
+    assert (aloud.labels[:, SPOKEN] != IGNORED).any(1).sum() > 20
+    assert lesson([aloud]).by_task["spoken"].shape[-1] == HALVES
 
 
 def test_behind_what_a_user_says_stands_what_it_was(grammar, bank, tokenizer, phones):
@@ -260,14 +259,14 @@ def test_behind_what_a_user_says_stands_what_it_was(grammar, bank, tokenizer, ph
     asked = 0
     for number in range(12):
         one = source.clip(f"acts-{number}", "train")
-        assert one.acts is not None and len(one.acts) == one.clip.num_frames
+        assert len(one.labels) == one.clip.num_frames
         user = [turn for turn in one.turns if turn.role == "user" and turn.kind == "turn"]
         for turn, after in zip(user, [*user[1:], None], strict=True):
             place = one.clip.prompt_frames + turn.end
             if place >= one.clip.num_frames or (after is not None and after.start <= turn.end):
                 continue
-            act = names[one.acts[place, 0]]
-            assert one.acts[place - 1, 0] == IGNORED, "not before all has been said"
+            act = names[int(one.labels[place, ASKED][0])]
+            assert (one.labels[place - 1, ASKED] == IGNORED).all(), "not before all has been said"
             texts = [u.text for u in bank.units if u.act == act and u.speaker.side == "user"]
             assert any(turn.text.endswith(text) for text in texts), (act, turn.text)
             asked += act.startswith("ask/")
@@ -284,8 +283,7 @@ def test_where_the_prompt_tells_a_fact_stands_the_question_that_it_answers(
         rng = random.Random(number)
         dialogue = draw_dialogue(grammar, source.index, rng)
         one = maker.clip(dialogue, rng, "told")
-        assert one.acts is not None
-        told, text = one.acts[:, 1], one.clip.codes[TEXT_ROW]
+        told, text = one.labels[:, TOLD][:, 0], one.clip.codes[TEXT_ROW]
         assert (told[one.clip.prompt_frames :] == IGNORED).all()
         for place in dialogue.prompt.told:
             # Labelled is what was read in the frame before: just the words that tell it.
@@ -301,8 +299,8 @@ def test_where_the_prompt_tells_a_fact_stands_the_question_that_it_answers(
         assert {p.topic for p in dialogue.prompt.told} <= known | {"name", "company"}
     assert len(topics) > 8 and {"name", "company"} <= topics
     reading = source.reading("told")
-    assert reading.acts is not None and (reading.acts[:, 1] != IGNORED).sum() > 5
-    assert (reading.acts[:, 0] == IGNORED).all()
+    assert (reading.labels[:, TOLD] != IGNORED).sum() > 5
+    assert (reading.labels[:, ASKED] == IGNORED).all()
 
 
 def test_training_slips_in_a_word_of_other_facts_and_leaves_the_value(grammar):
@@ -369,10 +367,10 @@ def test_two_processes_train_as_one_and_resume_to_the_same_bits(tiny_checkpoint,
 
 def one_clip_each(batches):
     return [
-        Lesson(Batch(codes[None], mask[None], codes.shape[-1]), phones[None], acts[None])
+        Lesson(Batch(codes[None], mask[None], codes.shape[-1]), labels[None])
         for one in batches
-        for codes, mask, phones, acts in zip(
-            one.batch.codes, one.batch.loss_mask, one.phones, one.acts, strict=True
+        for codes, mask, labels in zip(
+            one.batch.codes, one.batch.loss_mask, one.labels, strict=True
         )
     ]
 

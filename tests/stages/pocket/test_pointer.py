@@ -14,7 +14,8 @@ from training.fast import FastForward, delayed
 from training.pocket.base_aloud import LEADS
 from training.pocket.base_clips import ClipMaker, lesson, place
 from training.pocket.base_dialogue import draw_dialogue
-from training.pocket.base_phones import AGENT, WORD, Sounds
+from training.pocket.base_labels import LOOKED, SPOKEN, no_labels
+from training.pocket.base_phones import Sounds
 from training.pocket.base_pointer import (
     HEADS,
     READ,
@@ -51,7 +52,6 @@ def test_through_the_frames_of_a_word_its_pieces_are_pointed_at_in_order(
         state = rng.getstate()
         one = source.maker.clip(dialogue, rng, "words")
         rng.setstate(state)
-        assert one.phones is not None
         first, text = one.clip.prompt_frames, one.clip.codes[TEXT_ROW]
         read = delayed(torch.from_numpy(one.clip.codes[None].astype(np.int64)), 0, 0)[0]
         read = read[0, TEXT_ROW].tolist()  # by each place
@@ -67,7 +67,7 @@ def test_through_the_frames_of_a_word_its_pieces_are_pointed_at_in_order(
                 words = bank.units[unit].text.split()
                 for word, end in zip(words, phones.sounds[unit].word_ends, strict=True):
                     behind = first + start + end + 1
-                    places = one.phones[at : min(behind, first + turn.end), WORD]
+                    places = one.labels[at : min(behind, first + turn.end), LOOKED]
                     labelled[at : at + len(places)] = True
                     if len(places):
                         low, high = places[0, 0], places[:, 1].max()
@@ -78,8 +78,8 @@ def test_through_the_frames_of_a_word_its_pieces_are_pointed_at_in_order(
                         assert letters(word).startswith(said)
                         assert (np.diff(places, axis=0) >= 0).all()
                     at = behind
-        assert ((one.phones[:, WORD] != IGNORED).all(1) == labelled).all()
-        assert not labelled[(one.phones[:, AGENT] == IGNORED).all(1)].any()
+        assert ((one.labels[:, LOOKED] != IGNORED).all(1) == labelled).all()
+        assert not labelled[(one.labels[:, SPOKEN] == IGNORED).all(1)].any()
     assert whole > 200 and late < 20
 
 
@@ -94,7 +94,7 @@ def test_what_is_read_aloud_follows_a_sentence_and_its_text_is_there_before_it(s
             leads = [u for u in bank.units if u.act.startswith(LEADS) and said.startswith(u.text)]
             assert role == "agent" and ends and leads
             assert {u.speaker for u in ends} & {u.speaker for u in leads}
-        places = torch.from_numpy(one.phones[:, WORD])
+        places = torch.from_numpy(one.labels[:, LOOKED])
         labelled_frames += int((places[:, 0] != IGNORED).sum())
         readable_frames += int(readable(places[None]).sum())
     assert labelled_frames > 400 and readable_frames > 0.7 * labelled_frames
@@ -107,9 +107,9 @@ def test_a_turns_words_are_those_of_the_synthesiser(tokenizer):
     phones = np.zeros((12, 2), dtype=np.int16)
 
     def labels(*ends):
-        found = np.full((40, WORD.stop), IGNORED, dtype=np.int16)
+        found = no_labels(40)
         point(found, tokenizer, tokens, 10, 22, [(10, Sounds(phones, ends))])
-        return found[:, WORD]
+        return found[:, LOOKED]
 
     with pytest.raises(ValueError, match="each of 3 words, it said 2"):
         labels(3, 9)
@@ -163,11 +163,11 @@ def test_the_scored_attention_is_that_of_its_heads(source):
     batch = lesson([source.read("attention")])
     with torch.no_grad():
         forward(batch.batch.codes, batch.batch.loss_mask, torch.zeros(10))
-        nats, there = pointer.nll(batch.labels["looked"])
+        nats, there = pointer.nll(batch.by_task["looked"])
         weights = [weights_of(forward.layers[at], head, *seen[at]) for at, head in HEADS]
     assert (weights[0] - weights[1]).abs().max() > 1e-3
     torch.testing.assert_close(weights[0].sum(1), torch.ones(len(weights[0])))
-    places = batch.labels["looked"][0]
+    places = batch.by_task["looked"][0]
     known = readable(places[None])[0]
     assert 20 < known.sum() < (places[:, 0] != IGNORED).sum()
     wanted = torch.stack(
@@ -197,8 +197,8 @@ def test_the_heads_learn_to_look_where_they_are_told(source):
     shares = []
     for _ in range(40):
         forward(batch.batch.codes, batch.batch.loss_mask, torch.zeros(10))
-        nats, there = pointer.nll(batch.labels["looked"])
-        count = readable(batch.labels["looked"]).sum()
+        nats, there = pointer.nll(batch.by_task["looked"])
+        count = readable(batch.by_task["looked"]).sum()
         (nats / count).backward()
         assert lm.emb[0].weight.grad.abs().sum() > 0
         adam.step()
