@@ -229,7 +229,7 @@ def test_phones_of_both_stand_where_they_are_said(grammar, bank, tokenizer, phon
     for number in range(12):
         one = source.clip(f"phones-{number}", "train")
         first = one.clip.prompt_frames
-        assert (one.labels[:first, :TOLD.start] == IGNORED).all()
+        assert (one.labels[:first, : TOLD.start] == IGNORED).all()
         assert ((one.labels[first:, SPOKEN] == IGNORED).mean()) > 0.3
         speaking = np.zeros(one.clip.num_frames, dtype=bool)
         for turn in one.turns:
