@@ -9,7 +9,7 @@ runs the prompt is worded as none of training was, and so are most of the questi
 the facts have values that no prompt of it had. All three are told apart below. Half as many further
 runs ask by voices of training, in the very recordings that training used (those voices have no new
 questions): what falls between the two is voice, recording and, in part, wording together. Text is
-sampled at .4 / top 10, audio at .2 / top 50. Definitions: training/pocket/base_measures.py; in
+sampled at .1 / top 10, audio at .1 / top 50. Definitions: training/pocket/base_measures.py; in
 short:
 
     answers           questions behind which the agent says something before the next one
