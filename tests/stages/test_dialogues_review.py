@@ -6,6 +6,7 @@ nearly every dialogue is in conflict with another one.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -200,14 +201,16 @@ def test_the_funnel_counts_what_was_sent_back_and_why(tmp_path):
 
 def scarce(root: Path, **options):
     """A seed that leaves dialogues which find no text of their own."""
-    return run(root, FewTexts(), seed=SCARCE_SEED, **options)
+    return run(root, FewTexts(), seed=scarce_seed(), **options)
 
 
-SCARCE_SEED = next(seed for seed in range(1000) if one_after_the_other(seed)[1])
+@functools.cache
+def scarce_seed() -> int:
+    return next(seed for seed in range(1000) if one_after_the_other(seed)[1])
 
 
 def test_what_finds_no_place_is_rejected_and_missing_ones_are_counted(tmp_path):
-    _, lost = one_after_the_other(SCARCE_SEED)
+    _, lost = one_after_the_other(scarce_seed())
     with pytest.raises(
         StageFailedError,
         match=rf"{len(lost)} are missing.*--retry-rejected: those {len(lost)} are made again, with "
@@ -224,14 +227,14 @@ def test_a_retry_begins_at_new_attempts_and_keeps_the_others(tmp_path):
     _, folder = scarce(tmp_path)
     before, lost = ended_at(folder), set(folder.rejected())
     stage = FewTexts()
-    run(tmp_path, stage, seed=SCARCE_SEED, retry_rejected=True)
+    run(tmp_path, stage, seed=scarce_seed(), retry_rejected=True)
     assert {name for name, _ in stage.processed} == lost
     assert min(attempt for _, attempt in stage.processed) == DialoguesStage.max_attempts
     after = ended_at(folder)
     assert {name: at for name, at in after.items() if name not in lost} == before
     # What is done or rejected for good stays so without being asked again.
     calm = FewTexts()
-    run(tmp_path, calm, seed=SCARCE_SEED)
+    run(tmp_path, calm, seed=scarce_seed())
     assert calm.processed == [] and ended_at(folder) == after
 
 

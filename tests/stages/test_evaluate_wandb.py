@@ -7,7 +7,6 @@ import time
 
 import pytest
 import soundfile
-import wandb
 
 from duplex.config import Config
 from pipeline.evaluation import wandb_tables
@@ -100,7 +99,7 @@ def test_an_offline_run_holds_summary_tables_and_recordings_and_no_secret(
 
 def test_without_being_asked_nothing_is_logged(evaluated, tmp_path, monkeypatch):
     data, folder = evaluated
-    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("nobody asked for it"))
+    monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("nobody asked for it"))
     assert not log_evaluation(data, folder, tmp_path / "work", Config(name="tiny"), print)
     assert not (tmp_path / "work").exists()
 
@@ -115,13 +114,13 @@ def test_whatever_fails_is_said_and_the_stage_goes_on(
     def fail(*arguments, **options):
         raise RuntimeError(f"no such server, with key {SECRET[:40]}")
 
-    monkeypatch.setattr(wandb, place, fail)
+    monkeypatch.setattr(f"wandb.{place}", fail)
     assert not log_evaluation(data, folder, tmp_path / "work", config, said.append)
     assert said == [
         "Weights & Biases got nothing of this evaluation: "
         "RuntimeError: no such server, with key ***"
     ]
-    assert wandb.run is None, "no run is left open"
+    assert sys.modules["wandb"].run is None, "no run is left open"
 
 
 def test_a_package_that_is_not_there_is_no_fault_of_the_evaluation(

@@ -27,7 +27,6 @@ from training.merge import merge_checkpoint
 from training.quantized import Frozen, check_wrapped, packed_bytes, quantize_linears, unpacked
 from training.verify import all_logits, seeded_codes
 
-pytest.importorskip("bitsandbytes")
 LORA = LoraSection(rank=4, alpha=8)
 SEED = 5
 # The 16 values of NF4, of QLoRA's appendix E.
@@ -37,6 +36,12 @@ NF4 = torch.tensor([
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 ])  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _package():
+    """Not when the module is read: it brings torch's compiler, seconds for each worker."""
+    pytest.importorskip("bitsandbytes")
 
 
 @pytest.fixture(scope="module")

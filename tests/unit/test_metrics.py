@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from duplex.frames import FRAME_SAMPLES
 from duplex.metrics import (
@@ -347,5 +346,7 @@ def test_the_interval_of_a_mean_against_tables_of_students_t():
 
 @pytest.mark.parametrize(("hits", "trials"), [(600, 1200), (4999, 5000), (0, 9000), (7, 7)])
 def test_bounds_of_many_trials_are_those_of_scipy(hits, trials):
+    from scipy import stats  # here: a second for each worker, and one needs it
+
     found = stats.binomtest(hits, trials).proportion_ci(0.95, method="exact")
     assert proportion_interval(hits, trials) == pytest.approx((found.low, found.high), abs=1e-9)

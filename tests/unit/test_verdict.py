@@ -5,7 +5,6 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from duplex.verdict import ALL_SIGNS, LEVEL, Pair, compare, holm, least_items
 
@@ -26,6 +25,8 @@ def test_p_is_that_of_the_permutation_test_worked_out_by_hand():
 
 
 def test_p_agrees_with_scipy_on_more_items():
+    from scipy import stats  # here: a second for each worker, and one needs it
+
     rng = np.random.default_rng(3)
     a, b = rng.normal(size=10), rng.normal(0.8, size=10)
     theirs = stats.permutation_test(
