@@ -113,9 +113,7 @@ def shapes_of(
     """Shape of the weight of each layer of `kinds`, from the meta device: (out, in) of a Linear,
     (ids, dim) of an embedding."""
     changes = {key: value for key, value in config.items() if source.config.get(key) != value}
-    # The library makes some Linear layers on the default device before it moves them.
-    with torch.device("meta"):
-        lm = source.info().get_moshi(device="meta", load_weight=False, lm_kwargs_overrides=changes)
+    lm = source.empty_lm(changes)
     layers: list[tuple[str, Any]] = [
         (name, module) for name, module in lm.named_modules() if isinstance(module, kinds)
     ]

@@ -45,8 +45,7 @@ def streamed_lm(checkpoint: Checkpoint, adapter: Path | None = None) -> Iterator
     Raises:
         CorruptFileError: on the call: the weights are not those that config.json describes.
     """
-    with torch.device("meta"):  # also what the library makes on the default device
-        lm = checkpoint.info().get_moshi(device="meta", load_weight=False)
+    lm = checkpoint.empty_lm()
     with TensorFile(checkpoint.files()["moshi"]) as weights:
         parts = dict(_parts(lm, ""))
         keys = _keys_of_parts(parts, lm, weights)

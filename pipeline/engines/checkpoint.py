@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,19 @@ class Checkpoint:
                 f"{self.files()['moshi']}: must hold the weights that config.json describes; "
                 f"moshi refused them: {_first_line(error)}"
             ) from error
+
+    def empty_lm(self, changes: Mapping[str, Any] | None = None) -> LMModel:
+        """The LM on the meta device: its layers and their shapes, no weight in memory.
+
+        changes: arguments of the LM in place of those in config.json.
+        """
+        import torch
+
+        # The library makes some layers on the default device.
+        with torch.device("meta"), _without_first_draw():
+            return self.info().get_moshi(
+                device="meta", load_weight=False, lm_kwargs_overrides=dict(changes or {})
+            )
 
     def load_mimi(self, device: str = "cpu") -> MimiModel:
         from safetensors import SafetensorError

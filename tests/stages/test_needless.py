@@ -19,6 +19,9 @@ loaded = checkpoint.load_lm().state_dict()
 saved = load_file(checkpoint.files()["moshi"])
 assert loaded.keys() == saved.keys()
 assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+empty = checkpoint.empty_lm().state_dict()
+assert all(tensor.is_meta for tensor in empty.values())
+assert {name: t.shape for name, t in empty.items()} == {name: t.shape for name, t in saved.items()}
 assert not {"torch._dynamo", "sympy", "bitsandbytes"} & sys.modules.keys()
 keep_out_bitsandbytes()
 assert importlib.util.find_spec("bitsandbytes") is None
