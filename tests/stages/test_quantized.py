@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from moshi.utils.compile import no_compile
+from peft import import_utils
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
@@ -40,7 +41,14 @@ NF4 = torch.tensor([
 
 @pytest.fixture(scope="module", autouse=True)
 def _package():
-    """Not when the module is read: it brings torch's compiler, seconds for each worker."""
+    """Not when the module is read: it brings torch's compiler, seconds for each worker.
+
+    A stage that another test ran in this process may have kept it out, of PEFT's memory as well.
+    """
+    if sys.modules.get("bitsandbytes", True) is None:
+        del sys.modules["bitsandbytes"]
+    for found in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
+        found.cache_clear()
     pytest.importorskip("bitsandbytes")
 
 
