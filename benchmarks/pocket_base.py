@@ -12,9 +12,11 @@ questions): what falls between the two is voice, recording and, in part, wording
 sampled at .1 / top 10, audio at .1 / top 50. Definitions: training/pocket/base_measures.py; in
 short:
 
-    answers           questions behind which the agent says something before the next one
-    fact right        of the answered ones whose fact the prompt holds: it is said, word for word
-    refuses           of the answered ones whose fact the prompt lacks: it says that it doesn't know
+    answers           questions behind which the agent's text row says something before the next
+    fact right        of the answered ones whose fact the prompt holds: its text says it, word for
+                      word. How much of its text one hears is `speech says text`
+    refuses           of the answered ones whose fact the prompt lacks: it says that it doesn't
+                      know; and of those whose fact it holds, where it should not
     premature         questions over which the agent starts to speak, more than a backchannel
     yields            of the agent's turns that would have gone on for 1.1 s and more when the user
                       cut in (the same run without the cut shows it): silent within .8 s
@@ -49,7 +51,7 @@ from benchmarks.pocket_base_speech import Turn, speech_says_text
 from duplex.datafiles import CHECKOUT
 from duplex.files import write_atomic, write_json
 from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
-from duplex.metrics import proportion_interval, segments, speech_activity
+from duplex.metrics import proportion_interval, says_any, segments, speech_activity
 from pipeline.engines.codec import decode
 from pipeline.engines.vad import VAD_RATE
 from pipeline.engines.voice_sound import gender_of_pitch
@@ -61,7 +63,15 @@ from training.pocket.base_data import Places, load_pocket_codec, speak_and_encod
 from training.pocket.base_measures import Answer, collapsed, judge, spoken_turns, yields
 from training.pocket.base_probe import SAMPLING, Probe, choose_cut, draw_probe, run_probes
 from training.pocket.base_source import LoopSettings, Source
-from training.pocket.base_units import ALOUD_ACT, NEUTRAL, Amounts, Unit, UnitIndex, inventory
+from training.pocket.base_units import (
+    ALOUD_ACT,
+    NEUTRAL,
+    SMALL,
+    Amounts,
+    Unit,
+    UnitIndex,
+    inventory,
+)
 from training.pocket.base_voices import Speaker, gender_of, users
 from training.pocket.base_weights import base_config, load_base, load_tokenizer
 from training.pocket.roles import Grammar, load_grammar
@@ -109,8 +119,9 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
     grammar = load_grammar()
     lm, tokenizer = load_base(base), load_tokenizer(base)
     codec = load_pocket_codec(codec_folder)
-    seed = base_config(base)["seed"]
-    units = held_out_units(inventory(grammar, Amounts(), seed))
+    drawn_by = base_config(base)["utterances"]
+    seed = drawn_by["seed"]
+    units = held_out_units(inventory(grammar, SMALL if drawn_by["small"] else Amounts(), seed))
     bank = speak_and_encode(units, grammar, codec, places, print)
     started_s = time.monotonic()
     alone, cut_in = free_runs(lm, grammar, bank, tokenizer, codec.mimi, count, users("held"))
@@ -128,7 +139,7 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
         "seconds_a_run": round(spent_s / count, 1),
         "base": base_config(base),
         "sampling": SAMPLING.model_dump(mode="json"),
-        "shares": shares(alone, answers, cut_in),
+        "shares": shares(alone, answers, cut_in, grammar.talk.refusal),
         "known_voices": fact_shares(answers_of(known)),
         "speech": speech_says_text(turns_of(alone, tokenizer), codec),
         "margin": margins(lm, grammar, bank, tokenizer, seed),
@@ -206,15 +217,20 @@ def _runs(
 
 
 def shares(
-    runs: Sequence[Run], answers: Sequence[Sequence[Answer]], yielded: Sequence[bool]
+    runs: Sequence[Run],
+    answers: Sequence[Sequence[Answer]],
+    yielded: Sequence[bool],
+    refusals: Sequence[str],
 ) -> dict[str, Any]:
     """Each share as hits, trials and its interval."""
     every = [answer for row in answers for answer in row]
     lacking = [a for a in every if a.answered and a.question.says is None]
+    holding = [a for a in every if a.answered and a.question.says is not None]
     collapses = [collapsed(run.probe.questions, run.text) for run in runs]
     counted = {
         "answers": [a.answered for a in every],
         "refuses what the prompt lacks": [a.right for a in lacking],
+        "refuses what the prompt holds": [says_any(a.text, refusals) for a in holding],
         "premature": [a.premature for a in every],
         "yields": list(yielded),
         "collapsed": collapses,
@@ -287,7 +303,7 @@ def turns_of(runs: Sequence[Run], tokenizer: Any) -> list[Turn]:
 def margins(lm: Any, grammar: Grammar, bank: Bank, tokenizer: Any, seed: int) -> dict[str, Any]:
     """Prompt-swap margins on held-out dialogues, and their own likelihoods.
 
-    seed: of the training, whose own held-out dialogues, of BASE.md, these are not.
+    seed: of the utterances, by which BASE.md's held-out dialogues are drawn, which these are not.
     """
     source = Source(grammar, ClipMaker(bank, tokenizer), LoopSettings(1, seed=seed + 1))
     clips = [one.clip for one in source.held_out(SWAP_CLIPS)]

@@ -22,9 +22,11 @@ def describe(result: dict[str, Any]) -> str:
         f"({_trainings(result['base'])}; {result['machine']}, {result['seconds_a_run']} s a run on "
         f"one core, both of its passes; {_sampling(result['sampling'])}).",
         "",
-        "Answers: questions behind which it says something before the next one. Fact right: of the "
-        "answered ones whose fact the prompt holds, it is said, word for word. Refuses: of those "
-        "whose fact the prompt lacks, it says that it doesn't know. Premature: it starts over the "
+        "All but yields and voice is counted in its text row; how well its speech says that stands "
+        "below. Answers: questions behind which it says something before the next one. Fact right: "
+        "of the answered ones whose fact the prompt holds, it is said, word for word. Refuses: of "
+        "those whose fact the prompt lacks, and of those whose fact it holds, it says that it "
+        "doesn't know. Premature: it starts over the "
         "question. Yields: of its turns that the user cuts into, silent within 0.8 s. Voice: its "
         "pitch is that of the voice sample's sex.",
         "",

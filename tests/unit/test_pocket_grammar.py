@@ -9,7 +9,8 @@ from duplex.datafiles import load_personas
 from duplex.errors import DataFileError
 from duplex.metrics import says_any
 from training.pocket.base_dialogue import draw_dialogue
-from training.pocket.base_units import WORDS_ACT, Amounts, UnitIndex, inventory
+from training.pocket.base_reading import _character
+from training.pocket.base_units import WORDS_ACT, Amounts, UnitIndex, inventory, words_of
 from training.pocket.base_voices import HELD_USER_VOICES, USER_VOICES, gender_of
 from training.pocket.roles import (
     GRAMMAR_FOLDER,
@@ -131,6 +132,33 @@ def test_no_answer_of_training_has_a_held_out_value(grammar, units):
     assert len(answers) > 10_000
     for slot, value in {one for unit in answers for one in unit.values}:
         assert not is_held_out(grammar, slot, value), (slot, value)
+
+
+def test_no_voice_of_training_says_the_words_that_only_held_out_values_have(units):
+    """In lessons of words in no order, which are of all words of dialogues."""
+    every = {
+        side: words_of(unit for unit in units if unit.side == side) for side in ("train", "held")
+    }
+    only_held = {*every["held"]} - {
+        word for unit in units if unit.side == "train" and unit.act != WORDS_ACT
+        for word in words_of([unit])
+    }  # fmt: skip
+    assert len(only_held) > 50
+    assert not only_held & {*every["train"]}
+
+
+def test_what_is_read_is_no_held_out_value_though_its_words_could_make_one(grammar):
+    slots = [slot for slot in grammar.slots if held_values(grammar, slot)]
+    words = sorted({value for slot in slots for value in held_values(grammar, slot)})
+    strange = 0
+    for seed in range(300):
+        character, facts = _character(grammar, words, random.Random(seed))
+        for fact in facts:
+            slot = grammar.talk.topics[fact.topic].slot
+            assert not is_held_out(grammar, slot, fact.value), (slot, fact.value)
+            strange += fact.value.lower() in words
+        assert not is_held_out(grammar, "name", character.name)
+    assert strange > 100, "values of other slots are words like any other"
 
 
 def test_some_answers_of_training_have_values_that_nothing_but_the_prompt_can_tell(grammar, units):

@@ -73,7 +73,7 @@ def card(folder: Path, made: Made) -> str:
         f"--learning-rate {settings.learning_rate:g} "
         + f"--muon-rate {settings.muon_rate:g} "
         + f"--seed {settings.seed} {made.how} "
-        f"{'--start START ' if made.starts else ''}--work WORK",
+        f"{'--start START' if made.starts else '--again 0'} --work WORK",
         "```",
         "",
         "| | |",

@@ -4,7 +4,8 @@
     2. a tokenizer is trained on the grammar's and the coffee corpus' text; both in one file
                                                               WORK/bank.safetensors
     3. an `LMModel` is trained on dialogues of them           WORK/checkpoints/, WORK/losses.jsonl
-    4. the weights are written                                OUT/base.*, tokenizer.model, BASE.md
+    4. it goes on from there, with speech from the start      WORK/first/, WORK/again/
+    5. the weights are written                                OUT/base.*, tokenizer.model, BASE.md
 
 Each step takes up what an earlier, killed run has done. Every batch is shared by `--processes`
 processes of one thread each; or a GPU takes it (`--device cuda`), on a machine that need not be the
@@ -18,7 +19,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.engines import espeak
 from training.distributed import Ranks, digest_of
 from training.fast import FastForward
 from training.launch import run_workers
+from training.pocket.base_arguments import parse, trainings
 from training.pocket.base_card import Made, machine_name, write_card
 from training.pocket.base_clips import FRAMES_A_GAP, LONGEST_GAP, MUFFLED, ROW_LOST, ClipMaker
 from training.pocket.base_data import (
@@ -49,26 +51,12 @@ from training.pocket.base_phones import find_phones
 from training.pocket.base_pointer import HEADS
 from training.pocket.base_prompts import MOST_SLIPS, SLIPPED
 from training.pocket.base_source import LOSS, LoopSettings, Source
-from training.pocket.base_units import Amounts, inventory
+from training.pocket.base_units import SMALL, Amounts, inventory
 from training.pocket.base_voices import voices_digest
 from training.pocket.base_weights import POCKET, TOKENIZER, base_config, load_base, save_base
 from training.pocket.roles import Grammar, load_grammar
 from training.prompt_swap import plan_swaps, score_swaps
 
-SMALL = Amounts(
-    answers=6,
-    moody_answers=2,
-    strange_answers=2,
-    questions=1,
-    good_questions=4,
-    held_answers=1,
-    others=2,
-    user_others=1,
-    samples=3,
-    heard=4,
-    words=4,
-    aloud=8,
-)
 VALID_CLIPS = 48
 WORKER = "training.pocket.base_worker"
 SWAPS = 2
@@ -85,17 +73,21 @@ def main(argv: list[str]) -> int:
         MissingInputError, CorruptFileError: a folder that is not what it should be.
         WorkError: a loss that is not finite, or a process that died.
     """
-    arguments = _parse(argv)
+    arguments = parse(argv, __doc__)
+    asked = trainings(argv, arguments)
+    for one in asked:
+        parse(one)  # what the second is refused for, it is refused for now
     torch.set_num_threads(1)
     places = Places(arguments.work, arguments.codec)
     if arguments.bank is None:
         _make_pack(arguments, places, say)
     if arguments.codes_only:
         return 0
-    if arguments.processes == 1:
-        make_base(argv, Ranks(0, 1, torch.device(arguments.device)), say)
-    else:
-        run_workers(WORKER, {"argv": argv}, arguments.processes, say)
+    for one in asked:
+        if arguments.processes == 1:
+            make_base(one, Ranks(0, 1, torch.device(arguments.device)), say)
+        else:
+            run_workers(WORKER, {"argv": one}, arguments.processes, say)
     return 0
 
 
@@ -106,7 +98,7 @@ def make_base(argv: list[str], ranks: Ranks, report: Callable[[str], None]) -> N
         RequestError: `--bank` is of another grammar or codec.
     """
     torch.set_num_threads(1)
-    arguments = _parse(argv)
+    arguments = parse(argv)
     if ranks.device.type == "cpu":
         keep_freed_memory()
     grammar = load_grammar()
@@ -160,91 +152,14 @@ def _make_pack(
     tokenizer = train_tokenizer(grammar, units, arguments.seed) if given is None else given
     append_line(places.timing, json.dumps({"seconds": time.monotonic() - started_s}))
     seconds = sum(line["seconds"] for line in read_lines(places.timing))
-    save_pack(
-        places.pack,
-        Pack(bank, phones, tokenizer, codec.digest, grammar.digest, voices_digest(), seconds),
-    )
+    digests = (codec.digest, grammar.digest, voices_digest())
+    pack = Pack(bank, phones, tokenizer, *digests, seconds, arguments.seed, arguments.small)
+    save_pack(places.pack, pack)
 
 
 def _tokenizer_of(base: Path) -> bytes:
     base_config(base)  # raises where the folder's files do not go together
     return (base / TOKENIZER).read_bytes()
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.pocket base",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--out", type=Path, default=POCKET, help="where the weights go")
-    add("--start", type=Path, help="folder of a base whose weights and tokenizer to go on from")
-    add("--work", type=Path, required=True, help="where a run keeps what it has")
-    add("--codec", type=Path, default=POCKET, help="folder of the pocket codec")
-    add("--steps", type=int, default=3150, help="updates in all")
-    add("--reading-steps", type=int, default=150, help="first steps, of prompts and words alone")
-    add(
-        "--word-steps", type=int, default=1400, help="steps behind them: dialogues, but words alone"
-    )
-    add("--seed", type=int, default=1)
-    add("--processes", type=int, default=2, help="which share the work; each takes a core")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one process trains on it")
-    add(
-        "--ahead", type=int, default=0,
-        help="processes that draw batches ahead, for a GPU: each holds sixteen steps in shared "
-        "memory, by its sizes some 170 MB at 64 dialogues a batch",
-    )  # fmt: skip
-    add("--checkpoint-every", type=int, default=200, help="updates")
-    add("--codes-only", action="store_true", help="stop when WORK/bank.safetensors is made")
-    add("--bank", type=Path, help="such a file; then nothing is spoken or encoded here")
-    add("--batch-size", type=int, default=12)
-    add("--learning-rate", type=float, default=1.5e-3)
-    add(
-        "--muon-rate", type=float, default=2.0,
-        help="update the temporal layers' matrices by Muon, at so many times AdamW's rate; 0: no",
-    )  # fmt: skip
-    add("--small", action="store_true", help="a fifth of the utterances, to try it out")
-    arguments = parser.parse_args(argv)
-    for name, least in (
-        ("steps", 1),
-        ("reading_steps", 0),
-        ("word_steps", 0),
-        ("batch_size", 1),
-        ("ahead", 0),
-        ("checkpoint_every", 1),
-    ):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if not 0 <= arguments.muon_rate <= 100:
-        parser.error(f"--muon-rate must lie between 0 and 100, found {arguments.muon_rate}")
-    if not 0 < arguments.learning_rate < 1:
-        parser.error(f"--learning-rate must lie between 0 and 1, found {arguments.learning_rate}")
-    start = None if arguments.codes_only else arguments.start
-    if start is not None and arguments.out.resolve() == start.resolve():
-        parser.error(
-            f"--out must be another folder than --start, found {start} for both: a killed run "
-            "would go on from what it has written"
-        )
-    if arguments.codes_only and arguments.bank:
-        parser.error("--codes-only makes what --bank names: give one of them")
-    if arguments.device == "cuda" and not arguments.codes_only:
-        if not torch.cuda.is_available():
-            parser.error("--device cuda needs a GPU that torch can use, found none")
-        if arguments.processes != 1:
-            parser.error("--device cuda trains in one process: give --processes 1")
-    if arguments.reading_steps + arguments.word_steps >= arguments.steps:
-        parser.error(
-            "--steps must be more than --reading-steps and --word-steps, on which nothing is "
-            f"spoken: found {arguments.steps}, {arguments.reading_steps} and "
-            f"{arguments.word_steps}"
-        )
-    if not arguments.codes_only and not 1 <= arguments.processes <= arguments.batch_size:
-        parser.error(
-            "--processes must be 1 to --batch-size, so that each has a dialogue of every batch, "
-            f"found {arguments.processes} and {arguments.batch_size}"
-        )
-    return arguments
 
 
 @dataclass
@@ -280,7 +195,9 @@ class _Run:
         )
         self.starts = [] if start is None else starts_of(start)
         self.source = Source(self.grammar, self.maker, self.settings)
-        self.valid = self.source.held_out(VALID_CLIPS)
+        # By the utterances' seed: the same for every training on them.
+        self.held = Source(self.grammar, self.maker, replace(self.settings, seed=self.pack.seed))
+        self.valid = self.held.held_out(VALID_CLIPS)
 
     def train(self, report: Callable[[str], None]) -> Trained:
         """Train to the last step; the log lies in the work folder."""
@@ -310,6 +227,7 @@ class _Run:
             "grammar": self.grammar.digest,
             "codec": self.pack.codec,
             "starts": self.starts,
+            "utterances": self.pack.drawn_by,
         }
         final = means(score(FastForward(self.lm), self.valid), "held")
         save_base(out, self.lm, self.lm_config, facts, self.pack.tokenizer)
@@ -326,7 +244,7 @@ class _Run:
             stored=means(score(stored, self.valid), "held"),
             lessons={
                 name: means(score(stored, clips), "held")["held_words"]
-                for name, clips in self.source.held_out_lessons(VALID_CLIPS // 2).items()
+                for name, clips in self.held.held_out_lessons(VALID_CLIPS // 2).items()
             },
             margin=swaps.words,
             encoded_s=self.pack.seconds,

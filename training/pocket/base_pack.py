@@ -10,7 +10,7 @@
         tokenizer    uint8 [B]           a SentencePiece model's bytes
         room.<name>  int16 [8, T]
     metadata: units and classes of phones as JSON, the codec's steady state, digests of codec,
-    grammar and voices, the time that it took
+    grammar and voices, the time that it took, what the units were drawn by
 
 Legend: U units, U' of them with labels, W words of those.
 """
@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,7 @@ ROOM = "room."
 @dataclass(frozen=True)
 class Pack:
     """tokenizer: a SentencePiece model; codec, grammar, voices: digests of what made it; seconds:
-    that speech and codes took."""
+    that speech and codes took; seed: of the units, and small: whether they are a fifth of all."""
 
     bank: Bank
     phones: Phones
@@ -51,6 +52,13 @@ class Pack:
     grammar: str
     voices: str
     seconds: float
+    seed: int
+    small: bool
+
+    @property
+    def drawn_by(self) -> dict[str, Any]:
+        """What the units were drawn by, as base.json says it."""
+        return {"seed": self.seed, "small": self.small}
 
 
 def save_pack(path: Path, pack: Pack) -> None:
@@ -75,6 +83,7 @@ def save_pack(path: Path, pack: Pack) -> None:
         "grammar": pack.grammar,
         "voices": pack.voices,
         "seconds": json.dumps(pack.seconds),
+        "drawn_by": json.dumps(pack.drawn_by),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -108,7 +117,7 @@ def load_pack(path: Path) -> Pack:
         tokenizer = tensors["tokenizer"].tobytes()
         return Pack(
             bank, phones, tokenizer, metadata["codec"], metadata["grammar"], metadata["voices"],
-            float(metadata["seconds"]),
+            float(metadata["seconds"]), **_drawn_by(metadata["drawn_by"]),
         )  # fmt: skip
     except (
         SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError
@@ -117,6 +126,12 @@ def load_pack(path: Path) -> Pack:
             f"{path}: must be what --codes-only writes, found otherwise: {error}. Remove it and "
             "make it again."
         ) from None
+
+
+def _drawn_by(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    _require(type(found["seed"]) is int and type(found["small"]) is bool, "the units' seed")
+    return {"seed": found["seed"], "small": found["small"]}
 
 
 def _phones(tensors: dict[str, np.ndarray], names: list[str], units: Sequence[Unit]) -> Phones:

@@ -31,7 +31,7 @@ from training.batches import Clip
 from training.pocket.base_clips import TrainingClip
 from training.pocket.base_labels import TOLD, no_labels
 from training.pocket.base_prompts import Character, Fact, more_facts, told_row, worded
-from training.pocket.base_units import company_of
+from training.pocket.base_units import company_of, is_held_out
 from training.pocket.roles import Grammar, filled, wordings
 
 FACTS = (2, 6)
@@ -81,22 +81,24 @@ def reading_clip(
 def _character(
     grammar: Grammar, words: Sequence[str], rng: random.Random
 ) -> tuple[Character, list[Fact]]:
-    def drawn(value: str, most: int = 1) -> str:
-        """The value, or any words."""
+    def drawn(slot: str, value: str, most: int = 1) -> str:
+        """The value, or any words that are not a held-out one."""
         if rng.random() > ANY_WORDS:
             return value
-        return " ".join(rng.sample(words, rng.randint(1, most)))
+        other = " ".join(rng.sample(words, rng.randint(1, most)))
+        return value if is_held_out(slot, other, grammar) else other
 
     role = rng.choice(grammar.role_ids)
-    name = drawn(rng.choice(grammar.values("name", "train"))).capitalize()
+    name = drawn("name", rng.choice(grammar.values("name", "train"))).capitalize()
     company = ""
     said = [Fact("name", name)]
     if grammar.scope_of(role) == "business":
-        surname = drawn(rng.choice(grammar.values("surname", "train"))).capitalize()
+        surname = drawn("surname", rng.choice(grammar.values("surname", "train"))).capitalize()
         company = company_of(grammar, role, surname)
         said.append(Fact("company", company))
+    slots = {name: topic.slot for name, topic in grammar.talk.topics.items()}
     facts = more_facts(grammar, role, [], rng.randint(*FACTS), rng, "train")
-    facts = [replace(fact, value=drawn(fact.value, most=3)) for fact in facts]
+    facts = [replace(fact, value=drawn(slots[fact.topic], fact.value, most=3)) for fact in facts]
     mood = rng.choice(list(grammar.talk.moods))
     said += facts
     rng.shuffle(said)

@@ -50,9 +50,9 @@ class LoopSettings:
 
     reading_steps: how many of the first updates are of reading clips alone (base_reading.py).
     word_steps: how many follow on which the text row alone carries loss, of dialogues, half as many
-    hearing clips (base_hearing.py) and a quarter as many reading ones. Later there are fewer
-    (`READ_ONE_TO`, `HEARD_ONE_TO`). mixed: compute in bfloat16 over float32 weights. muon_rate:
-    Muon's rate as a multiple of AdamW's (base_optimizer.py); 0: no Muon.
+    hearing clips (base_hearing.py) and a quarter as many reading ones. Later there are as many
+    (`HEARD_ONE_TO`) and half as many (`READ_ONE_TO`). mixed: compute in bfloat16 over float32
+    weights. muon_rate: Muon's rate as a multiple of AdamW's (base_optimizer.py); 0: no Muon.
     """
 
     steps: int

@@ -57,6 +57,22 @@ class Amounts:
     aloud: int = 1600
 
 
+SMALL = Amounts(
+    answers=6,
+    moody_answers=2,
+    strange_answers=2,
+    questions=1,
+    good_questions=4,
+    held_answers=1,
+    others=2,
+    user_others=1,
+    samples=3,
+    heard=4,
+    words=4,
+    aloud=8,
+)
+
+
 @dataclass(frozen=True)
 class Unit:
     """values: (slot, value) of what the text names."""
@@ -85,7 +101,7 @@ def inventory(grammar: Grammar, amounts: Amounts, seed: int) -> list[Unit]:
     for speaker in user_speakers():
         rng = random.Random(f"{seed}/{speaker.id}")
         units += _distinct(_user_units(grammar, speaker, amounts, rng))
-    vocabulary = words_of(units)
+    vocabulary = words_of(unit for unit in units if unit.side == "train")
     for speaker in user_speakers():
         rng = random.Random(f"{seed}/words/{speaker.id}")
         units += _distinct(_word_units(vocabulary, speaker, amounts.words, rng))
@@ -205,8 +221,8 @@ def _answers(
         yield Unit(speaker, f"answer/{name}", text, role, tuple(values.items()), side)
 
 
-def _is_held_out(slot: str, value: str, grammar: Grammar) -> bool:
-    """Whether an answer's value, or the name in a company's, is one that training must not hold."""
+def is_held_out(slot: str, value: str, grammar: Grammar) -> bool:
+    """Whether a slot's value, or the name in a company's, is one that training must not hold."""
     own = "surname" if slot == "company" else slot
     if own not in grammar.slots:
         return False  # goods, of which none is held out
@@ -251,7 +267,7 @@ def _strange(
         if slot in ("name", "company"):
             told[0] = told[0].capitalize()
         new = " ".join(told)
-        if _is_held_out(slot, new, grammar) or (slot == "name" and new in grammar.slots["name"]):
+        if is_held_out(slot, new, grammar) or (slot == "name" and new in grammar.slots["name"]):
             yield unit
         elif value in unit.text:
             values = ((slot, new), *others)

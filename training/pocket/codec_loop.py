@@ -78,8 +78,14 @@ class CodecRecipe:
     def all_steps(self) -> int:
         return self.steps + self.decoder_steps
 
-    def identity(self) -> str:
-        return sha256_bytes(canonical_json([asdict(self), espeak.revision()]).encode())
+    def identity(self, *tapes: Tape) -> str:
+        """Digest of what decides a codec trained on these."""
+        sounds = [
+            [sha256_bytes(tape.samples.tobytes()), sha256_bytes(tape.labels.tobytes()),
+             list(tape.phones.names)]
+            for tape in tapes
+        ]  # fmt: skip
+        return sha256_bytes(canonical_json([asdict(self), espeak.revision(), sounds]).encode())
 
 
 class PhoneHead(nn.Module):
@@ -100,6 +106,7 @@ class CodecTrainer:
 
     def __init__(self, recipe: CodecRecipe, tape: Tape, valid: Tape, work: Path):
         self.recipe, self._tape, self._work = recipe, tape, work
+        self._identity = recipe.identity(tape, valid)
         self._beds: Beds = make_beds(recipe.seed)
         self._valid = draw_crops(
             valid, self._beds, np.random.default_rng([recipe.seed, 1]), *recipe.valid
@@ -208,10 +215,10 @@ class CodecTrainer:
         tensors = self._state() | adam_tensors(self._adam, self._parameters)
         tensors[COUNTERS] = counters(self.mimi)
         lines = [json.dumps(line) for line in self.log]
-        save_checkpoint(self._work, TrainState(step, tensors, lines), self.recipe.identity())
+        save_checkpoint(self._work, TrainState(step, tensors, lines), self._identity)
 
     def _resume(self) -> int:
-        state = latest_checkpoint(self._work, self.recipe.identity())
+        state = latest_checkpoint(self._work, self._identity)
         if state is None:
             return 0
         for part, module in (("mimi.", self.mimi), ("head.", self.head)):

@@ -1,8 +1,9 @@
 """`python -m training.pocket regression`: what the pocket base could do before it was tuned.
 
-Dialogues of the grammar's held-out side (values, wordings and user voices that no training of the
-base has met) as `.pt` tensors, for `evaluate.base_clips`. A customer of a coffee shop comes up in
-none of them. The first of those that the base's card is measured on, cut shorter.
+Dialogues of the grammar's held-out side as `.pt` tensors, for `evaluate.base_clips`: user voices
+that no training of the base has heard, and values and wordings held out from its dialogues, as far
+as a slot has such ones. A customer of a coffee shop comes up in none of them. The first of those
+that the base's card is measured on, cut shorter.
 
 Codes are int16 in the files, which hold them as well as int64 does, at a quarter of the size.
 """
@@ -22,11 +23,12 @@ from training.pocket.base_clips import ClipMaker
 from training.pocket.base_data import Places, load_pocket_codec
 from training.pocket.base_pack import Pack, load_pack
 from training.pocket.base_source import LoopSettings, Source
-from training.pocket.base_weights import POCKET, TOKENIZER
+from training.pocket.base_voices import voices_digest
+from training.pocket.base_weights import POCKET, TOKENIZER, base_config
 from training.pocket.roles import Grammar, load_grammar
 
 FOLDER = POCKET / "regression"
-CLIPS, LONGEST_FRAMES, SEED = 16, 400, 1
+CLIPS, LONGEST_FRAMES = 16, 400
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +36,8 @@ def main(argv: list[str]) -> int:
 
     Raises:
         MissingInputError, CorruptFileError: no pack of utterances in WORK, or a damaged one.
-        RequestError: one of another grammar, codec or tokenizer than the shipped base's.
+        RequestError: one of another grammar, codec, voices, tokenizer or seed than the shipped
+            base's.
     """
     parser = argparse.ArgumentParser(prog="python -m training.pocket regression")
     add = parser.add_argument
@@ -61,6 +64,8 @@ def check_pack(path: Path, pack: Pack, grammar: Grammar) -> None:
         "grammar": (pack.grammar, grammar.digest),
         "codec": (pack.codec, load_pocket_codec(POCKET).digest),
         "tokenizer": (pack.tokenizer, (POCKET / TOKENIZER).read_bytes()),
+        "voices": (pack.voices, voices_digest()),
+        "utterances": (pack.drawn_by, base_config(POCKET)["utterances"]),
     }
     for name, (found, expected) in due.items():
         if found != expected:
@@ -78,7 +83,7 @@ def held_out_dialogues(
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=pack.tokenizer)
     maker = ClipMaker(pack.bank, tokenizer, pack.phones)
-    settings = LoopSettings(1, longest_frames=longest, seed=SEED)
+    settings = LoopSettings(1, longest_frames=longest, seed=pack.seed)
     return [one.clip for one in Source(grammar, maker, settings).held_out(count)]
 
 

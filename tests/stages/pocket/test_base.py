@@ -311,7 +311,7 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
     def run(name, *arguments):
         where = ["--out", str(tmp_path / name), "--work", str(tmp_path / f"{name}-work")]
         few = {"steps": 4, "reading-steps": 1, "word-steps": 1, "batch-size": 2}
-        few |= {"processes": 1, "muon-rate": 0}
+        few |= {"processes": 1, "muon-rate": 0, "again": 0}
         options = [f"--{option}={value}" for option, value in few.items()]
         assert base_command.main([*where, *options, *arguments]) == 0
         return (tmp_path / name / "base.safetensors").read_bytes()
@@ -339,6 +339,11 @@ def test_the_command_writes_a_base_and_finds_it_done_the_next_time(
     card = (tmp_path / "on" / "BASE.md").read_text()
     assert "those of a base of 4 steps (sha256" in card and "--muon-rate 2" in card
     assert "Muon and AdamW at" in card and "--start START" in card
+    behind = ("--steps", "3", "--reading-steps", "0", "--word-steps", "0", "--seed", "2")
+    by_hand = run("by-hand", "--start", str(start), *behind, "--learning-rate", "1e-3")
+    assert run("both", "--again", "3") == by_hand, "one command does what two did"
+    assert run("both", "--again", "3") == by_hand, "and finds both done"
+    assert base_weights.base_config(tmp_path / "both")["starts"] == [own]
     bank_file = tmp_path / "two-work" / "bank.safetensors"
     with pytest.raises(RequestError, match="must be a base of the tokenizer in"):
         run("on", "--start", str(start), "--bank", str(bank_file))
@@ -351,7 +356,7 @@ def test_what_cannot_be_trained_is_said_at_once(tmp_path, bank, phones, capsys, 
     from training.pocket import base_command
 
     other = tmp_path / "bank.safetensors"
-    save_pack(other, Pack(bank, phones, b"", "codec", "another grammar", "voices", 0))
+    save_pack(other, Pack(bank, phones, b"", "codec", "another grammar", "voices", 0, 1, False))
     argv = ["--work", str(tmp_path), "--bank", str(other), "--processes", "1"]
     with pytest.raises(RequestError, match="is of another"):
         base_command.main(argv)

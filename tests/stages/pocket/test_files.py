@@ -17,12 +17,12 @@ from training.pocket import base_weights
 from training.pocket.base_pack import Pack, load_pack, save_pack
 from training.pocket.weights import codes_digest, load_codec, save_codec
 
+FACTS = {"steps": 9, "seed": 1, "codec": "c", "utterances": {"seed": 1, "small": False}}
+
 
 def test_weights_come_back_within_half_a_step_of_eight_bits(tmp_path):
     lm = build_lm(TINY_LM_CONFIG, 3)
-    base_weights.save_base(
-        tmp_path, lm, TINY_LM_CONFIG, {"steps": 1, "seed": 1, "codec": "c"}, b"tokens"
-    )
+    base_weights.save_base(tmp_path, lm, TINY_LM_CONFIG, FACTS, b"tokens")
     loaded = base_weights.load_base(tmp_path)
     for name, weight in lm.state_dict().items():
         back = loaded.state_dict()[name]
@@ -58,7 +58,7 @@ def test_files_that_are_not_there_or_damaged_are_named(tmp_path):
 
 
 def write_tiny_base(folder, tokens=b"tokens", codec="c"):
-    lm, facts = build_lm(TINY_LM_CONFIG, 3), {"steps": 9, "seed": 1, "codec": codec}
+    lm, facts = build_lm(TINY_LM_CONFIG, 3), FACTS | {"codec": codec}
     base_weights.save_base(folder, lm, TINY_LM_CONFIG, facts, tokens)
 
 
@@ -120,7 +120,7 @@ def test_what_decides_the_codes_is_all_but_the_decoder(codec):
 
 def test_a_pack_gives_back_what_was_put_into_it(tmp_path, bank, phones):
     path = tmp_path / "work" / "bank.safetensors"
-    save_pack(path, Pack(bank, phones, b"pieces", "codec", "grammar", "voices", 1.5))
+    save_pack(path, Pack(bank, phones, b"pieces", "codec", "grammar", "voices", 1.5, 4, True))
     found = load_pack(path)
     assert found.bank.units == bank.units and found.bank.tokens == bank.tokens
     assert all(np.array_equal(a, b) for a, b in zip(found.bank.codes, bank.codes, strict=True))
@@ -132,14 +132,14 @@ def test_a_pack_gives_back_what_was_put_into_it(tmp_path, bank, phones):
         assert found.phones.sounds[place].word_ends == sounds.word_ends
     assert (found.tokenizer, found.codec) == (b"pieces", "codec")
     assert (found.grammar, found.voices) == ("grammar", "voices")
-    assert found.seconds == 1.5
+    assert found.seconds == 1.5 and found.drawn_by == {"seed": 4, "small": True}
 
 
 def test_a_damaged_pack_is_named(tmp_path, bank, phones):
     path = tmp_path / "bank.safetensors"
     with pytest.raises(MissingInputError, match="codes-only"):
         load_pack(path)
-    save_pack(path, Pack(bank, phones, b"", "codec", "grammar", "voices", 0))
+    save_pack(path, Pack(bank, phones, b"", "codec", "grammar", "voices", 0, 1, False))
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole.replace(b'"names"', b'"nomes"', 1), b""):
         path.write_bytes(damaged)

@@ -1,5 +1,6 @@
 """The clips that show what the pocket base forgets: made by a command, shipped, and whole."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from pipeline.engines.tensor_file import read_codes
 from pipeline.evaluation.likelihood_worker import read_base_clips
 from training.pocket import regression
 from training.pocket.base_pack import Pack, save_pack
+from training.pocket.base_voices import voices_digest
 from training.pocket.base_weights import TOKENIZER
 from training.pocket.regression import CLIPS, FOLDER, LONGEST_FRAMES, clip_bytes
 
@@ -21,7 +23,8 @@ from training.pocket.regression import CLIPS, FOLDER, LONGEST_FRAMES, clip_bytes
 def pack(bank, phones, grammar):
     """Of the shipped codec and tokenizer by its word: its codes are random."""
     codec = regression.load_pocket_codec(POCKET).digest
-    return Pack(bank, phones, (POCKET / TOKENIZER).read_bytes(), codec, grammar.digest, "", 0.0)
+    tokenizer = (POCKET / TOKENIZER).read_bytes()
+    return Pack(bank, phones, tokenizer, codec, grammar.digest, voices_digest(), 0.0, 1, False)
 
 
 def test_the_shipped_clips_are_sixteen_dialogues_behind_prompts():
@@ -59,9 +62,9 @@ def test_the_command_writes_the_same_bytes_again(pack, tmp_path, capsys):
     assert "16 clips" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["grammar", "codec", "tokenizer"])
+@pytest.mark.parametrize("what", ["grammar", "codec", "tokenizer", "voices", "utterances"])
 def test_utterances_of_another_base_are_refused(pack, grammar, what):
-    other = {"tokenizer": b"another"}.get(what, "another")
-    changed = Pack(**{**vars(pack), what: other})
+    others = {"tokenizer": {"tokenizer": b"another"}, "utterances": {"seed": 2}}
+    changed = replace(pack, **others.get(what, {what: "another"}))
     with pytest.raises(RequestError, match=f"must be of the {what} in data/pocket"):
         regression.check_pack(Path("bank"), changed, grammar)

@@ -1,0 +1,37 @@
+"""`python -m training.pocket base` is two trainings by one command."""
+
+from pathlib import Path
+
+import pytest
+
+from training.pocket.base_arguments import parse, trainings
+from training.pocket.base_command import main
+from training.pocket.base_weights import POCKET
+
+
+def test_a_second_training_goes_on_from_the_first_on_speech_alone(tmp_path):
+    def of(*options):
+        argv = ["--work", str(tmp_path), *options]
+        return [parse(one) for one in trainings(argv, parse(argv))]
+
+    first, second = of("--out", str(tmp_path / "mine"), "--seed", "4", "--learning-rate", "3e-3")
+    assert (first.steps, first.word_steps, first.seed) == (3150, 1400, 4)
+    assert (second.steps, second.reading_steps, second.word_steps) == (2200, 0, 0)
+    assert (second.seed, second.learning_rate) == (5, pytest.approx(2e-3))
+    assert second.start == first.out == tmp_path / "first" and second.out == tmp_path / "mine"
+    assert first.work == tmp_path and second.work == tmp_path / "again"
+    assert first.bank is None and second.bank == tmp_path / "bank.safetensors"
+    assert [one.again for one in (first, second)] == [0, 0]
+    assert [one.bank for one in of("--bank", "given")] == [Path("given")] * 2
+    (alone,) = of("--start", str(tmp_path / "mine"))
+    assert alone.steps == 3150 and alone.out == POCKET
+
+
+@pytest.mark.parametrize("options", [("--out",), ("--again", "3", "--start")])
+def test_the_folder_of_the_first_is_its_own(tmp_path, capsys, options):
+    """Refused before anything is spoken or trained: the second would meet it hours later."""
+    argv = ["--work", str(tmp_path), *options, str(tmp_path / "first")]
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "must be other folders than" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
