@@ -3,8 +3,9 @@
     python -m benchmarks.codec                        # prints; data/pocket
     python -m benchmarks.codec --codec DIR --write    # and writes docs/results/codec.{json,md}
 
-Two sets of 200 utterances of held-out texts: voices heard in training (their pitch and rate drawn
-anew), and variants that were left out. For each: mel distance (nats of magnitude), STOI and
+Two sets of 200 utterances: voices heard in training (their pitch and rate drawn anew), and variants
+that were left out. Six in ten say held-out lines of the corpus, four in ten numbers drawn anew, in
+sentences and lists that training has, too. For each: mel distance (nats of magnitude), STOI and
 extended STOI (pystoi), pitch (of 80 ms that are voiced in the original, the share within 5 % of its
 pitch afterwards), word error rate of pocketsphinx on the original and on what was decoded,
 with one language model of the set's texts for both, and the difference with its interval; as a
@@ -365,8 +366,8 @@ def describe(result: dict[str, Any]) -> str:
         "# The pocket codec",
         "",
         f"`python -m benchmarks.codec --write`: {result['machine']}; {result['bytes'] / 1e6:.1f} "
-        f"MB. Two sets of {result['utterances']} utterances of held-out texts, "
-        f"{heard['seconds'] / 60:.0f} and {unseen['seconds'] / 60:.0f} minutes; WER of "
+        f"MB. Two sets of {result['utterances']} utterances (held-out lines, and numbers drawn "
+        f"anew), {heard['seconds'] / 60:.0f} and {unseen['seconds'] / 60:.0f} minutes; WER of "
         f"pocketsphinx over {heard['words']} and {unseen['words']} words, with one language model "
         "of a set's texts for original and decoded sound. In brackets: 95 % intervals.",
         "",

@@ -34,7 +34,7 @@ measured by `python -m benchmarks.codec` ([results](../../docs/results/codec.md)
 | data | {recipe.minutes:g} minutes of English by espeak-ng: {len(VARIANTS)} voice variants, \
 {len(ACCENTS)} accents, pitch, range and rate drawn for each utterance; no recording of a person |
 | held out | {len(HELD_OUT_VARIANTS)} variants ({", ".join(HELD_OUT_VARIANTS)}), a tenth of the \
-texts |
+corpus' lines and of the words; sentences of numbers are drawn anew |
 | mixed in | a second voice, room tone, noise of a place, silence, a 440 Hz tone, levels over \
 26 dB |
 | training | {recipe.steps} steps of {frames:.0f} frames, then {recipe.decoder_steps} for the \
