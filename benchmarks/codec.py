@@ -26,7 +26,6 @@ import argparse
 import itertools
 import json
 import platform
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -35,14 +34,12 @@ from typing import Any
 
 import numpy as np
 import pystoi
-import soxr
 import torch
 
+from benchmarks.told import Told
 from duplex.datafiles import CHECKOUT
 from duplex.frames import FRAME_SAMPLES, SAMPLE_RATE
-from duplex.metrics import mean_interval, word_error_rate, words_of
-from pipeline.engines.listening import ToldPocketSphinx, language_model
-from pipeline.engines.recogniser import RECOGNISER_RATE, PocketSphinx
+from duplex.metrics import mean_interval
 from training.device import cpu_name
 from training.pocket.codec_labels import FRAME_STEPS, IGNORED, PhoneSet, frame_labels
 from training.pocket.codec_losses import mel_distance
@@ -52,7 +49,6 @@ from training.pocket.weights import WEIGHTS, load_codec
 UTTERANCES, SEED = 200, 20_001
 TABLE_MINUTES, CHUNK_FRAMES = 15.0, 125
 LONG_S, PART_S = 30, 5
-PADDING_S = 0.2
 TOO_SHORT = 1e-5  # what pystoi returns where it cannot measure
 PITCH_HZ, VOICED = (60.0, 400.0), 0.6
 RESULTS = CHECKOUT / "docs/results"
@@ -174,36 +170,6 @@ def _pitches(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     shortest, longest = (round(SAMPLE_RATE / hertz) for hertz in reversed(PITCH_HZ))
     periods = correlation[:, shortest:longest].argmax(axis=1) + shortest
     return SAMPLE_RATE / periods, correlation[np.arange(len(frames)), periods]
-
-
-class Told(ToldPocketSphinx):
-    """PocketSphinx with one language model of all texts."""
-
-    def __init__(self, texts: Sequence[str]):
-        super().__init__()
-        spoken = [word for text in texts for word in words_of(text) if word in self._sounds]
-        self._known = set(spoken)
-        lines = [
-            f"{word}({number}) {sounds}" if number > 1 else f"{word} {sounds}"
-            for word in sorted(self._known)
-            for number, sounds in enumerate(self._sounds[word], start=1)
-        ]
-        with tempfile.TemporaryDirectory(prefix="duplex-codec-") as name:
-            words, model = Path(name, "words.dict"), Path(name, "words.arpa")
-            words.write_text("\n".join([*lines, ""]), encoding="utf-8")
-            model.write_text(language_model(spoken, ()), encoding="utf-8")
-            PocketSphinx.__init__(self, dict=str(words), lm=str(model))
-
-    def errors(self, text: str, samples: np.ndarray) -> tuple[float, int]:
-        """Word errors, and the words of the text that the dictionary has."""
-        reference = [word for word in words_of(text) if word in self._known]
-        if not reference:
-            return 0.0, 0
-        level = float(np.abs(samples).max(initial=1e-6))
-        padded = np.pad(samples * (0.5 / level), round(PADDING_S * SAMPLE_RATE))
-        resampled = soxr.resample(padded, SAMPLE_RATE, RECOGNISER_RATE).astype(np.float32)
-        heard = [word.text for word in self.transcribe(resampled, "en")]
-        return word_error_rate(reference, heard) * len(reference), len(reference)
 
 
 # -- what the codes are

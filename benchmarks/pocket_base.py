@@ -23,7 +23,8 @@ short:
     collapsed         runs without a word, or without one from the last but one question on
     speech says text  word errors of pocketsphinx on the decoded speech against the text row, with
                       one language model of all that was said; beside it, the same for the same
-                      turns by the synthesiser, encoded and decoded, which is the floor
+                      turns by the synthesiser, encoded and decoded, which is the floor. And of the
+                      facts that the text has right, those whose value is heard, the same way
     margin            how much likelier a held-out dialogue's words are under its own prompt than
                       under another character's, teacher-forced (training/prompt_swap.py)
     voice             of the runs with a voice sample: the agent's pitch is that of the sample's sex
@@ -47,7 +48,7 @@ import soxr
 import torch
 
 from benchmarks.pocket_base_page import describe
-from benchmarks.pocket_base_speech import Turn, speech_says_text
+from benchmarks.pocket_base_speech import Fact, Turn, speech_says_text
 from duplex.datafiles import CHECKOUT
 from duplex.files import write_atomic, write_json
 from duplex.frames import FRAME_S, FRAME_SAMPLES, SAMPLE_RATE
@@ -60,7 +61,14 @@ from training.fast import FastForward
 from training.pocket.base_bank import Bank
 from training.pocket.base_clips import ClipMaker
 from training.pocket.base_data import Places, load_pocket_codec, speak_and_encode
-from training.pocket.base_measures import Answer, collapsed, judge, spoken_turns, yields
+from training.pocket.base_measures import (
+    EARLY_FRAMES,
+    Answer,
+    collapsed,
+    judge,
+    spoken_turns,
+    yields,
+)
 from training.pocket.base_probe import SAMPLING, Probe, choose_cut, draw_probe, run_probes
 from training.pocket.base_source import LoopSettings, Source
 from training.pocket.base_units import (
@@ -141,7 +149,7 @@ def measure(base: Path, codec_folder: Path, places: Places, count: int) -> dict[
         "sampling": SAMPLING.model_dump(mode="json"),
         "shares": shares(alone, answers, cut_in, grammar.talk.refusal),
         "known_voices": fact_shares(answers_of(known)),
-        "speech": speech_says_text(turns_of(alone, tokenizer), codec),
+        "speech": speech_says_text(turns_of(alone, tokenizer), told_facts(alone, answers), codec),
         "margin": margins(lm, grammar, bank, tokenizer, seed),
         "topics": by_topic(answers),
         "examples": [example(*pair) for pair in zip(alone[:EXAMPLES], answers, strict=False)],
@@ -298,6 +306,21 @@ def turns_of(runs: Sequence[Run], tokenizer: Any) -> list[Turn]:
         for start, end, tokens in spoken_turns(run.text, run.speaking)
         if tokens
     ]
+
+
+def told_facts(runs: Sequence[Run], answers: Sequence[Sequence[Answer]]) -> list[Fact]:
+    """The answers whose text has their fact right, as they sound from the question's end on."""
+    found: list[Fact] = []
+    for run, row in zip(runs, answers, strict=True):
+        ends = [*(answer.question.start for answer in row[1:]), len(run.text)]
+        for answer, end in zip(row, ends, strict=True):
+            if answer.right and answer.question.says:
+                part = slice(
+                    (answer.question.end - EARLY_FRAMES) * FRAME_SAMPLES, end * FRAME_SAMPLES
+                )
+                turn = (answer.text, run.samples[part], run.probe.agent_voice)
+                found.append((answer.question.says, turn))
+    return found
 
 
 def margins(lm: Any, grammar: Grammar, bank: Bank, tokenizer: Any, seed: int) -> dict[str, Any]:

@@ -92,7 +92,19 @@ def _speech(speech: dict[str, Any]) -> str:
     return (
         f"Speech says its text: word error rate {base['wer']:.2f} over {base['turns']} turns "
         f"({base['words']} words; wanted < .20). The same turns by the synthesiser: "
-        f"{floor['wer']:.2f} through the codec, {clean['wer']:.2f} before it."
+        f"{floor['wer']:.2f} through the codec, {clean['wer']:.2f} before it.{_values(speech)}"
+    )
+
+
+def _values(speech: dict[str, Any]) -> str:
+    base, floor, clean = (
+        f"{one['values_heard'] / one['values']:.0%}" if one["values"] else "none"
+        for one in (speech[name] for name in ("base", "through_codec", "synthesiser"))
+    )
+    return (
+        f" Of {speech['base']['values']} answers whose text has the fact right, the recogniser "
+        f"hears the value, word for word, in {base}; said by the synthesiser in {floor} through "
+        f"the codec, in {clean} before it."
     )
 
 
