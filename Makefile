@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/duplex run configs/pocket.yaml
 
-# 8 minutes on two idle cores, no network. Three workers, since many wait for processes and clocks;
+# 7 minutes on two idle cores, no network. Three workers, since many wait for processes and clocks;
 # tests/conftest.py keeps what shares a fixture together.
 test: setup
 	$(BIN)/python -m pytest -q -n 3 -m 'not slow and not gpu'
