@@ -62,7 +62,8 @@ def card(folder: Path, made: Made) -> str:
         f"A Moshi `LMModel` of {made.num_weights / 1e6:.1f} M weights, trained from nothing to "
         "talk: to read a prompt in PersonaPlex's style, to listen, to take turns, to answer with "
         "the prompt's facts and to speak. How much of that it has learnt stands below and in "
-        "docs/results/pocket_base.md. Made for tests, demos and LoRA on a laptop. Nothing in it "
+        "docs/results/pocket_base.md, how it is made from nothing in docs/pocket.md. Made for "
+        "tests, demos and LoRA on a laptop. Nothing in it "
         "was recorded or downloaded: text by a grammar, sound by espeak-ng, codes by the pocket "
         "codec.",
         "",
