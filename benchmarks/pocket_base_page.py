@@ -28,7 +28,7 @@ def describe(result: dict[str, Any]) -> str:
         "those whose fact the prompt lacks, and of those whose fact it holds, it says that it "
         "doesn't know. Premature: it starts over the "
         "question. Yields: of its turns that the user cuts into, silent within 0.8 s. Voice: its "
-        "pitch is that of the voice sample's sex.",
+        "pitch is that of the voice sample's sex. How new the new values are: docs/pocket.md.",
         "",
         "| share | reached | of | 95 % | wanted |",
         "| --- | ---: | ---: | --- | --- |",

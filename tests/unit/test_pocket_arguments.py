@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from duplex.errors import MissingInputError
+from training.pocket import regression
+from training.pocket.__main__ import main as commands
 from training.pocket.base_arguments import parse, trainings
 from training.pocket.base_command import main
 from training.pocket.base_weights import POCKET
@@ -35,3 +38,17 @@ def test_the_folder_of_the_first_is_its_own(tmp_path, capsys, options):
         main(argv)
     assert "must be other folders than" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_who_asks_for_help_gets_it_with_the_defaults(capsys):
+    assert commands(["--help"]) == 0
+    assert "codec | base | regression" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "(default: 3150)" in said and "None" not in said
+
+
+def test_regression_without_utterances_names_what_makes_those_that_fit(tmp_path):
+    with pytest.raises(MissingInputError, match="--codes-only --start data/pocket"):
+        regression.main(["--work", str(tmp_path)])

@@ -16,6 +16,9 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Exit code of the command that `argv` names first; the rest is its arguments."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\n{' | '.join(COMMANDS)} --help tells more.")
+        return 0
     if not argv or argv[0] not in COMMANDS:
         found = repr(argv[0]) if argv else "nothing"
         print(f"the first argument must be {' or '.join(COMMANDS)}, found {found}", file=sys.stderr)

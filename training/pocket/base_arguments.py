@@ -14,15 +14,28 @@ AGAIN_STEPS = 2200
 FIRST = "first"
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and each default that there is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        given = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if given else action.help
+
+
 def parse(argv: list[str], description: str | None = None) -> argparse.Namespace:
     """The command's arguments; exits with 2 where they do not go together."""
     parser = argparse.ArgumentParser(
         prog="python -m training.pocket base",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=POCKET, help="where the weights go")
+    add(
+        "--out",
+        type=Path,
+        default=POCKET,
+        help="where the weights go; by default over what is shipped",
+    )
     add("--start", type=Path, help="folder of a base whose weights and tokenizer to go on from")
     add("--work", type=Path, required=True, help="where a run keeps what it has")
     add("--codec", type=Path, default=POCKET, help="folder of the pocket codec")
@@ -31,7 +44,7 @@ def parse(argv: list[str], description: str | None = None) -> argparse.Namespace
     add(
         "--word-steps", type=int, default=1400, help="steps behind them: dialogues, but words alone"
     )
-    add("--seed", type=int, default=1)
+    add("--seed", type=int, default=1, help="of utterances, first weights and dialogues")
     add(
         "--again", type=int, metavar="STEPS",
         help="updates of a second training, which speaks from the start: from the first's weights, "
@@ -48,8 +61,8 @@ def parse(argv: list[str], description: str | None = None) -> argparse.Namespace
     add("--checkpoint-every", type=int, default=200, help="updates")
     add("--codes-only", action="store_true", help="stop when WORK/bank.safetensors is made")
     add("--bank", type=Path, help="such a file; then nothing is spoken or encoded here")
-    add("--batch-size", type=int, default=12)
-    add("--learning-rate", type=float, default=1.5e-3)
+    add("--batch-size", type=int, default=12, help="dialogues of an update")
+    add("--learning-rate", type=float, default=1.5e-3, help="of AdamW, at its highest")
     add(
         "--muon-rate", type=float, default=2.0,
         help="update the temporal layers' matrices by Muon, at so many times AdamW's rate; 0: no",

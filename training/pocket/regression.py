@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from duplex.errors import RequestError
+from duplex.errors import MissingInputError, RequestError
 from duplex.files import write_atomic
 from training.batches import Clip
 from training.pocket.base_clips import ClipMaker
@@ -29,6 +29,7 @@ from training.pocket.roles import Grammar, load_grammar
 
 FOLDER = POCKET / "regression"
 CLIPS, LONGEST_FRAMES = 16, 400
+MAKE_IT = "Make it: python -m training.pocket base --codes-only --start data/pocket --work WORK"
 
 
 def main(argv: list[str]) -> int:
@@ -41,10 +42,17 @@ def main(argv: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m training.pocket regression")
     add = parser.add_argument
-    add("--work", type=Path, required=True, help="of `base --codes-only`, with bank.safetensors")
-    add("--out", type=Path, default=FOLDER)
+    add(
+        "--work",
+        type=Path,
+        required=True,
+        help="of `base --codes-only --start data/pocket`: holds bank.safetensors",
+    )
+    add("--out", type=Path, default=FOLDER, help="where the clips go")
     arguments = parser.parse_args(argv)
     path = Places(arguments.work).pack
+    if not path.exists():
+        raise MissingInputError(f"{path}: must be there, found none. {MAKE_IT}")
     pack, grammar = load_pack(path), load_grammar()
     check_pack(path, pack, grammar)
     contents = {clip.id: clip_bytes(clip) for clip in held_out_dialogues(pack, grammar)}
@@ -70,8 +78,7 @@ def check_pack(path: Path, pack: Pack, grammar: Grammar) -> None:
     for name, (found, expected) in due.items():
         if found != expected:
             raise RequestError(
-                f"{path}: must be of the {name} in data/pocket, found another. Make it again: "
-                "python -m training.pocket base --codes-only --start data/pocket --work WORK"
+                f"{path}: must be of the {name} in data/pocket, found another. {MAKE_IT}"
             )
 
 
