@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,6 +146,13 @@ def test_another_seed_is_another_run(tape, tmp_path):
 
 
 @pytest.mark.slow  # the command trains, too
+def test_another_tape_is_another_run(tape):
+    recipe, louder = tiny_recipe(), replace(tape, samples=tape.samples // 2)
+    renamed = replace(tape, phones=PhoneSet(("_", "b")))
+    found = {recipe.identity(tape, other) for other in (tape, louder, renamed)}
+    assert len(found) == 3 and recipe.identity(tape, tape) in found
+
+
 def test_training_lowers_the_losses(tape, tmp_path):
     one = trainer(tape, tmp_path, tiny_recipe(steps=60, decoder_steps=0, warmup_steps=5))
     with no_compile():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from duplex.errors import MissingInputError
-from training.pocket import regression
+from training.pocket import base_command, regression
 from training.pocket.__main__ import main as commands
 from training.pocket.base_arguments import parse, trainings
 from training.pocket.base_command import main
@@ -26,6 +26,7 @@ def test_a_second_training_goes_on_from_the_first_on_speech_alone(tmp_path):
     assert first.bank is None and second.bank == tmp_path / "bank.safetensors"
     assert [one.again for one in (first, second)] == [0, 0]
     assert [one.bank for one in of("--bank", "given")] == [Path("given")] * 2
+    assert len(of("--codes-only")) == 1, "it ends before either"
     (alone,) = of("--start", str(tmp_path / "mine"))
     assert alone.steps == 3150 and alone.out == POCKET
 
@@ -38,6 +39,15 @@ def test_the_folder_of_the_first_is_its_own(tmp_path, capsys, options):
         main(argv)
     assert "must be other folders than" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_codes_alone_are_made_and_nothing_is_trained(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(base_command, "_make_pack", lambda arguments, *_: made.append(arguments))
+    monkeypatch.setattr(base_command, "run_workers", lambda *_: pytest.fail("it trains"))
+    for more in ([], ["--start", str(POCKET)]):
+        assert main(["--codes-only", "--work", str(tmp_path), *more]) == 0
+    assert [one.start for one in made] == [None, POCKET]
 
 
 def test_who_asks_for_help_gets_it_with_the_defaults(capsys):

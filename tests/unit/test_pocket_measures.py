@@ -1,8 +1,12 @@
 """Each measure of the pocket base's free runs on made-up rows, where it must say yes and no."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from benchmarks.pocket_base import Run, shares, told_facts
+from duplex.frames import FRAME_SAMPLES
 from duplex.streams import TEXT_EPAD, TEXT_PAD
 from training.pocket.base_measures import (
     Question,
@@ -134,3 +138,26 @@ def test_text_and_sound_are_one_turn():
 @pytest.mark.parametrize("num_frames", [1, 150])
 def test_an_empty_run_has_no_turns(num_frames):
     assert spoken_turns(row(num_frames=num_frames), np.zeros(num_frames, dtype=bool)) == []
+
+
+def a_run(*placed):
+    """A run of two questions, whose sound names its frame, and what became of them."""
+    text = row(*placed)
+    samples = np.repeat(np.arange(len(text), dtype=np.float32), FRAME_SAMPLES)
+    probe = SimpleNamespace(questions=(ASKED, NEXT), agent_voice="ada", sample=None)
+    run = Run(probe, text, samples, np.zeros(len(text), dtype=bool))
+    return run, judge(probe.questions, text, decode, REFUSALS)
+
+
+def test_a_fact_that_is_told_sounds_from_its_question_to_the_next():
+    run, answers = a_run((32, "It is three dollars"), (95, "It is four"))
+    ((value, (text, samples, voice)),) = told_facts([run], [answers])
+    assert (value, text, voice) == ("three dollars", "It is three dollars", "ada")
+    assert (samples[0], samples[-1]) == (28, 69)
+    assert told_facts(*zip(a_run((32, "It is four")), strict=True)) == []
+
+
+def test_who_says_that_it_does_not_know_what_it_was_told_is_counted():
+    run, answers = a_run((32, "I'm not sure"), (95, "It is four"))
+    found = shares([run], [answers], [], REFUSALS)["refuses what the prompt holds"]
+    assert (found["hits"], found["of"]) == (1, 2)

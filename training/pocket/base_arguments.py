@@ -127,7 +127,7 @@ def trainings(argv: list[str], arguments: argparse.Namespace) -> list[list[str]]
     arguments: those of `argv`. The first then writes to WORK/first, and its own files lie in WORK;
     the second's lie in WORK/again.
     """
-    if not arguments.again:
+    if arguments.codes_only or not arguments.again:
         return [argv]
     first = arguments.work / FIRST
     changes = {

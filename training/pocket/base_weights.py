@@ -24,7 +24,7 @@ from pipeline.engines.pocket import POCKET
 from training.checkpoint import save_tensors
 
 WEIGHTS, CONFIG, TOKENIZER = "base.safetensors", "base.json", "tokenizer.model"
-NAMED = {"lm", "steps", "seed", "codec", "utterances"}  # what base.json must say
+REQUIRED = {"lm", "steps", "seed", "codec", "utterances"}  # what base.json must say
 SCALE = ":scale"
 SMALLEST = 1 << 12  # a matrix of fewer weights stays as it is
 MOST = 127
@@ -126,8 +126,8 @@ def base_config(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise CorruptFileError(f"{folder / CONFIG}: must be JSON: {error}") from None
-    if not isinstance(config, dict) or not config.keys() >= NAMED:
-        raise CorruptFileError(f"{folder / CONFIG}: must name {', '.join(sorted(NAMED))}")
+    if not isinstance(config, dict) or not config.keys() >= REQUIRED:
+        raise CorruptFileError(f"{folder / CONFIG}: must name {', '.join(sorted(REQUIRED))}")
     for name, digest in found.items():
         if config.get(name) != digest:
             raise CorruptFileError(
